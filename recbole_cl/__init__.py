@@ -1,0 +1,27 @@
+"""RecBole-CL: any RecBole model through a stream of stages under any continual strategy."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from recbole_cl import compat
+
+try:
+    __version__ = version("recbole-cl")
+except PackageNotFoundError:  # a checkout that was not installed
+    __version__ = "0.1.0"
+
+# Before any of RecBole's modules is imported: some read removed numpy names while they load.
+compat.apply()
+
+__all__ = ["__version__", "run_recbole_cl"]
+
+
+def __getattr__(name: str) -> Any:
+    """Loads ``run_recbole_cl`` when it is first asked for, so that importing the package does not import torch."""
+    if name == "run_recbole_cl":
+        from recbole_cl.quick_start import run_recbole_cl
+
+        return run_recbole_cl
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,1 @@
+"""What is learnt: RecBole models, some of them extended. ``recbole_cl.registry.models`` finds them by name."""

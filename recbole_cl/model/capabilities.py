@@ -1,0 +1,38 @@
+"""What a model offers beyond RecBole's ``calculate_loss`` and ``predict``.
+
+A strategy names what it needs; a model that lacks it is refused by name before anything is trained. A model offers a
+capability by having the method, or by listing further ones in a class attribute ``capabilities``.
+"""
+
+from __future__ import annotations
+
+from recbole.utils import InputType, ModelType
+from torch import nn
+
+METHODS = ("per_sample_loss", "user_representation", "scores", "adapter_groups", "full_sort_predict", "predict_task")
+
+
+def capabilities(model: nn.Module) -> frozenset[str]:
+    """Returns the names of what a model offers.
+
+    ``gradient`` every model with trainable parameters and a differentiable loss; ``batch_rows`` models that train on
+    rows of interactions (not RecBole's whole-user batches); ``pairwise`` and ``pointwise`` by their input type; the
+    methods of :data:`METHODS` where the class implements them; and what the class lists itself.
+    """
+    found = set(getattr(model, "capabilities", ()))
+    if any(p.requires_grad for p in model.parameters()) and getattr(model, "type", None) != ModelType.TRADITIONAL:
+        found.add("gradient")
+    from recbole_cl.stream.loader import USER_BATCH_MODELS
+
+    if type(model).__name__ not in USER_BATCH_MODELS:
+        found.add("batch_rows")
+    kind = getattr(model, "input_type", None)
+    if kind is not None:
+        found.add("pairwise" if kind == InputType.PAIRWISE else "pointwise")
+    from recbole.model.abstract_recommender import AbstractRecommender
+
+    for name in METHODS:
+        method = getattr(type(model), name, None)
+        if method is not None and method is not getattr(AbstractRecommender, name, None):
+            found.add(name)
+    return frozenset(found)

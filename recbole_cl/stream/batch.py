@@ -1,0 +1,188 @@
+"""From targets to RecBole's ``Interaction``, one batch at a time.
+
+A sequential batch equals the rows that RecBole's own augmentation would have stored, for the targets asked. Every
+batch carries int64 ``_position``, ``_stage`` and ``_timestamp``: RecBole's own timestamps are float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from recbole.data.interaction import Interaction
+from recbole.utils import ModelType
+
+from recbole_cl.stream.stage import Stream, Targets
+
+POSITION, STAGE, TIMESTAMP, TASK = "_position", "_stage", "_timestamp", "_task"
+TARGETS = "_targets"
+"""Field of all-position batches: the item to predict after each input, 0 where none is supervised, ``[B, L]``."""
+
+
+class Windows:
+    """Windows of sequences whose targets are supervised in one causal pass.
+
+    ::
+
+        seq      i1 i2 i3 i4 i5 i6 i7 i8          targets t5 .. t8 of one user, window 4, stride 2
+        window            [i4 i5 i6 i7] -> i5 i6 *i7 *i8      chunk of the last two targets
+        window      [i2 i3 i4 i5]       -> i3 i4 *i5 *i6      chunk before; * is supervised, each target once
+
+    Chunks are cut from the end of a user's targets, so that the newest have the longest context.
+
+    Args:
+        targets: Next-item targets with a history.
+        supervised: Flag of each index of ``table.seq``, shape ``[N]``.
+        size: Inputs a window holds at most.
+        stride: Targets of a window at most.
+        user_of: User of each index of ``table.seq``.
+    """
+
+    def __init__(self, targets: Targets, supervised: np.ndarray, size: int, stride: int) -> None:
+        order = np.lexsort((targets.hi, targets.user))
+        hi, user, lo = targets.hi[order], targets.user[order], targets.lo[order]
+        last = np.r_[(user[1:] != user[:-1]) | (lo[1:] != lo[:-1]), True] if len(user) else np.empty(0, dtype=bool)
+        group = np.cumsum(np.r_[False, last[:-1]]) if len(user) else np.empty(0, dtype=np.int64)
+        end = hi[last][group] if len(user) else hi
+        chunk = (end - hi) // stride
+        new = np.r_[True, (group[1:] != group[:-1]) | (chunk[1:] != chunk[:-1])] if len(user) else last
+        close = np.r_[new[1:], True] if len(user) else last
+        self.user = user[new]
+        self.first = hi[new]  # seq index of the first supervised target
+        self.last = hi[close]  # seq index of the last supervised target
+        self.lo = np.maximum(lo[new], self.last - size)
+        self.supervised = supervised
+        self.n_targets = np.bincount(np.cumsum(new) - 1, minlength=len(self.user)) if len(user) else last.astype(int)
+
+    def __len__(self) -> int:
+        return len(self.user)
+
+
+class Batcher:
+    """Builds batches for one model at one stage.
+
+    Args:
+        config: The run's configuration.
+        stream: The stream.
+        view: RecBole's dataset at the stage (:class:`recbole_cl.stream.dataset.StageView`).
+        n_users: Users that the model has rows for.
+        n_items: Items that the model has rows for.
+    """
+
+    def __init__(self, config: Any, stream: Stream, view: Any, n_users: int, n_items: int) -> None:
+        self.config = config
+        self.stream = stream
+        self.table = stream.table
+        self.view = view
+        self.n_users, self.n_items = n_users, n_items
+        self.sequential = config["MODEL_TYPE"] == ModelType.SEQUENTIAL
+        base = stream.dataset
+        self.uid, self.iid = base.uid_field, base.iid_field
+        self.length_field = config["ITEM_LIST_LENGTH_FIELD"]
+        self.suffix = config["LIST_SUFFIX"]
+        self.max_length: int = config["MAX_ITEM_LIST_LENGTH"]
+        self.columns: dict[str, torch.Tensor] = dict(base.inter_feat.interaction)
+        self.table_columns = {
+            POSITION: np.arange(len(self.table)),
+            STAGE: self.table.stage,
+            TIMESTAMP: self.table.timestamp,
+        }
+
+    def windows_index(self, lo: np.ndarray, hi: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns positions and mask of the last ``max_length`` interactions of each history, left-aligned.
+
+        Args:
+            lo: Starts in ``table.seq``, shape ``[n]``.
+            hi: Ends in ``table.seq``, exclusive, shape ``[n]``.
+
+        Returns:
+            Positions ``[n, L]`` (0 where masked) and the mask ``[n, L]``.
+        """
+        start = np.maximum(lo, hi - self.max_length)
+        index = start[:, None] + np.arange(self.max_length)[None, :]
+        mask = index < hi[:, None]
+        return np.where(mask, self.table.seq[np.minimum(index, len(self.table) - 1)], 0), mask
+
+    def rows(self, targets: Targets, stage: int | None = None, evaluation: bool = False) -> Interaction:
+        """Returns one row a target, without negatives.
+
+        Args:
+            targets: The targets.
+            stage: Stage that the prediction answers for (``_task``); default each target's own.
+            evaluation: Users and items that the model has no row for become 0 (padding), in the row and in its
+                history; histories are closed up, so they stay left-aligned. In training all ids are known.
+        """
+        position = torch.from_numpy(targets.position)
+        data = {name: column[position] for name, column in self.columns.items()}
+        data[self.uid] = torch.from_numpy(targets.user)
+        if self.sequential:
+            data.update(self._histories(targets, evaluation))
+        if evaluation:
+            data[self.uid] = torch.where(data[self.uid] < self.n_users, data[self.uid], 0)
+            data[self.iid] = torch.where(data[self.iid] < self.n_items, data[self.iid], 0)
+        for name, column in self.table_columns.items():
+            data[name] = torch.from_numpy(column[targets.position])
+        data[TASK] = data[STAGE] if stage is None else torch.full((len(targets),), stage, dtype=torch.int64)
+        data["_label"] = torch.from_numpy(targets.label)
+        return self.join(Interaction(data))
+
+    def join(self, rows: Interaction) -> Interaction:
+        """Adds the features of the rows' users and items."""
+        base = self.stream.dataset
+        for feat, field in ((base.user_feat, self.uid), (base.item_feat, self.iid)):
+            if feat is not None and field in rows:
+                ids = rows[field]
+                for name, column in feat.interaction.items():
+                    if name != field:
+                        rows.interaction[name] = column[ids]
+        return rows
+
+    def _histories(self, targets: Targets, evaluation: bool) -> dict[str, torch.Tensor]:
+        positions, mask = self.windows_index(targets.lo, targets.hi)
+        if evaluation:
+            seen = mask & (self.table.item[positions] < self.n_items)
+            if (seen != mask).any():
+                order = np.argsort(~seen, axis=1, kind="stable")
+                positions = np.take_along_axis(np.where(seen, positions, 0), order, axis=1)
+                mask = np.take_along_axis(seen, order, axis=1)
+        index, keep = torch.from_numpy(positions), torch.from_numpy(mask)
+        out: dict[str, torch.Tensor] = {self.length_field: keep.sum(dim=1)}
+        for name, column in self.columns.items():
+            if name == self.uid:
+                continue
+            listed = column[index]
+            shape = keep.shape + (1,) * (listed.dim() - 2)
+            out[name + self.suffix] = listed * keep.view(shape).to(listed.dtype)
+        return out
+
+    def window_rows(self, windows: Windows, index: np.ndarray) -> Interaction:
+        """Returns all-position rows: inputs, and the target after each input (field ``_targets``).
+
+        Args:
+            windows: The windows.
+            index: Which of them, shape ``[B]``.
+        """
+        lo, last, first = windows.lo[index], windows.last[index], windows.first[index]
+        width = int((last - lo).max())
+        at = lo[:, None] + np.arange(width)[None, :]
+        mask = at < last[:, None]
+        at = np.minimum(at, len(self.table) - 2)
+        seq, item = self.table.seq, self.table.item
+        inputs = np.where(mask, item[seq[at]], 0)
+        supervised = mask & windows.supervised[at + 1] & (at + 1 >= first[:, None])
+        targets = np.where(supervised, item[seq[at + 1]], 0)
+        closing = seq[last]
+        return Interaction(
+            {
+                self.uid: torch.from_numpy(windows.user[index]),
+                self.iid: torch.from_numpy(item[closing]),
+                self.iid + self.suffix: torch.from_numpy(inputs),
+                self.length_field: torch.from_numpy(mask.sum(axis=1)),
+                TARGETS: torch.from_numpy(targets),
+                POSITION: torch.from_numpy(closing),
+                STAGE: torch.from_numpy(self.table.stage[closing]),
+                TIMESTAMP: torch.from_numpy(self.table.timestamp[closing]),
+                TASK: torch.from_numpy(self.table.stage[closing]),
+            }
+        )

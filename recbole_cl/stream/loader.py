@@ -1,0 +1,329 @@
+"""Training loaders: what RecBole's trainers iterate over, with a state that can be put back.
+
+A loader owns the generator of its order and the generator of its negatives. Its ``state_dict`` in the middle of an
+epoch holds the order's state at the start of that epoch and how many batches are done, so a resumed run sees the very
+same remaining batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from recbole.data.interaction import Interaction
+from recbole.data.transform import construct_transform
+from recbole.utils import InputType, KGDataLoaderState
+
+from recbole_cl.errors import ConfigError
+from recbole_cl.rng import numpy_generator, torch_generator
+from recbole_cl.stream.batch import POSITION, STAGE, TASK, TIMESTAMP, Batcher, Windows
+from recbole_cl.stream.sampler import NegativeSampler
+from recbole_cl.stream.stage import Targets
+
+USER_BATCH_MODELS = {
+    "MultiDAE", "MultiVAE", "MacridVAE", "CDAE", "ENMF", "RaCT", "RecVAE", "DiffRec", "LDiffRec",
+}  # fmt: skip
+"""RecBole's models that train on whole users (its ``UserDataLoader``)."""
+
+
+class Negatives:
+    """Adds RecBole's negatives to rows: ``neg_item_id`` for pairwise, rows of label 0 for pointwise models.
+
+    Args:
+        batcher: Knows columns and features.
+        config: ``train_neg_sample_args`` and ``MODEL_INPUT_TYPE`` are read.
+        sampler: Draws the items; ``None`` where the configuration asks for none.
+        repeatable: Exclude only a row's own target, not everything its user had (sequential models in RecBole).
+    """
+
+    def __init__(self, batcher: Batcher, config: Any, sampler: NegativeSampler | None, repeatable: bool) -> None:
+        args = config["train_neg_sample_args"]
+        wanted = args["distribution"] != "none" and args["sample_num"] != "none"
+        self.sampler = sampler if wanted else None
+        self.batcher, self.config, self.repeatable = batcher, config, repeatable
+        self.num: int = args["sample_num"] if wanted else 0
+        self.dynamic = bool(args.get("dynamic", False)) and wanted
+        self.candidates: int = args.get("candidate_num", 0)
+        self.pairwise = config["MODEL_INPUT_TYPE"] == InputType.PAIRWISE
+        self.times = 1 if not wanted else (self.num if self.pairwise else 1 + self.num)
+        self.model: Any = None
+
+    def __call__(self, rows: Interaction) -> Interaction:
+        """Returns the rows with negatives, laid out as RecBole's loaders do."""
+        if self.sampler is None:
+            return rows
+        users = rows[self.batcher.uid].numpy()
+        positives = rows[self.batcher.iid].numpy()
+        num = self.num * (self.candidates if self.dynamic else 1)
+        if self.repeatable:
+            drawn = self.sampler.sample_repeatable(num, positives)
+        else:
+            drawn = self.sampler.sample(users, num, positives)
+        ids = torch.from_numpy(drawn)
+        if self.dynamic:
+            ids = self._hardest(rows, ids)
+        return self._pairwise(rows, ids) if self.pairwise else self._pointwise(rows, ids)
+
+    def _hardest(self, rows: Interaction, ids: torch.Tensor) -> torch.Tensor:
+        """Keeps the best scored of ``candidate_num`` candidates (RecBole's dynamic negative sampling)."""
+        model = self.model
+        was_training = model.training
+        model.eval()
+        repeated = rows.repeat(self.num * self.candidates)
+        repeated.update(Interaction({self.batcher.iid: ids}))
+        with torch.no_grad():
+            scores = model.predict(repeated.to(model.device)).cpu().view(self.candidates, -1)
+        model.train(was_training)
+        return ids.view(self.candidates, -1).gather(0, scores.argmax(dim=0, keepdim=True)).flatten()
+
+    def _pairwise(self, rows: Interaction, ids: torch.Tensor) -> Interaction:
+        prefix, iid = self.config["NEG_PREFIX"], self.batcher.iid
+        out = rows.repeat(self.times) if self.times > 1 else rows
+        negative = self.batcher.join(Interaction({iid: ids}))
+        for name, column in negative.interaction.items():
+            out.interaction[prefix + name] = column
+        return out
+
+    def _pointwise(self, rows: Interaction, ids: torch.Tensor) -> Interaction:
+        n = len(rows)
+        out = rows.repeat(self.times)
+        out.interaction[self.batcher.iid][n:] = ids
+        out = self.batcher.join(out)
+        labels = torch.zeros(n * self.times)
+        labels[:n] = 1.0
+        out.interaction[self.config["LABEL_FIELD"]] = labels
+        return out
+
+
+class StageLoader:
+    """Batches of one pass.
+
+    Args:
+        batcher: Builds the rows.
+        units: What is shuffled: targets (a row each), windows (a row each), or user ids with their last positions.
+        negatives: Adds negatives.
+        batch_size: Targets a batch, negatives counted as RecBole counts them.
+        generator: Owns the order.
+        shuffle: Draw a new order each epoch.
+    """
+
+    def __init__(
+        self,
+        batcher: Batcher,
+        units: Targets | Windows | tuple[np.ndarray, np.ndarray],
+        negatives: Negatives,
+        batch_size: int,
+        generator: torch.Generator,
+        shuffle: bool = True,
+    ) -> None:
+        self.batcher, self.units, self.negatives = batcher, units, negatives
+        self.batch_size = max(batch_size // negatives.times, 1)
+        self.generator, self.shuffle = generator, shuffle
+        self.transform = construct_transform(batcher.config)
+        self.size = len(units[0]) if isinstance(units, tuple) else len(units)
+        self._epoch_start: torch.Tensor | None = None
+        self._cursor: int | None = None
+        self._skip = 0
+
+    @property
+    def dataset(self) -> Any:
+        """RecBole's name for the dataset behind the loader."""
+        return self.batcher.view
+
+    _dataset = dataset
+
+    @property
+    def n_targets(self) -> int:
+        """Training targets of an epoch."""
+        return int(self.units.n_targets.sum()) if isinstance(self.units, Windows) else self.size
+
+    def __len__(self) -> int:
+        return max(1, -(-self.n_targets // self.batch_size))
+
+    def get_model(self, model: Any) -> None:
+        """Tells the model that dynamic negative sampling asks."""
+        self.negatives.model = model
+
+    def _plan(self) -> list[np.ndarray]:
+        if self.shuffle:
+            order = torch.randperm(self.size, generator=self.generator).numpy()
+        else:
+            order = np.arange(self.size)
+        if isinstance(self.units, Windows):
+            # Windows hold unequal numbers of targets: a batch closes when it has batch_size of them.
+            reached = np.cumsum(self.units.n_targets[order])
+            cuts = np.flatnonzero(np.diff((reached - 1) // self.batch_size)) + 1
+        else:
+            cuts = np.arange(self.batch_size, self.size, self.batch_size)
+        return np.split(order, cuts)
+
+    def __iter__(self) -> Iterator[Interaction]:
+        self._epoch_start = self.generator.get_state().clone()
+        plan = self._plan()
+        first, self._skip = self._skip, 0
+        for number in range(first, len(plan)):
+            self._cursor = number
+            yield self.make(plan[number])
+        self._cursor = None
+
+    def make(self, index: np.ndarray) -> Interaction:
+        """Returns the batch of the given units."""
+        if isinstance(self.units, Windows):
+            return self.complete_windows(self.batcher.window_rows(self.units, index))
+        if isinstance(self.units, tuple):
+            users, positions = self.units[0][index], self.units[1][index]
+            table = self.batcher.table
+            return Interaction(
+                {
+                    self.batcher.uid: torch.from_numpy(users),
+                    POSITION: torch.from_numpy(positions),
+                    STAGE: torch.from_numpy(table.stage[positions]),
+                    TIMESTAMP: torch.from_numpy(table.timestamp[positions]),
+                    TASK: torch.from_numpy(table.stage[positions]),
+                }
+            )
+        return self.complete(self.batcher.rows(self.units[index]))
+
+    def complete(self, rows: Interaction) -> Interaction:
+        """Applies RecBole's transform and adds negatives; replayed rows go through here too."""
+        if self.batcher.config["model"] == "DIEN":
+            rows = self._negative_lists(rows)
+        return self.negatives(self.transform(self.batcher.view, rows))
+
+    def complete_windows(self, rows: Interaction) -> Interaction:
+        """Adds a negative for each supervised position (field ``neg__targets``) where the loss asks for them."""
+        if self.negatives.sampler is not None:
+            from recbole_cl.stream.batch import TARGETS
+
+            targets = rows[TARGETS]
+            flat = targets[targets > 0].numpy()
+            negative = torch.zeros_like(targets)
+            negative[targets > 0] = torch.from_numpy(self.negatives.sampler.sample_repeatable(1, flat))
+            rows.interaction[self.batcher.config["NEG_PREFIX"] + TARGETS] = negative
+        return rows
+
+    def _negative_lists(self, rows: Interaction) -> Interaction:
+        field = self.batcher.iid + self.batcher.suffix
+        items = rows[field]
+        sampler = self.negatives.sampler
+        if sampler is None:
+            raise ConfigError("train_neg_sample_args: DIEN needs negatives; set {distribution: uniform, sample_num: 1}")
+        drawn = torch.from_numpy(sampler.sample_repeatable(1, items.flatten().numpy())).view_as(items)
+        rows.interaction[self.batcher.config["NEG_PREFIX"] + field] = torch.where(items > 0, drawn, 0)
+        return rows
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns order, place in the epoch and negatives' state."""
+        middle = self._cursor is not None
+        state: dict[str, Any] = {
+            "generator": self._epoch_start if middle else self.generator.get_state(),
+            "done": self._cursor + 1 if self._cursor is not None else 0,
+        }
+        if self.negatives.sampler is not None:
+            state["negatives"] = self.negatives.sampler.generator.bit_generator.state
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Puts order, place and negatives back; the next iteration goes on from there."""
+        self.generator.set_state(state["generator"])
+        self._skip = int(state["done"])
+        if self.negatives.sampler is not None:
+            self.negatives.sampler.generator.bit_generator.state = state["negatives"]
+
+
+class KnowledgeStageLoader:
+    """RecBole's ``KnowledgeBasedDataLoader`` over a :class:`StageLoader`: interactions, triples, or both.
+
+    Args:
+        general: Batches of interactions.
+        seed: The run's seed; triples have generators of their own.
+        stage: Stage index.
+    """
+
+    shuffle = False
+
+    def __init__(self, general: StageLoader, seed: int, stage: int) -> None:
+        self.general = general
+        view = general.batcher.view
+        self.view = view
+        self.head, self.tail = view.head_entity_field, view.tail_entity_field
+        self.prefix = general.batcher.config["NEG_PREFIX"]
+        self.generator = torch_generator(seed, stage, "triples")
+        heads, tails = view.kg_feat[self.head].numpy(), view.kg_feat[self.tail].numpy()
+        total_items = len(view.field2id_token[view.iid_field])
+        # Entities of items that come later are nodes of nobody yet, hence no negatives either.
+        pool = np.r_[1 : general.batcher.n_items, total_items : view.entity_num]
+        self.sampler = NegativeSampler(
+            heads, tails, view.entity_num, numpy_generator(seed, stage, "triples"), pool=pool.astype(np.int64)
+        )
+        self.batch_size = general.batcher.config["train_batch_size"]
+        self.state = KGDataLoaderState.RSKG
+
+    @property
+    def dataset(self) -> Any:
+        """RecBole's name for the dataset behind the loader."""
+        return self.view
+
+    _dataset = dataset
+
+    @property
+    def n_targets(self) -> int:
+        """Training targets of an epoch."""
+        return self.general.n_targets
+
+    def set_mode(self, state: KGDataLoaderState) -> None:
+        """Chooses interactions (RS), triples (KG) or both (RSKG)."""
+        self.state = state
+
+    def get_model(self, model: Any) -> None:
+        """Tells the model that dynamic negative sampling asks."""
+        self.general.get_model(model)
+
+    def complete(self, rows: Interaction) -> Interaction:
+        """See :meth:`StageLoader.complete`."""
+        return self.general.complete(rows)
+
+    def __len__(self) -> int:
+        if self.state == KGDataLoaderState.KG:
+            return max(1, -(-len(self.view.kg_feat) // self.batch_size))
+        return len(self.general)
+
+    def _triples(self) -> Iterator[Interaction]:
+        order = torch.randperm(len(self.view.kg_feat), generator=self.generator)
+        for index in order.split(self.batch_size):
+            rows = {name: column[index] for name, column in self.view.kg_feat.interaction.items()}
+            drawn = self.sampler.sample(rows[self.head].numpy(), 1, rows[self.tail].numpy())
+            rows[self.prefix + self.tail] = torch.from_numpy(drawn)
+            yield Interaction(rows)
+
+    def __iter__(self) -> Iterator[Interaction]:
+        if self.state == KGDataLoaderState.KG:
+            yield from self._triples()
+            return
+        if self.state == KGDataLoaderState.RS:
+            yield from self.general
+            return
+        triples = self._triples()
+        for rows in self.general:
+            batch = next(triples, None)
+            if batch is None:
+                triples = self._triples()
+                batch = next(triples)
+            rows.update(batch)
+            yield rows
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the states of both parts; exact at epoch ends."""
+        return {
+            "general": self.general.state_dict(),
+            "triples": self.generator.get_state(),
+            "negatives": self.sampler.generator.bit_generator.state,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Puts both parts back."""
+        self.general.load_state_dict(state["general"])
+        self.generator.set_state(state["triples"])
+        self.sampler.generator.bit_generator.state = state["negatives"]

@@ -1,0 +1,79 @@
+"""Checks of timestamps before anything is cut by them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from recbole_cl.errors import DataError
+
+# A timestamp is far outside the bulk when it lies this many bulk spans (1st to 99th percentile) beyond it.
+OUTLIER_SPANS = 2.0
+
+
+def check_timestamps(frame: pd.DataFrame, field: str | None) -> tuple[np.ndarray, list[str]]:
+    """Returns the timestamps of a log and warnings about them.
+
+    Args:
+        frame: The interactions.
+        field: ``TIME_FIELD``.
+
+    Returns:
+        Seconds, float64, shape ``[N]``, and the warnings, each with a count and a remedy.
+
+    Raises:
+        DataError: If the field is missing, not a number, NaN, infinite, or the same everywhere.
+    """
+    if not field or field not in frame:
+        raise DataError(
+            f"TIME_FIELD: {field!r} is no column of the interactions ({', '.join(map(str, frame.columns))}); "
+            f"set TIME_FIELD to the column of timestamps and add it to load_col: {{inter: [...]}}"
+        )
+    time = pd.to_numeric(frame[field], errors="coerce").to_numpy(dtype=np.float64)
+    for name, bad in (("NaN or not a number", np.isnan(time)), ("infinite", np.isinf(time))):
+        if bad.any():
+            rows = ", ".join(str(row + 2) for row in np.flatnonzero(bad)[:3])
+            raise DataError(
+                f"TIME_FIELD: {int(bad.sum())} values of {field!r} are {name} (first at line {rows} of the .inter "
+                f"file); remove these rows or give them a time"
+            )
+    if len(time) > 1 and time.min() == time.max():
+        raise DataError(
+            f"TIME_FIELD: all {len(time)} values of {field!r} equal {time[0]:g}: there is no order to cut a stream "
+            f"from; choose another TIME_FIELD (and set normalize_all: False)"
+        )
+    return time, _warnings(time, field)
+
+
+def _warnings(time: np.ndarray, field: str) -> list[str]:
+    found = []
+    low, high = np.quantile(time, [0.01, 0.99])
+    span = max(high - low, np.finfo(float).tiny)
+    far = (time < low - OUTLIER_SPANS * span) | (time > high + OUTLIER_SPANS * span)
+    if far.any():
+        found.append(
+            f"TIME_FIELD: {int(far.sum())} of {len(time)} timestamps lie far outside the bulk "
+            f"[{date(low)}, {date(high)}]: {date(time[far].min())} to {date(time[far].max())}; they are kept where "
+            f"their order puts them; time_range: [{date(low)[:10]}, ~] would leave early ones out"
+        )
+    negative = time < 0
+    if negative.any():
+        found.append(
+            f"TIME_FIELD: {int(negative.sum())} of {len(time)} values of {field!r} are negative (before 1970); "
+            f"time_range can leave them out"
+        )
+    ties = len(time) - len(np.unique(time))
+    if ties > 0.9 * len(time):
+        found.append(
+            f"TIME_FIELD: {ties} of {len(time)} interactions share their timestamp with an earlier one (coarse "
+            f"clock); equal times keep the file's order and stay in one stage"
+        )
+    return found
+
+
+def date(seconds: float) -> str:
+    """Returns an ISO date and time (UTC) of seconds since 1970, or the number where that is no date."""
+    try:
+        return pd.Timestamp(seconds, unit="s").strftime("%Y-%m-%d %H:%M")
+    except (OverflowError, ValueError, pd.errors.OutOfBoundsDatetime):
+        return f"{seconds:g}"

@@ -1,0 +1,1 @@
+"""Schedulers: one file each. ``recbole_cl.registry.schedulers`` finds them by name."""

@@ -1,0 +1,151 @@
+"""What a scheduler is: the assignment of interactions to stages.
+
+A scheduler is one file with a class that derives from :class:`Scheduler`, decorated with
+``@schedulers.register()``, and a properties file ``properties/stream/<Name>.yaml``. Most schedulers only write
+:meth:`Scheduler.assign`. One whose stages are not slices of the log (a sequence of tasks over the same users)
+overrides :meth:`Scheduler.stages`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from recbole_cl.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from recbole_cl.stream.dataset import StreamDatasetMixin
+    from recbole_cl.stream.stage import Stage
+    from recbole_cl.stream.table import InteractionTable
+
+
+@dataclass
+class Log:
+    """The log as a scheduler sees it, before ids are given.
+
+    Args:
+        user: A code for each row's user, shape ``[N]``; codes carry no order.
+        item: A code for each row's item, shape ``[N]``.
+        time: Timestamps in seconds, float64, shape ``[N]``; all finite.
+        frame: All columns of the interaction file; for stages that a column names.
+    """
+
+    user: np.ndarray
+    item: np.ndarray
+    time: np.ndarray
+    frame: pd.DataFrame
+
+    def __len__(self) -> int:
+        return len(self.user)
+
+    @property
+    def order(self) -> np.ndarray:
+        """Rows in time order; equal times keep the file's order."""
+        return np.argsort(self.time, kind="stable")
+
+
+@dataclass
+class Slices:
+    """The answer of a scheduler.
+
+    Args:
+        stage: Stage of each row of the log, shape ``[N]``; -1 leaves a row out.
+        names: Names of the stages, in order.
+    """
+
+    stage: np.ndarray
+    names: list[str]
+
+
+class Scheduler:
+    """Cuts a log into stages.
+
+    Args:
+        config: The run's configuration.
+
+    Attributes:
+        time_ordered: Every interaction of a stage precedes every one of the next. Where it is not so,
+            ``history: stage`` is this scheduler's default, so that no target sees a later interaction.
+    """
+
+    time_ordered = True
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+        self.n_stages: int = config["n_stages"]
+
+    @property
+    def n_slices(self) -> int:
+        """Number of slices to cut: one more than the stages where a stage is tested on the next slice."""
+        return self.n_stages + (self.config["stage_split"] == "next_stage")
+
+    def assign(self, log: Log) -> Slices:
+        """Returns the stage of each row.
+
+        Raises:
+            DataError: If the log cannot be cut so; the message names the field, the value and the remedy.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must implement assign(log)")
+
+    def stages(self, table: InteractionTable, roles: np.ndarray, dataset: StreamDatasetMixin) -> list[Stage]:
+        """Returns the stages over the sorted table; by default one a slice, with the roles that the split gave."""
+        from recbole_cl.stream.build import stages_of_slices
+
+        return stages_of_slices(self.config, table, roles, dataset)
+
+    def require_rows(self, log: Log) -> None:
+        """Raises a :class:`DataError` where there are fewer interactions than slices."""
+        if len(log) < self.n_slices:
+            raise DataError(
+                f"n_stages: {self.n_slices} slices were asked of {len(log)} interactions; "
+                f"lower n_stages to at most {max(len(log) // 10, 1)}"
+            )
+
+
+def by_count(order: np.ndarray, shares: np.ndarray) -> np.ndarray:
+    """Returns a slice for each row such that slice k holds ``shares[k]`` of the rows, in the given order.
+
+    Args:
+        order: Row indices in stream order, shape ``[N]``.
+        shares: Shares that sum to 1, shape ``[K]``. The cut of slice k lies at ``round(cumsum(shares)[k] * N)``.
+    """
+    n = len(order)
+    cuts = np.rint(np.cumsum(shares)[:-1] * n).astype(np.int64)
+    stage = np.empty(n, dtype=np.int64)
+    stage[order] = np.searchsorted(cuts, np.arange(n), side="right")
+    return stage
+
+
+def keep_ties_together(stage: np.ndarray, time: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """Moves rows that share a timestamp with the row before a cut into the earlier slice.
+
+    A tie at a boundary goes to the earlier stage: no interaction of a stage has the time of one of an earlier
+    stage, so "before" and "known" mean the same on both sides of the cut.
+    """
+    sorted_time, sorted_stage = time[order], stage[order].copy()
+    first = np.ones(len(order), dtype=bool)
+    first[1:] = sorted_time[1:] != sorted_time[:-1]
+    group = np.cumsum(first) - 1
+    sorted_stage = sorted_stage[np.flatnonzero(first)][group]
+    moved = np.empty_like(stage)
+    moved[order] = sorted_stage
+    return moved
+
+
+def parse_time(value: Any, field: str) -> float:
+    """Returns seconds since 1970 (UTC) of a number or an ISO date.
+
+    Raises:
+        ConfigError: If it is neither; the message names ``field``.
+    """
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    try:
+        stamp = pd.Timestamp(value)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{field}: {value!r} is neither a timestamp nor an ISO date such as 2011-06-01") from error
+    stamp = stamp.tz_localize("UTC") if stamp.tzinfo is None else stamp
+    return stamp.timestamp()

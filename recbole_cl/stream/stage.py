@@ -1,0 +1,185 @@
+"""Targets, tasks, stages and the stream.
+
+A *target* is (user, end of history, label). For next-item prediction the label is the item of an interaction and
+the history ends before it; for a user's age the history is the whole sequence and the label a class. A *stage* holds
+the targets that are trained, validated and tested in it, and the task they belong to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from recbole_cl.stream.table import InteractionTable
+
+if TYPE_CHECKING:
+    from recbole_cl.stream.dataset import StageView, StreamDatasetMixin
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a stage asks of the model.
+
+    Args:
+        kind: ``next_item`` (rank items), ``value`` (score a labelled interaction) or ``classification``.
+        name: Name in reports.
+        n_labels: Size of the label vocabulary; ``None`` for items.
+        metrics: Metrics of this task; ``None`` takes the run's.
+        primary: Metric of early stopping and of the matrix's column; ``None`` takes the run's ``valid_metric``.
+        description: Words about the task, for prompts.
+    """
+
+    kind: str = "next_item"
+    name: str = "next_item"
+    n_labels: int | None = None
+    metrics: tuple[str, ...] | None = None
+    primary: str | None = None
+    description: str = ""
+
+
+@dataclass(frozen=True)
+class Targets:
+    """A set of targets, as columns of equal length ``n``.
+
+    Args:
+        position: Position of the interaction that carries the label (of the last one for labels of a user).
+        user: User ids.
+        lo: Start of the history in ``table.seq``.
+        hi: End of the history in ``table.seq``, exclusive.
+        label: Item ids or class ids.
+    """
+
+    position: np.ndarray
+    user: np.ndarray
+    lo: np.ndarray
+    hi: np.ndarray
+    label: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.position)
+
+    def __getitem__(self, index: Any) -> Targets:
+        return Targets(*(getattr(self, name)[index] for name in ("position", "user", "lo", "hi", "label")))
+
+    @classmethod
+    def next_items(cls, table: InteractionTable, positions: np.ndarray, history: str = "all") -> Targets:
+        """Returns the next-item targets at ``positions``."""
+        positions = np.asarray(positions, dtype=np.int64)
+        lo, hi = table.history(positions, history)
+        return cls(positions, table.user[positions], lo, hi, table.item[positions])
+
+    @classmethod
+    def concat(cls, parts: Sequence[Targets]) -> Targets:
+        """Returns all targets of ``parts``, in order."""
+        names = ("position", "user", "lo", "hi", "label")
+        if not parts:
+            return cls(*(np.empty(0, dtype=np.int64) for _ in names))
+        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+
+
+@dataclass
+class Stage:
+    """One stage of the stream.
+
+    Args:
+        index: From 0.
+        name: Name in reports.
+        start: First timestamp of its interactions, in seconds.
+        end: Last timestamp of its interactions, in seconds.
+        train: Training targets.
+        valid: Validation targets.
+        test: Test targets.
+        task: What is asked.
+        n_users: User ids known when this stage is trained, padding included (rows of the model).
+        n_items: Item ids known when this stage is trained, padding included.
+        catalogue: Item ids seen by the end of the evaluated targets: the ranking scope ``candidates: seen``.
+        first_new_user: Users with this id or a larger one are first seen in this stage.
+        first_new_item: Items with this id or a larger one are first seen in this stage.
+        tested_until: Last stage whose training leaves the test targets untouched; ``None`` means all.
+    """
+
+    index: int
+    name: str
+    start: float
+    end: float
+    train: Targets
+    valid: Targets
+    test: Targets
+    task: Task = field(default_factory=Task)
+    n_users: int = 0
+    n_items: int = 0
+    catalogue: int = 0
+    first_new_user: int = 0
+    first_new_item: int = 0
+    n_new_users: int = 0
+    n_new_items: int = 0
+    tested_until: int | None = None
+
+    def split(self, name: str) -> Targets:
+        """Returns the targets called ``train``, ``valid`` or ``test``."""
+        return {"train": self.train, "valid": self.valid, "test": self.test}[name]
+
+    def evaluable(self, trained: int) -> bool:
+        """Tells whether a model trained up to stage ``trained`` has not trained on this stage's test targets."""
+        return len(self.test) > 0 and (self.tested_until is None or trained <= self.tested_until)
+
+    def describe(self) -> dict[str, Any]:
+        """Returns the row of ``result.json``."""
+        return {
+            "name": self.name,
+            "start": self.start,
+            "end": self.end,
+            "n_train": len(self.train),
+            "n_valid": len(self.valid),
+            "n_test": len(self.test),
+            "n_users": self.n_users - 1,
+            "n_items": self.n_items - 1,
+            "n_new_users": self.n_new_users,
+            "n_new_items": self.n_new_items,
+            "task": self.task.name,
+        }
+
+
+@dataclass
+class Stream:
+    """The stages over one table, and RecBole's dataset behind it."""
+
+    table: InteractionTable
+    stages: list[Stage]
+    dataset: StreamDatasetMixin
+    scheduler: str
+    history: str = "all"
+    warnings: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.stages)
+
+    def trained_targets(self, stage: int, scope: str) -> Targets:
+        """Returns training targets: ``stage`` (of this one) or ``so_far`` (of all up to it)."""
+        if scope == "stage":
+            return self.stages[stage].train
+        parts = [s.train for s in self.stages[: stage + 1] if s.task.kind == self.stages[stage].task.kind]
+        return Targets.concat(parts)
+
+    def view(self, stage: int, graph: str = "all") -> StageView:
+        """Returns RecBole's dataset as it stands when ``stage`` is trained (see :class:`StageView`)."""
+        from recbole_cl.stream.dataset import StageView
+
+        return StageView.of(self, stage, graph)
+
+    def fingerprint(self) -> str:
+        """Returns a hash of the table, of the stages' targets and of all tokens."""
+        import hashlib
+
+        digest = hashlib.sha256(self.table.fingerprint().encode())
+        for stage in self.stages:
+            for split in ("train", "valid", "test"):
+                targets = stage.split(split)
+                for column in (targets.position, targets.hi, targets.label):
+                    digest.update(np.ascontiguousarray(column, dtype=np.int64).tobytes())
+        for known in (self.dataset.uid_field, self.dataset.iid_field):
+            digest.update("\x1f".join(map(str, self.dataset.field2id_token[known])).encode())
+        return digest.hexdigest()

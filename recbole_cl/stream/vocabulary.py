@@ -1,0 +1,215 @@
+"""Growth: users and items get rows as they appear, by named axes.
+
+Ids are append-only, so growing is inserting rows at the end of the *user* and *item* segments of a dimension. A
+dimension may concatenate segments (a factorisation machine's one table for all fields) and end with special rows
+(BERT4Rec's mask, row ``n_items``); the segments say where. One :class:`Growth` serves parameters, buffers, optimiser
+moments and the tensors of strategies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from recbole_cl.errors import ConfigError
+
+Axis = tuple[tuple[str, int], ...]
+"""Segments of one dimension: ``(("user", extra), ("item", extra), ("none", size))``; ``extra`` is added to the count."""
+
+
+def user_axis(extra: int = 0) -> Axis:
+    """Returns the axis of a table of users, with ``extra`` special rows at its end."""
+    return (("user", 0),) + ((("none", extra),) if extra else ())
+
+
+def item_axis(extra: int = 0) -> Axis:
+    """Returns the axis of a table of items, with ``extra`` special rows at its end."""
+    return (("item", 0),) + ((("none", extra),) if extra else ())
+
+
+def fixed_axis(size: int) -> Axis:
+    """Returns the axis of a dimension that never grows."""
+    return (("none", size),)
+
+
+@dataclass(frozen=True)
+class Growth:
+    """The step from one stage's vocabulary to the next.
+
+    Args:
+        n_users: (before, after), padding included.
+        n_items: (before, after), padding included.
+        axes: Axes of every named tensor, one :data:`Axis` a dimension.
+    """
+
+    n_users: tuple[int, int]
+    n_items: tuple[int, int]
+    axes: Mapping[str, Sequence[Axis]] = field(default_factory=dict)
+
+    @property
+    def identity(self) -> bool:
+        """True where nothing new appeared."""
+        return self.n_users[0] == self.n_users[1] and self.n_items[0] == self.n_items[1]
+
+    def _sizes(self, kind: str, size: int) -> tuple[int, int]:
+        if kind == "user":
+            return self.n_users
+        if kind == "item":
+            return self.n_items
+        return size, size
+
+    def rows(self, axis: Axis) -> tuple[np.ndarray, int]:
+        """Returns the new index of each old row of a dimension, and the dimension's new size."""
+        where, start = [], 0
+        for kind, size in axis:
+            before, after = self._sizes(kind, size)
+            where.append(np.arange(start, start + before))
+            start += after
+        return np.concatenate(where) if where else np.empty(0, dtype=np.int64), start
+
+    def expand(self, name: str, tensor: torch.Tensor, fill: torch.Tensor | float = 0.0) -> torch.Tensor:
+        """Returns ``tensor`` with rows for what is new.
+
+        Args:
+            name: Name of the parameter whose axes apply.
+            tensor: Old values.
+            fill: Values of the new rows: a number, or a tensor of the new shape whose old rows are overwritten.
+
+        Raises:
+            ConfigError: If the axes do not describe the tensor's shape.
+        """
+        axes = self.axes.get(name)
+        if axes is None or self.identity:
+            return tensor.clone()
+        maps = [self.rows(axis) for axis in axes]
+        if tuple(len(rows) for rows, _ in maps) != tuple(tensor.shape):
+            raise ConfigError(f"growth_axes: the axes of {name!r} describe {[len(r) for r, _ in maps]}, it is {list(tensor.shape)}")
+        shape = tuple(size for _, size in maps)
+        grown = fill.clone().to(tensor) if isinstance(fill, torch.Tensor) else tensor.new_full(shape, fill)
+        index = torch.meshgrid(*(torch.from_numpy(rows).to(tensor.device) for rows, _ in maps), indexing="ij")
+        if all(len(rows) == size for rows, size in maps[1:]):  # rows only: a plain slice assignment
+            grown[torch.from_numpy(maps[0][0]).to(tensor.device)] = tensor
+        else:
+            grown[index] = tensor
+        return grown
+
+
+def infer_axes(old: nn.Module, new: nn.Module, n_users: tuple[int, int], n_items: tuple[int, int]) -> dict[str, list[Axis]]:
+    """Returns the axes of every tensor of a model from its instances at two stages.
+
+    A model may declare them (``growth_axes``: name to one of ``"user"``, ``"item"``, ``None`` or an :data:`Axis` per
+    dimension). RecBole's models do not, but a dimension that grew by exactly what users or items grew says what it is.
+    Tables of factorisation machines carry the offsets of their fields, and each field is judged by itself.
+
+    Raises:
+        ConfigError: If a shape changed in a way that no axis explains.
+    """
+    declared = dict(getattr(new, "growth_axes", None) or {})
+    before, after = dict(old.state_dict()), dict(new.state_dict())
+    modules = {name: (module, dict(new.named_modules()).get(name)) for name, module in old.named_modules()}
+    axes: dict[str, list[Axis]] = {}
+    for name, tensor in after.items():
+        if name not in before:
+            continue
+        if name in declared:
+            axes[name] = [_declared(kind, size) for kind, size in zip(declared[name], before[name].shape, strict=True)]
+            continue
+        owner = name.rpartition(".")[0]
+        axes[name] = [
+            _infer(name, a, b, n_users, n_items, _fields(modules, owner, a, b) if dim == 0 else None)
+            for dim, (a, b) in enumerate(zip(before[name].shape, tensor.shape, strict=True))
+        ]
+    return axes
+
+
+def _declared(kind: Any, size: int) -> Axis:
+    if kind is None:
+        return fixed_axis(size)
+    return ((kind, 0),) if isinstance(kind, str) else tuple(kind)
+
+
+def _fields(modules: Mapping[str, tuple[nn.Module, Any]], owner: str, a: int, b: int) -> list[tuple[int, int]] | None:
+    """Sizes (before, after) of the fields of a table with ``offsets``: its owner or the owner's parent has them."""
+    for name in (owner, owner.rpartition(".")[0]):
+        old, new = modules.get(name, (None, None))
+        offsets = getattr(old, "offsets", None)
+        if offsets is not None and len(offsets) > 1:
+            return list(zip(np.diff(np.r_[offsets, a]), np.diff(np.r_[new.offsets, b]), strict=True))
+    return None
+
+
+def _infer(
+    name: str,
+    a: int,
+    b: int,
+    n_users: tuple[int, int],
+    n_items: tuple[int, int],
+    fields: list[tuple[int, int]] | None,
+) -> Axis:
+    if fields is not None:
+        return tuple(segment for x, y in fields for segment in _infer(name, int(x), int(y), n_users, n_items, None))
+    if a == b:
+        return fixed_axis(a)
+    fits: list[Axis] = []
+    for extra in (0, 1, 2):
+        if (a, b) == (n_items[0] + extra, n_items[1] + extra):
+            fits.append(item_axis(extra))
+        if (a, b) == (n_users[0] + extra, n_users[1] + extra):
+            fits.append(user_axis(extra))
+    if (a, b) == (n_users[0] + n_items[0], n_users[1] + n_items[1]):
+        fits.append((("user", 0), ("item", 0)))
+    if len(fits) > 1:  # as many users as items, before and after: the name decides
+        fits = [axis for axis in fits if axis[0][0] in name.lower()] or fits
+    if not fits:
+        raise ConfigError(
+            f"growth_axes: {name!r} went from {a} to {b} rows, which neither users {n_users} nor items {n_items} "
+            f"explain; declare growth_axes on the model, or set vocabulary: global"
+        )
+    return fits[0]
+
+
+def carry(old: Mapping[str, torch.Tensor], new: nn.Module, growth: Growth, new_rows: str = "random") -> list[str]:
+    """Loads the old weights into a model of the next stage; new rows keep their initialisation or start as a mean.
+
+    Args:
+        old: State of the model before.
+        new: Model with the new shapes, freshly initialised.
+        growth: The step.
+        new_rows: ``random`` (the fresh initialisation) or ``mean`` (of the known rows, padding left out).
+
+    Returns:
+        Names of old tensors that the new model does not have.
+    """
+    fresh = new.state_dict()
+    loaded = {}
+    for name, tensor in fresh.items():
+        if name not in old:
+            continue
+        fill = tensor
+        if new_rows == "mean" and tensor.is_floating_point() and tensor.shape != old[name].shape and tensor.dim() > 1:
+            fill = tensor.clone()
+            fill[:] = old[name][1:].mean(dim=0, keepdim=True) if old[name].shape[1:] == tensor.shape[1:] else fill
+        loaded[name] = growth.expand(name, old[name].to(tensor.device), fill)
+    new.load_state_dict(loaded, strict=False)
+    return [name for name in old if name not in fresh]
+
+
+def grow_optimizer(old: Mapping[str, Mapping[str, Any]], growth: Growth) -> dict[str, dict[str, Any]]:
+    """Returns optimiser moments by parameter name, grown with zero rows.
+
+    Args:
+        old: For each parameter name its optimiser state (``exp_avg``, ``step``, ...).
+        growth: The step.
+    """
+    out: dict[str, dict[str, Any]] = {}
+    for name, state in old.items():
+        out[name] = {
+            key: growth.expand(name, value) if torch.is_tensor(value) and value.dim() else value
+            for key, value in state.items()
+        }
+    return out
