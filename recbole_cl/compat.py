@@ -111,6 +111,38 @@ def scipy_dok_update() -> None:
     dok_matrix._update = _update
 
 
+def evaluator_counts() -> None:
+    """Lets the metrics ItemCoverage, AveragePopularity, GiniIndex and TailPercentage be computed.
+
+    ``recbole/evaluator/collector.py:226`` moves everything it has collected to the CPU, also the number of items and
+    the counter of their interactions that these metrics need (AttributeError: 'int' object has no attribute 'cpu').
+    The method runs on the tensors alone, and the rest is handed over beside it.
+
+    Not part of :func:`apply`, since it has to import RecBole's evaluator and with it torch; :mod:`recbole_cl.config`
+    calls it, without which no run starts. A second call does nothing.
+    """
+    from recbole.evaluator.collector import Collector
+
+    original = Collector.get_data_struct
+    if getattr(original, "_keeps_counts", False):
+        return
+
+    def get_data_struct(self: Any) -> Any:
+        collected = self.data_struct._data_dict
+        counts = {key: value for key, value in collected.items() if not hasattr(value, "cpu")}
+        for key in counts:
+            del collected[key]
+        try:
+            result = original(self)
+        finally:
+            collected.update(counts)
+        result._data_dict.update(counts)
+        return result
+
+    get_data_struct._keeps_counts = True  # type: ignore[attr-defined]
+    Collector.get_data_struct = get_data_struct
+
+
 def silence_deprecations() -> None:
     """Hides the warnings that RecBole's own lines provoke at every epoch and that its users cannot act on.
 

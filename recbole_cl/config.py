@@ -18,7 +18,7 @@ import copy
 import difflib
 import enum
 import functools
-import importlib
+import importlib.util
 import inspect
 import os
 import re
@@ -33,9 +33,11 @@ from recbole.evaluator import metric_types
 from recbole.model.abstract_recommender import AbstractRecommender
 from recbole.utils import EvaluatorType, ModelType, argument_list
 
-from recbole_cl import schema
+from recbole_cl import compat, schema
 from recbole_cl.errors import ConfigError, nearest
 from recbole_cl.registry import Registry, models, schedulers, strategies
+
+compat.evaluator_counts()
 
 RECBOLE = Path(recbole.__file__).resolve().parent
 _MODEL_FAMILIES = (
@@ -45,6 +47,8 @@ _MODEL_FAMILIES = (
     "knowledge_aware_recommender",
     "exlib_recommender",
 )
+# RecBole's models that import a package only when constructed or trained, after the data has been read.
+_LATE_IMPORTS = {"KGAT": "dgl", "KGIN": "torch_scatter", "MCCLK": "torch_scatter", "NCL": "faiss"}
 # Intervals such as "[5,10]" would read as a YAML list; RecBole wants the text.
 _INTERVALS = (
     "user_inter_num_interval",
@@ -337,14 +341,16 @@ def get_model_class(name: str) -> type:
             f"model {class_name!r} is a decision tree: it is fitted once and cannot be trained in stages; "
             "use a context-aware model such as 'DeepFM'"
         )
-    try:
-        return getattr(importlib.import_module(module), class_name)
-    except ImportError as error:
-        package = error.name or str(error)
-        raise ConfigError(
-            f"model {class_name!r} needs the package {package!r}, which is not installed; install it, e.g. "
-            f"with `pip install {package}`, or use another model"
-        ) from error
+    package = _LATE_IMPORTS.get(class_name)
+    if package is None or importlib.util.find_spec(package) is not None:
+        try:
+            return getattr(importlib.import_module(module), class_name)
+        except ImportError as error:
+            package = error.name or str(error)
+    raise ConfigError(
+        f"model {class_name!r} needs the package {package!r}, which is not installed; install it (`pip install "
+        f"{package.replace('_', '-')}`) or use another model"
+    )
 
 
 # --------------------------------------------------------------------------------------------------- datasets
@@ -494,7 +500,8 @@ class CLConfig(Config):
     def _init_parameters_category(self) -> None:
         """Copies RecBole's lists of arguments: it appends a dataset's keys to them, for the rest of the process."""
         super()._init_parameters_category()
-        self.parameters = {category: list(keys) for category, keys in self.parameters.items()}
+        shared: dict[str, list[str]] = vars(self)["parameters"]
+        self.parameters: dict[str, list[str]] = {category: list(keys) for category, keys in shared.items()}
         self.parameters["Continual"] = sorted(schema.SCHEMA.keys() - {k for v in self.parameters.values() for k in v})
 
     def _build_yaml_loader(self) -> type[yaml.SafeLoader]:
@@ -506,7 +513,11 @@ class CLConfig(Config):
 
     def _files(self, config_file_list: Sequence[str | os.PathLike[str]] | str | None) -> list[str]:
         """Returns the config files, those of the property ``config_files`` last."""
-        files = [config_file_list] if isinstance(config_file_list, str | os.PathLike) else list(config_file_list or ())
+        files: list[str | os.PathLike[str]] = []
+        if isinstance(config_file_list, str | os.PathLike):
+            files.append(config_file_list)
+        else:
+            files.extend(config_file_list or ())
         asked = self.cmd_config_dict.pop("config_files", None)
         files += asked.split() if isinstance(asked, str) else list(asked or ())
         return [os.fspath(file) for file in files]
@@ -542,7 +553,7 @@ class CLConfig(Config):
                 f"model {model_class.__name__!r} does not say what type it has; derive it from GeneralRecommender, "
                 "SequentialRecommender, ContextRecommender or KnowledgeRecommender"
             )
-        if model_class.type == ModelType.DECISIONTREE:
+        if getattr(model_class, "type", None) == ModelType.DECISIONTREE:
             raise ConfigError(f"model {model_class.__name__!r} is a decision tree and cannot be trained in stages")
         return model_class.__name__, model_class, str(self._asked("dataset", dataset, _EXAMPLE))
 
@@ -650,6 +661,10 @@ class CLConfig(Config):
             if isinstance(final.get(key), list) and len(final[key]) == 2:
                 final[key] = f"[{final[key][0]},{final[key][1]}]"
         schema.check(final)
+        if final["n_stages"] is None and self.internal_config_dict["n_stages"] is not None:
+            raise ConfigError(
+                f"property 'n_stages' is None; the scheduler {self._scheduler!r} needs a number of stages"
+            )
         for key, words in self._declared.items():
             if key in final and (key in self.external_config_dict or key in self._dict_parameters):
                 schema.check_declared(key, final[key], words)
@@ -685,8 +700,8 @@ class CLConfig(Config):
             )
         if final["valid_metric"].lower() not in {metric.lower() for metric in computed}:
             raise ConfigError(
-                f"property 'valid_metric' is {final['valid_metric']!r}, but property 'metrics' {metrics!r} with property "
-                f"'topk' {topk!r} gives {', '.join(computed)}; set it to one of them"
+                f"property 'valid_metric' is {final['valid_metric']!r}, but property 'metrics' {metrics!r} with "
+                f"property 'topk' {topk!r} gives {', '.join(computed)}; set it to one of them"
                 + (f" or add {k} to topk" if ranking and at else "")
             )
         modes = final["eval_args"].get("mode", "full")
@@ -698,8 +713,8 @@ class CLConfig(Config):
                 )
             if (ranking and mode == "labeled") or (not ranking and mode == "full"):
                 raise ConfigError(
-                    f"property 'metrics' is {metrics!r}, which {'rank items' if ranking else 'judge single scores'}, but "
-                    f"property 'eval_args' has the mode {mode!r}; use the mode "
+                    f"property 'metrics' is {metrics!r}, which {'rank items' if ranking else 'judge single scores'}, "
+                    f"but property 'eval_args' has the mode {mode!r}; use the mode "
                     + ("'full' or 'uni100', or the metrics AUC and LogLoss" if ranking else "'labeled' or 'uni100'")
                 )
 
@@ -747,17 +762,19 @@ class CLConfig(Config):
         self._columns = self._read_header()
         fields = [final[key] for key in ("USER_ID_FIELD", "ITEM_ID_FIELD")]
         for key, field in zip(("USER_ID_FIELD", "ITEM_ID_FIELD"), fields, strict=True):
-            if field not in self._columns:
-                raise ConfigError(
-                    f"property {key!r} is {field!r}, but {self.dataset}.inter has the columns "
-                    f"{', '.join(self._columns)}{nearest(field, self._columns)}"
-                )
+            self._check_columns(key, [field])
+        if "period_field" in self.external_config_dict:
+            self._check_columns("period_field", [final["period_field"]])
+        if "threshold" in self.external_config_dict:
+            self._check_columns("threshold", list(final["threshold"] or ()))
         needed = [final["TIME_FIELD"], final.get("period_field"), *(final.get("threshold") or {})]
         if final.get("load_col") is not None:
             columns = final["load_col"].get("inter")
             if "load_col" not in self._specific_keys and "load_col" not in self.external_config_dict:
                 # RecBole's last resort loads users and items only; a stream needs to know when.
                 columns = [*fields, final["RATING_FIELD"], final["LABEL_FIELD"]]
+            else:
+                self._check_columns("load_col", columns)
             if isinstance(columns, list | tuple):
                 wanted = dict.fromkeys([*columns, *(field for field in needed if field)])
                 final["load_col"] = {**final["load_col"], "inter": [c for c in wanted if c in self._columns]}
@@ -768,6 +785,15 @@ class CLConfig(Config):
                         f"model {self.model!r} learns from a knowledge graph, but dataset {self.dataset!r} has no file "
                         f"{self.dataset}.{suffix}; use another model or add the file"
                     )
+
+    def _check_columns(self, key: str, fields: Any) -> None:
+        """Checks that columns which were asked for are in the interaction file; RecBole's defaults need not be."""
+        if key not in self.external_config_dict and not key.endswith("_ID_FIELD"):
+            return
+        for field in fields if isinstance(fields, list | tuple) else ():
+            if field is not None and field not in self._columns:
+                hint = nearest(field, self._columns) or f". It has {', '.join(self._columns)}"
+                raise ConfigError(f"property {key!r} names {field!r}, which is no column of {self.dataset}.inter{hint}")
 
     def _read_header(self) -> list[str]:
         """Returns the names of the columns of the interaction file."""
@@ -781,8 +807,8 @@ class CLConfig(Config):
         columns = [column.partition(":") for column in header.split(separator)]
         if any(not kind for _, _, kind in columns):
             raise ConfigError(
-                f"the first line of {file.name} is {header[:80]!r}; it must name each column and its type, separated by "
-                f"property 'field_separator' {separator!r}, as in 'user_id:token'"
+                f"the first line of {file.name} is {header[:80]!r}; it must name each column and its type, separated "
+                f"by property 'field_separator' {separator!r}, as in 'user_id:token'"
             )
         return [name for name, _, _ in columns]
 
@@ -811,8 +837,8 @@ class CLConfig(Config):
             distribution = given.get("distribution", "uniform") if isinstance(given, dict) else given
             if distribution not in (None, "None", "none"):
                 raise ConfigError(
-                    f"property 'train_neg_sample_args' is {given!r}, but model {self.model!r} has loss_type 'CE', which "
-                    "compares with all items; leave it out or set loss_type to 'BPR'"
+                    f"property 'train_neg_sample_args' is {given!r}, but model {self.model!r} has loss_type 'CE', "
+                    "which compares with all items; leave it out or set loss_type to 'BPR'"
                 )
             final["train_neg_sample_args"] = None
         labelled = final.get("threshold") is not None or final["LABEL_FIELD"] in self._loaded_columns()
@@ -828,7 +854,7 @@ class CLConfig(Config):
             if not asked & {"metrics", "valid_metric"}:
                 final.update({key: copy.deepcopy(self._overall[key]) for key in ("metrics", "valid_metric")})
             self.warnings.append(
-                f"dataset {self.dataset!r} has no labels (no property 'threshold', no column {final['LABEL_FIELD']!r}): "
+                f"dataset {self.dataset!r} has no labels (no 'threshold', no column {final['LABEL_FIELD']!r}); "
                 f"{self.model} is trained on sampled negatives and evaluated with {final['valid_metric']}"
             )
 
@@ -849,7 +875,7 @@ class CLConfig(Config):
             final["data_path"] = folder
 
     def _init_device(self) -> None:
-        """Chooses the device. CUDA_VISIBLE_DEVICES is not touched; several processes are not RecBole's business here."""
+        """Chooses the device. CUDA_VISIBLE_DEVICES is not touched: it would hold for everything in the process."""
         import torch
 
         final = self.final_config_dict

@@ -7,6 +7,7 @@ strategies, schedulers and models are checked against the ``# (type)`` comment o
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -54,7 +55,7 @@ def is_number(value: Any) -> bool:
 
 
 def time_value(value: Any) -> float | None:
-    """Returns seconds since 1970 of a timestamp or an ISO date (UTC unless it says otherwise), None if it is neither."""
+    """Returns seconds since 1970 of a timestamp or an ISO date (UTC by default), None if it is neither."""
     if is_number(value):
         return float(value)
     if not isinstance(value, str):
@@ -119,7 +120,7 @@ def _times(value: Any, strictly: bool) -> bool:
         return False
     times = [time_value(v) for v in value]
     known = [t for t in times if t is not None]
-    pairs = zip(known, known[1:], strict=False)
+    pairs = itertools.pairwise(known)
     return len(known) == len(times) and all(a < b if strictly else a <= b for a, b in pairs)
 
 
@@ -147,7 +148,8 @@ SCHEMA: dict[str, Rule] = {
     "new_rows": choice("random", "mean"),
     # What comes when
     "scheduler": text(),
-    "n_stages": integer(1),
+    # None where the scheduler's own file says so: it follows from the periods or boundaries.
+    "n_stages": integer(1).optional(),
     "base_ratio": share(),
     "stage_by": choice("count", "time"),
     "boundaries": Rule(
@@ -185,7 +187,7 @@ SCHEMA: dict[str, Rule] = {
     "valid_metric": text(),
     "metrics": Rule(
         "the name of a metric or a list of such names",
-        lambda v: len(v or "") > 0 and _one_or_many(v, lambda x: isinstance(x, str) and x != ""),
+        lambda v: _one_or_many(v, lambda x: isinstance(x, str) and x != ""),
     ),
     "topk": Rule(
         "an integer of at least 1 or a list of such integers",

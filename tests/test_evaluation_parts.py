@@ -56,7 +56,7 @@ def test_steps_without_an_answer() -> None:
 @given(st.lists(st.floats(0.01, 1), min_size=1, max_size=20), st.floats(0.1, 1))
 def test_steps_equals_brute_force(values: list[float], share: float) -> None:
     curve = [(10 * (i + 1), v) for i, v in enumerate(values)]
-    expected = [n for n, v in curve if v >= share * max(values)][0]
+    expected = min(n for n, v in curve if v >= share * max(values))
     assert steps_to_95(curve, share) == expected
     assert steps_to_95(curve, share) <= steps_to_95(curve, 1.0)
 
@@ -230,7 +230,7 @@ def test_no_duplicates() -> None:
     records.add(metric="NDCG@10", t=0, s=0, value=0.1, n=10)
     records.add(metric="NDCG@10", t=1, s=0, value=float("nan"), n=0, stratum="new_user")
     assert len(records) == size
-    with pytest.raises(ValueError, match="is 0.1 over 10 targets already, not 0.2"):
+    with pytest.raises(ValueError, match=r"is 0\.1 over 10 targets already, not 0\.2"):
         records.add(metric="NDCG@10", t=0, s=0, value=0.2, n=10)
     with pytest.raises(ValueError, match="already"):
         records.add(metric="NDCG@10", t=0, s=0, value=0.1, n=11)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from recbole.data.interaction import Interaction
 from recbole.data.transform import construct_transform
-from recbole.utils import InputType, KGDataLoaderState
+from recbole.utils import InputType, KGDataLoaderState, ModelType
 
 from recbole_cl.errors import ConfigError
 from recbole_cl.rng import numpy_generator, torch_generator
@@ -327,3 +327,56 @@ class KnowledgeStageLoader:
         self.general.load_state_dict(state["general"])
         self.generator.set_state(state["triples"])
         self.sampler.generator.bit_generator.state = state["negatives"]
+
+
+def make_sampler(config: Any, stream: Any, stage: int, n_items: int, generator: np.random.Generator) -> NegativeSampler | None:
+    """Returns a sampler of negatives that knows the training interactions up to ``stage``, or ``None`` without any.
+
+    Args:
+        config: ``train_neg_sample_args`` is read.
+        stream: The stream.
+        stage: The trained stage.
+        n_items: Items that the model has rows for.
+        generator: Owned by the caller.
+    """
+    args = config["train_neg_sample_args"]
+    if args["distribution"] == "none":
+        return None
+    past = stream.trained_targets(stage, "so_far").position
+    table = stream.table
+    return NegativeSampler(table.user[past], table.item[past], n_items, generator, args["distribution"], args["alpha"])
+
+
+def make_loader(ctx: Any, targets: Targets, name: str) -> StageLoader | KnowledgeStageLoader:
+    """Returns the loader of one pass.
+
+    Args:
+        ctx: The stage (:class:`recbole_cl.strategy.base.StageContext`).
+        targets: Training targets of the pass.
+        name: Name of the pass; its generators are derived from it.
+    """
+    config, batcher, seed = ctx.config, ctx.batcher, ctx.config["seed"]
+    units: Targets | Windows | tuple[np.ndarray, np.ndarray] = targets
+    next_item = ctx.stage.task.kind == "next_item"
+    if next_item and getattr(ctx.model, "trains_all_positions", False) and config["train_positions"] == "all":
+        supervised = np.zeros(len(batcher.table) + 1, dtype=bool)
+        supervised[targets.hi] = True
+        size = config["window"] or batcher.max_length
+        units = Windows(targets, supervised, min(size, batcher.max_length), config["window_stride"] or size)
+    elif config["model"] in USER_BATCH_MODELS:
+        order = np.lexsort((targets.position, targets.user))
+        last = np.r_[targets.user[order][1:] != targets.user[order][:-1], True]
+        units = (targets.user[order][last], targets.position[order][last])
+    sampler = None
+    if next_item or ctx.stage.task.kind == "value":
+        generator = numpy_generator(seed, ctx.index, f"negatives/{name}")
+        sampler = make_sampler(config, ctx.stream, ctx.index, batcher.n_items, generator)
+    repeatable = batcher.sequential or config.repeatable_items
+    negatives = Negatives(batcher, config, sampler, repeatable)
+    order_generator = torch_generator(seed, ctx.index, f"order/{name}")
+    loader = StageLoader(
+        batcher, units, negatives, config["train_batch_size"], order_generator, shuffle=bool(config["shuffle"])
+    )
+    if getattr(batcher.view, "kg_feat", None) is not None and config["MODEL_TYPE"] == ModelType.KNOWLEDGE:
+        return KnowledgeStageLoader(loader, seed, ctx.index)
+    return loader

@@ -1,0 +1,191 @@
+"""The command ``recbole-cl``: run a stream, list what there is, render a report again.
+
+Exit codes: 0 done, 2 what was asked for makes no sense (one line says what and how to mend it), 1 anything else,
+130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from recbole_cl import __version__
+from recbole_cl.errors import ConfigError, RecBoleCLError, nearest
+
+PROGRAM = "recbole-cl"
+_LISTS = ("strategies", "schedulers", "models", "datasets", "metrics")
+_LEVELS = ("debug", "info", "warning", "error", "critical")
+_HANDLER = "recbole_cl"
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a wrong command line as every other wrong input."""
+
+    def error(self, message: str) -> Any:
+        raise ConfigError(f"{message}; '{self.prog} --help' tells what there is")
+
+
+class _Stderr(logging.StreamHandler):
+    """Writes to what sys.stderr is now: a process that redirects it would keep a closed file."""
+
+    @property
+    def stream(self) -> Any:  # type: ignore[override]
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, value: Any) -> None:
+        """Ignores the stream of the moment in which the handler was made."""
+
+
+def setup_logging(state: str | None = None) -> None:
+    """Sends log records to stderr, and nowhere else: RecBole's own set-up writes a folder ``log`` and works only once.
+
+    Args:
+        state: RecBole's name of a level: debug, info, warning, error or critical; None means info.
+
+    Raises:
+        ConfigError: If it is none of these.
+    """
+    name = (state or "info").lower()
+    if name not in _LEVELS:
+        raise ConfigError(
+            f"property 'state' is {state!r}; it must be one of {', '.join(_LEVELS)}{nearest(name, _LEVELS)}"
+        )
+    root = logging.getLogger()
+    for handler in [handler for handler in root.handlers if handler.get_name() == _HANDLER]:
+        root.removeHandler(handler)
+    handler = _Stderr()
+    handler.set_name(_HANDLER)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%d %b %H:%M:%S"))
+    root.addHandler(handler)
+    root.setLevel(name.upper())
+
+
+def _parser() -> _Parser:
+    parser = _Parser(prog=PROGRAM, description="Continual recommendation for RecBole.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
+    run = commands.add_parser(
+        "run",
+        help="train a model through a stream of stages",
+        description="Train a model through a stream of stages. Any property is set with --name=value, "
+        "such as --strategy=EWC --ewc_lambda=10 --n_stages=5.",
+        allow_abbrev=False,
+    )
+    run.add_argument("--model", "-m", help="name of the model (default: SASRec)")
+    run.add_argument("--dataset", "-d", help="name of the dataset (default: ml-100k)")
+    run.add_argument("--config_files", "-c", help="YAML files with properties, separated by spaces; later ones win")
+    listing = commands.add_parser("list", help="list names, one a line", allow_abbrev=False)
+    listing.add_argument("what", choices=_LISTS)
+    report = commands.add_parser("report", help="render the report of a run again", allow_abbrev=False)
+    report.add_argument("folder", metavar="DIR", help="output folder of the run")
+    return parser
+
+
+def _names(what: str) -> list[str]:
+    """Returns the names of one kind of component."""
+    from recbole_cl import config, registry
+
+    if what == "strategies":
+        return registry.strategies.names()
+    if what == "schedulers":
+        return registry.schedulers.names()
+    if what == "models":
+        return config.list_models()
+    if what == "datasets":
+        return config.list_datasets()
+    return config.list_metrics()
+
+
+def _run(options: argparse.Namespace, properties: list[str]) -> None:
+    from recbole_cl.config import CLConfig, parse_arguments, read_properties
+
+    # Known before anything else, so that everything else can be told at the right level.
+    files = (options.config_files or "").split()
+    asked: dict[str, Any] = {}
+    for file in files:
+        asked.update(read_properties(file))
+    asked.update(parse_arguments(properties))
+    state = asked.get("state")
+    setup_logging(state if state is None else str(state))
+
+    names = {
+        "model": options.model or asked.get("model") or "SASRec",
+        "dataset": options.dataset or asked.get("dataset"),
+    }
+    config = CLConfig(
+        model=names["model"], dataset=names["dataset"] or "ml-100k", config_file_list=files, args=properties
+    )
+    from recbole_cl.runner import Runner
+
+    config["saved"] = asked.get("saved", True) is not False
+    Runner(config).run()
+
+
+def _report(folder: str) -> None:
+    if not (Path(folder) / "result.json").is_file():
+        raise ConfigError(f"{folder!r} holds no result.json; give the output folder of a run that has finished")
+    from recbole_cl.report import render_folder
+
+    summary = render_folder(Path(folder))
+    if summary is not None:
+        print(summary)
+
+
+def _tell(message: str) -> None:
+    print(f"{PROGRAM}: {' '.join(message.split())}", file=sys.stderr)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+        argv: Arguments without the program's name. Default: those of the process.
+
+    Returns:
+        The exit code.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = any(argument.lower() == "--state=debug" for argument in arguments)
+    try:
+        options, properties = _parser().parse_known_args(arguments)
+        if options.command == "run":
+            _run(options, properties)
+        elif properties:
+            raise ConfigError(f"cannot read the argument {properties[0]!r}; '{PROGRAM} --help' tells what there is")
+        elif options.command == "list":
+            print("\n".join(_names(options.what)))
+        else:
+            _report(options.folder)
+        # Here, not at exit: a reader that has gone away (| head) is no error.
+        sys.stdout.flush()
+    except SystemExit as stop:  # --help and --version
+        return stop.code if isinstance(stop.code, int) else 0
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        _tell("interrupted; run the same command with --resume=True to go on from the newest checkpoint")
+        return 130
+    except RecBoleCLError as error:
+        if debug:
+            traceback.print_exc()
+        _tell(f"error: {error}")
+        return error.exit_code
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        hint = "" if debug else " (--state=debug shows the traceback)"
+        _tell(f"error: {type(error).__name__}: {error}{hint}")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,168 @@
+"""What of a model is owned by the run: its state without frozen bases, plus what RecBole keeps beside parameters."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from recbole.utils import ModelType
+from torch import nn
+
+from recbole_cl.errors import CheckpointError
+from recbole_cl.stream.vocabulary import Growth, carry, infer_axes
+
+
+def frozen_bases(model: nn.Module) -> dict[str, dict[str, str]]:
+    """Returns the frozen parts of a model: prefix of their names to ``{"source": ..., "sha256": ...}``.
+
+    A model that builds on a pretrained base declares it with a method of this name; the base is referred to in
+    checkpoints, not stored.
+    """
+    declared = getattr(model, "frozen_bases", None)
+    return dict(declared()) if declared is not None else {}
+
+
+def owned_state(model: nn.Module) -> dict[str, Any]:
+    """Returns the tensors that a checkpoint holds, RecBole's ``other_parameter`` and state that is no parameter."""
+    bases = frozen_bases(model)
+    state = {
+        "tensors": {k: v for k, v in model.state_dict().items() if not k.startswith(tuple(bases))},
+        "bases": bases,
+        "other": _others(model),
+    }
+    if hasattr(model, "owned_state"):
+        state["owned"] = model.owned_state()
+    return state
+
+
+def _others(model: nn.Module) -> dict[str, Any]:
+    # Memory-based models (ItemKNN, EASE) compute theirs from the data when they are made; only what training
+    # accumulates (Pop's counts) is carried.
+    if not hasattr(model, "other_parameter"):
+        return {}
+    kept = (torch.Tensor, np.ndarray, int, float)
+    return {k: v for k, v in model.other_parameter().items() if isinstance(v, kept) and not isinstance(v, bool)}
+
+
+def load_owned_state(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Puts an owned state back.
+
+    Raises:
+        CheckpointError: If keys are missing or a frozen base is another one.
+    """
+    bases = frozen_bases(model)
+    for prefix, told in state["bases"].items():
+        have = bases.get(prefix)
+        if have is None or have["sha256"] != told["sha256"]:
+            raise CheckpointError(
+                f"checkpoint: it was trained on the frozen base {told['source']!r} ({told['sha256'][:12]}), this run "
+                f"has {have['source'] + ' (' + have['sha256'][:12] + ')' if have else 'none'} under {prefix!r}"
+            )
+    missing = model.load_state_dict(state["tensors"], strict=False)
+    lost = [k for k in missing.missing_keys if not k.startswith(tuple(bases))]
+    if lost or missing.unexpected_keys:
+        raise CheckpointError(
+            f"checkpoint: the model misses {lost or 'nothing'} and does not know {list(missing.unexpected_keys)}"
+        )
+    if state["other"]:
+        model.load_other_parameter({k: _copy(v) for k, v in state["other"].items()})
+    if "owned" in state:
+        model.load_owned_state(state["owned"])
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    return value.copy() if isinstance(value, np.ndarray) else value
+
+
+def clone_tree(value: Any) -> Any:
+    """Returns a deep copy of a state on the CPU: nothing in it shares memory with the original."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, np.ndarray):
+        return value.copy()
+    if isinstance(value, Mapping):
+        return {k: clone_tree(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [clone_tree(v) for v in value]
+    return value
+
+
+def tree_hash(*trees: Any) -> str:
+    """Returns a hash of every leaf of the given states."""
+    digest = hashlib.blake2b(digest_size=16)
+
+    def walk(value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            value = value.detach().to("cpu").contiguous()
+            digest.update(str(value.dtype).encode())
+            digest.update(value.view(torch.uint8).numpy().tobytes() if value.numel() else b"")
+        elif isinstance(value, np.ndarray):
+            digest.update(np.ascontiguousarray(value).tobytes() if value.dtype != object else repr(value.tolist()).encode())
+        elif isinstance(value, Mapping):
+            for key in value:
+                digest.update(str(key).encode())
+                walk(value[key])
+        elif isinstance(value, (list, tuple)):
+            for item in value:
+                walk(item)
+        else:
+            digest.update(repr(value).encode())
+
+    for tree in trees:
+        walk(tree)
+    return digest.hexdigest()
+
+
+def grow_model(
+    old: nn.Module, new: nn.Module, n_users: tuple[int, int], n_items: tuple[int, int], new_rows: str
+) -> tuple[Growth, list[str]]:
+    """Carries the weights of one stage's model into the next one's.
+
+    Args:
+        old: Model of the stage before.
+        new: Model of this stage, freshly initialised, with this stage's numbers of rows.
+        n_users: Users (before, after).
+        n_items: Items (before, after).
+        new_rows: See :func:`recbole_cl.stream.vocabulary.carry`.
+
+    Returns:
+        The growth, and the names of old tensors that have no place in the new model.
+    """
+    growth = Growth(n_users, n_items, infer_axes(old, new, n_users, n_items))
+    bases = tuple(frozen_bases(new))
+    state = {k: v for k, v in old.state_dict().items() if not (bases and k.startswith(bases))}
+    lost = carry(state, new, growth, new_rows)
+    if getattr(new, "type", None) != ModelType.TRADITIONAL or type(new).__name__ == "Pop":
+        _carry_others(old, new, n_users, n_items)
+    if hasattr(new, "grow_owned_state") and hasattr(old, "owned_state"):
+        new.load_owned_state(new.grow_owned_state(clone_tree(old.owned_state()), growth))
+    return growth, lost
+
+
+def _carry_others(old: nn.Module, new: nn.Module, n_users: tuple[int, int], n_items: tuple[int, int]) -> None:
+    before, after = _others(old), _others(new)
+    grown: dict[str, Any] = {}
+    for name, value in before.items():
+        fresh = after.get(name)
+        if not isinstance(value, torch.Tensor) or not isinstance(fresh, torch.Tensor) or not value.dim():
+            grown[name] = _copy(value)
+            continue
+        holder_old, holder_new = nn.Module(), nn.Module()
+        holder_old.register_buffer(name, value)
+        holder_new.register_buffer(name, fresh)
+        axes = infer_axes(holder_old, holder_new, n_users, n_items)
+        grown[name] = Growth(n_users, n_items, axes).expand(name, value, fresh)
+    if grown:
+        new.load_other_parameter(grown)
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int, int]:
+    """Returns trainable numbers, all numbers, and bytes of a model; tied tensors count once."""
+    unique = {p.data_ptr(): p for p in model.parameters()}.values()
+    trainable = sum(p.numel() for p in unique if p.requires_grad)
+    return trainable, sum(p.numel() for p in unique), sum(p.numel() * p.element_size() for p in unique)

@@ -1,0 +1,71 @@
+"""What a person sees of a run: a terminal summary, one self-contained HTML page, one picture.
+
+Everything is a function of ``result.json``; a page can be written again at any time from the folder of a run. Keys that
+are missing leave their section out or say that nothing was recorded.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from recbole_cl.errors import DataError, OutputError
+from recbole_cl.report.figures import picture
+from recbole_cl.report.html import page
+from recbole_cl.report.terminal import terminal_summary
+
+__all__ = ["page", "picture", "render_folder", "terminal_summary", "write_report"]
+
+
+def write_report(result: dict[str, Any], folder: str | Path) -> Path:
+    """Writes ``report.html`` of a run.
+
+    Args:
+        result: The run's result, as in ``result.json``.
+        folder: The folder of the run; made where it is missing.
+
+    Returns:
+        The file. It is replaced in one step, so that a reader never sees half a page.
+
+    Raises:
+        OutputError: The folder cannot be written.
+    """
+    path = Path(folder) / "report.html"
+    fresh = path.with_name(".report.html.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh.write_text(page(result), encoding="utf-8", newline="\n")
+        fresh.replace(path)
+    except OSError as error:
+        raise OutputError(f"the report {path} cannot be written: {error}") from error
+    return path
+
+
+def render_folder(path: str | Path) -> str:
+    """Writes ``report.html`` of a finished or running run again and tells its summary.
+
+    Args:
+        path: The folder of the run, or its ``result.json``.
+
+    Returns:
+        The terminal summary.
+
+    Raises:
+        DataError: There is no ``result.json``, or it does not hold a result.
+        OutputError: The folder cannot be written.
+    """
+    source = Path(path)
+    if source.is_dir() or source.suffix != ".json":
+        source = source / "result.json"
+    try:
+        result = json.loads(source.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{source} cannot be read ({error.strerror}); is this the output_dir of a run?") from error
+    except ValueError as error:
+        raise DataError(f"{source} is not JSON: {error}") from error
+    if not isinstance(result, dict):
+        raise DataError(f"{source} holds a {type(result).__name__}, not the result of a run")
+    write_report(result, source.parent)
+    # A folder may have been moved since the run: say where it lies now.
+    return terminal_summary({**result, "output_dir": str(source.parent)})

@@ -1,0 +1,416 @@
+"""The figures as plain Plotly specifications: the page draws them in the browser, the picture draws them to PNG.
+
+No figure library is imported to write a page; only :func:`picture` needs the Python side of Plotly, and a browser.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from recbole_cl.report import text
+
+Figure = dict[str, Any]
+
+FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
+INK, MUTED, GRID, PALE = "#1f2933", "#52606d", "#e4e9ee", "#f4f6f8"
+#: Stages have an order, so their colours have one, too; from dark to light at the same hue steps for colour-blind eyes.
+RAMP = ((38, 24, 95), (106, 30, 148), (178, 42, 125), (226, 96, 84), (246, 165, 45))
+#: Colours of things without order (loss terms, costs).
+COLOURS = ("#2b6cb0", "#dd6b20", "#2f855a", "#b83280", "#6b46c1", "#718096", "#b7791f", "#0987a0")
+
+
+def ramp(n: int) -> list[str]:
+    """Returns ``n`` colours along the ramp of stages."""
+    found = []
+    for i in range(n):
+        at = i / max(n - 1, 1) * (len(RAMP) - 1)
+        low = min(int(at), len(RAMP) - 2)
+        mixed = [round(a + (b - a) * (at - low)) for a, b in zip(RAMP[low], RAMP[low + 1], strict=True)]
+        found.append("#{:02x}{:02x}{:02x}".format(*mixed))
+    return found
+
+
+def safe(value: Any) -> str:
+    """Escapes text for a figure: Plotly reads some HTML in titles and names."""
+    return html.escape(text.clean(value), quote=False)
+
+
+def layout(x: str, y: str, height: int = 380, **more: Any) -> dict[str, Any]:
+    """Returns the layout that all figures share.
+
+    Args:
+        x: Title of the x axis.
+        y: Title of the y axis.
+        height: Height in pixels.
+        more: Other keys of a Plotly layout, over these.
+    """
+    return {
+        "height": height,
+        "margin": {"l": 64, "r": 20, "t": 34, "b": 52},
+        "font": {"family": FONT, "size": 13, "color": INK},
+        "paper_bgcolor": "#ffffff",
+        "plot_bgcolor": "#ffffff",
+        "hoverlabel": {"font": {"family": FONT}},
+        "legend": {"title": {"text": ""}, "font": {"size": 12}, "tracegroupgap": 4},
+        "xaxis": axis(x),
+        "yaxis": axis(y),
+        **more,
+    }
+
+
+def axis(title: str, **more: Any) -> dict[str, Any]:
+    """Returns an axis with the shared look."""
+    look = {
+        "title": {"text": title, "standoff": 8, "font": {"color": MUTED, "size": 13}},
+        "gridcolor": GRID,
+        "linecolor": "#9aa5b1",
+        "zeroline": False,
+        "automargin": True,
+        "tickfont": {"color": MUTED},
+    }
+    return {**look, **more}
+
+
+def stage_axis(title: str, names: Sequence[str], upright: bool = False, **more: Any) -> dict[str, Any]:
+    """Returns an axis with one tick a stage; the positions count from 0.
+
+    Args:
+        title: Title of the axis.
+        names: Names of the stages, each beginning with its number.
+        upright: True for a y axis, where long names have room; on an x axis only their numbers stay.
+        more: Other keys of a Plotly axis.
+    """
+    crowded = not upright and len(names) * max((text.width(n) for n in names), default=0) > 56
+    told = [n.split()[0] for n in names] if crowded else names
+    ticks = {"tickmode": "array", "tickvals": list(range(len(names))), "ticktext": [safe(n) for n in told]}
+    return axis(title, **ticks, range=[-0.5, len(names) - 0.5], **more)
+
+
+def heat_map(result: Mapping[str, Any], metric: str) -> Figure:
+    """Draws R[t, s]: rows trained, columns evaluated, the diagonal framed, null cells grey.
+
+    Args:
+        result: The run's result.
+        metric: The metric.
+    """
+    matrix, names = text.matrix_of(result, metric), text.stage_names(result)
+    stages = len(matrix)
+    names = names[:stages]
+    small = stages <= 12
+    trace = {
+        "type": "heatmap",
+        "z": matrix,
+        "x": list(range(stages)),
+        "y": list(range(stages)),
+        "customdata": [[text.number(v) for v in row] for row in matrix],
+        "text": [[text.number(v, "") for v in row] for row in matrix],
+        "texttemplate": "%{text}" if small else "",
+        "textfont": {"size": 14 if stages <= 6 else 12 if stages <= 9 else 10},
+        "hovertemplate": "trained up to %{y}, evaluated on %{x}: <b>%{customdata}</b><extra></extra>",
+        "hoverongaps": False,
+        "colorscale": [[0, "#f3f8fc"], [0.55, "#9cc7e4"], [0.8, "#3d84bd"], [1, "#134b78"]],
+        "reversescale": text.is_smaller_better(result, metric),
+        "colorbar": {"thickness": 12, "outlinewidth": 0, "tickfont": {"color": MUTED, "size": 11}},
+        "xgap": 2,
+        "ygap": 2,
+    }
+    frames = [
+        {"type": "rect", "x0": s - 0.48, "x1": s + 0.48, "y0": s - 0.48, "y1": s + 0.48}
+        | {"line": {"color": INK, "width": 2 if small else 1}}
+        for s in range(stages)
+    ]
+    nulls = [
+        {"x": s, "y": t, "text": "-", "showarrow": False, "font": {"color": "#9aa5b1"}}
+        for t, row in enumerate(matrix)
+        for s, value in enumerate(row)
+        if value is None and small
+    ]
+    look = layout("evaluated on stage", "trained up to stage", height=min(700, max(280, 130 + 58 * stages)))
+    look["xaxis"] = stage_axis("evaluated on stage", names, side="top", showgrid=False, ticks="")
+    look["yaxis"] = stage_axis("trained up to stage", names, upright=True, showgrid=False, ticks="")
+    look["yaxis"]["range"] = [stages - 0.5, -0.5]
+    look |= {"shapes": frames, "annotations": nulls, "plot_bgcolor": PALE}
+    look["margin"] = {"l": 64, "r": 20, "t": 60, "b": 20}
+    return {"data": [trace], "layout": look}
+
+
+def forgetting_curves(result: Mapping[str, Any], metric: str) -> Figure:
+    """Draws, for each evaluated stage s, R[t, s] over t: dashed before the stage was trained on, solid from there on.
+
+    Args:
+        result: The run's result.
+        metric: The metric.
+    """
+    matrix, names = text.matrix_of(result, metric), text.stage_names(result)
+    stages = len(matrix)
+    names, colours = names[:stages], ramp(stages)
+    traces: list[dict[str, Any]] = []
+    for s in range(stages):
+        column = [matrix[t][s] for t in range(stages)]
+        if all(v is None for v in column):
+            continue
+        shared = {
+            "type": "scatter",
+            "legendgroup": str(s),
+            "name": f"stage {safe(names[s])}",
+            "hovertemplate": f"stage {safe(names[s])} after %{{x}}: <b>%{{y:.4f}}</b><extra></extra>",
+        }
+        size = [11 if t == s else 6 for t in range(s, stages)]
+        solid = {
+            **shared,
+            "x": list(range(s, stages)),
+            "y": column[s:],
+            "mode": "lines+markers",
+            "line": {"color": colours[s], "width": 2.5},
+            "marker": {"color": colours[s], "size": size, "opacity": 1},
+        }
+        dashed = {
+            **shared,
+            "x": list(range(s + 1)),
+            "y": column[: s + 1],
+            "mode": "lines+markers",
+            "showlegend": False,
+            "line": {"color": colours[s], "width": 1.5, "dash": "dot"},
+            "marker": {"color": colours[s], "size": 4},
+            "opacity": 0.75,
+        }
+        traces += [dashed, solid] if s else [solid]
+    look = layout("trained up to stage", safe(metric), height=400)
+    look["xaxis"] = stage_axis("trained up to stage", names)
+    return {"data": traces, "layout": look}
+
+
+def learning_curves(result: Mapping[str, Any], metric: str) -> Figure:
+    """Draws the validation metric over the training targets seen within each stage; the best epoch has a star.
+
+    Args:
+        result: The run's result.
+        metric: A metric of the validation.
+    """
+    names = text.stage_names(result)
+    traces: list[dict[str, Any]] = []
+    colours = ramp(max(len(names), 1))
+    for (stage, name), records in passes(result).items():
+        points = [
+            (targets, value, bool(r.get("best")), r.get("epoch"))
+            for r in records
+            if (targets := text.finite(r.get("targets"))) is not None
+            and (value := text.finite(text.lookup(r.get("valid"), metric))) is not None
+        ]
+        if not points:
+            continue
+        label = f"stage {safe(names[stage])}" if stage < len(names) else f"stage {stage + 1}"
+        several = len([key for key in passes(result) if key[0] == stage]) > 1
+        colour = colours[min(stage, len(colours) - 1)]
+        traces.append(
+            {
+                "type": "scatter",
+                "mode": "lines+markers",
+                "name": f"{label}, {safe(name)}" if several else label,
+                "x": [p[0] for p in points],
+                "y": [p[1] for p in points],
+                "customdata": ["" if p[3] is None else str(p[3]) for p in points],
+                "line": {"color": colour, "width": 2, "dash": "solid" if _first_pass(result, stage, name) else "dash"},
+                "marker": {
+                    "color": colour,
+                    "size": [13 if p[2] else 5 for p in points],
+                    "symbol": ["star" if p[2] else "circle" for p in points],
+                    "opacity": 1,
+                },
+                "hovertemplate": f"{label}, epoch %{{customdata}}, %{{x:,}} targets: <b>%{{y:.4f}}</b><extra></extra>",
+            }
+        )
+    look = layout("training targets seen within the stage", f"validation {safe(metric)}", height=400)
+    ends = [max(trace["x"]) for trace in traces]
+    starts = [min(trace["x"]) for trace in traces]
+    # A base stage is often ten times as long as the others, which a linear axis presses into its left edge. A curve
+    # that begins at 0 targets, with the model as the stage found it, has no place on a logarithmic one.
+    log = bool(ends) and min(starts) > 0 and max(ends) > 4 * min(ends)
+    look["xaxis"] |= {"type": "log" if log else "linear", "dtick": "D2" if log else None}
+    if ends and min(starts) > 0:
+        look["updatemenus"] = [
+            {
+                "type": "buttons",
+                "direction": "right",
+                "active": int(log),
+                "x": 0,
+                "xanchor": "left",
+                "y": 1.02,
+                "yanchor": "bottom",
+                "pad": {"t": 0, "b": 2},
+                "font": {"size": 11, "color": MUTED},
+                "bordercolor": GRID,
+                "showactive": True,
+                "buttons": [
+                    {"label": kind, "method": "relayout", "args": [{"xaxis.type": kind, "xaxis.dtick": tick}]}
+                    for kind, tick in (("linear", None), ("log", "D2"))
+                ],
+            }
+        ]
+    return {"data": traces, "layout": look}
+
+
+def loss_terms(result: Mapping[str, Any]) -> Figure:
+    """Draws the loss and each of its terms by name over the training targets of the whole stream.
+
+    Args:
+        result: The run's result.
+    """
+    lines: dict[str, tuple[list[float | None], list[float | None]]] = {}
+    borders, offset, before = [], 0.0, None
+    stage_end = 0.0
+    for (stage, _), records in passes(result).items():
+        if before is not None and stage != before:
+            offset, stage_end = offset + stage_end, 0.0
+            borders.append(offset)
+        if before != stage:
+            # A gap between stages: the optimiser and the data are others, a line would suggest a step.
+            for xs, ys in lines.values():
+                xs.append(None)
+                ys.append(None)
+        before = stage
+        for record in records:
+            at = text.finite(record.get("targets"))
+            if at is None:
+                continue
+            stage_end = max(stage_end, at)
+            values = {"loss": record.get("train_loss"), **(record.get("terms") or {})}
+            for name, value in values.items():
+                if text.finite(value) is not None:
+                    xs, ys = lines.setdefault(str(name), ([], []))
+                    xs.append(offset + at)
+                    ys.append(text.finite(value))
+    traces = [
+        {
+            "type": "scatter",
+            "mode": "lines+markers",
+            "name": safe(name),
+            "x": xs,
+            "y": ys,
+            "line": {"color": COLOURS[i % len(COLOURS)], "width": 2, "dash": "dash" if name == "loss" else "solid"},
+            "marker": {"size": 4},
+            "hovertemplate": f"{safe(name)} at %{{x:,}} targets: <b>%{{y:.4g}}</b><extra></extra>",
+        }
+        for i, (name, (xs, ys)) in enumerate(lines.items())
+    ]
+    there = [y for _, ys in lines.values() for y in ys if y is not None]
+    look = layout("training targets seen over the whole stream", "mean over the epoch", height=360)
+    if there and min(there) > 0 and max(there) / min(there) > 200:
+        look["yaxis"] |= {"type": "log", "exponentformat": "power"}
+    look["shapes"] = [
+        {"type": "line", "x0": x, "x1": x, "y0": 0, "y1": 1, "yref": "paper"}
+        | {"line": {"color": "#9aa5b1", "width": 1, "dash": "dot"}}
+        for x in borders
+    ]
+    return {"data": traces, "layout": look}
+
+
+def bars(names: Sequence[str], series: Mapping[str, Sequence[float | None]], y: str) -> Figure:
+    """Draws stacked bars, one a stage.
+
+    Args:
+        names: Names of the stages.
+        series: ``{name: value of each stage}``.
+        y: Title of the y axis.
+    """
+    traces = [
+        {
+            "type": "bar",
+            "name": safe(name),
+            "x": list(range(len(names))),
+            "y": list(values),
+            "marker": {"color": COLOURS[i % len(COLOURS)]},
+            "hovertemplate": f"{safe(name)}, stage %{{x}}: <b>%{{y:,.4g}}</b><extra></extra>",
+        }
+        for i, (name, values) in enumerate(series.items())
+    ]
+    look = layout("stage", y, height=320, barmode="stack", bargap=0.45)
+    look["xaxis"] = stage_axis("stage", names, showgrid=False)
+    look["yaxis"]["rangemode"] = "tozero"
+    look |= {"showlegend": len(traces) > 1}
+    look["legend"] |= {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}
+    look["margin"] = {"l": 64, "r": 12, "t": 58, "b": 52}
+    return {"data": traces, "layout": look}
+
+
+def lines(names: Sequence[str], series: Mapping[str, Sequence[float | None]], y: str) -> Figure:
+    """Draws one line a series over the stages.
+
+    Args:
+        names: Names of the stages.
+        series: ``{name: value of each stage}``.
+        y: Title of the y axis.
+    """
+    traces = [
+        {
+            "type": "scatter",
+            "mode": "lines+markers",
+            "name": safe(name),
+            "x": list(range(len(names))),
+            "y": list(values),
+            "line": {"color": COLOURS[i % len(COLOURS)], "width": 2},
+            "marker": {"size": 7},
+            "hovertemplate": f"{safe(name)}, stage %{{x}}: <b>%{{y:.4f}}</b><extra></extra>",
+        }
+        for i, (name, values) in enumerate(series.items())
+    ]
+    look = layout("stage", y, height=320)
+    look["xaxis"] = stage_axis("stage", names)
+    look["yaxis"]["rangemode"] = "tozero"
+    look["legend"] |= {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}
+    look["margin"] = {"l": 64, "r": 12, "t": 58, "b": 52}
+    return {"data": traces, "layout": look}
+
+
+def passes(result: Mapping[str, Any]) -> dict[tuple[int, str], list[Mapping[str, Any]]]:
+    """Groups the curves by (stage, pass), stages in order, passes as they came."""
+    found: dict[tuple[int, str], list[Mapping[str, Any]]] = {}
+    for record in result.get("curves") or ():
+        stage = text.stage_index(result, record.get("stage"))
+        if stage is not None:
+            found.setdefault((stage, str(record.get("pass") or "")), []).append(record)
+    return dict(sorted(found.items(), key=lambda item: item[0][0]))
+
+
+def _first_pass(result: Mapping[str, Any], stage: int, name: str) -> bool:
+    return next((key for key in passes(result) if key[0] == stage), None) == (stage, name)
+
+
+def picture(result: dict[str, Any], path: str | Path, width: int = 1200, height: int = 480) -> Path | None:
+    """Draws the heat map and the forgetting curves of the primary metric into one PNG.
+
+    Args:
+        result: The run's result.
+        path: The file.
+        width: Width in CSS pixels; the file has twice as many.
+        height: Height in CSS pixels.
+
+    Returns:
+        The file, or None where it cannot be drawn: no matrix, kaleido or its browser is not installed.
+    """
+    metrics = text.metrics_of(result)
+    if not metrics:
+        return None
+    left, right = heat_map(result, metrics[0]), forgetting_curves(result, metrics[0])
+    look = left["layout"]
+    look |= {"height": height, "width": width, "margin": {"l": 70, "r": 20, "t": 100, "b": 56}}
+    told = ", ".join(f"{value}" for what, value in text.facts(result) if what != "seed")
+    title = f"<b>{safe(result.get('name') or 'run')}</b>  {safe(told)}  ({safe(metrics[0])})"
+    look["title"] = {"text": title, "x": 0.01, "y": 0.97, "font": {"size": 16}}
+    look["xaxis"] |= {"domain": [0.0, 0.46]}
+    look["xaxis2"] = {**right["layout"]["xaxis"], "domain": [0.55, 1.0], "anchor": "y2"}
+    look["yaxis2"] = {**right["layout"]["yaxis"], "anchor": "x2"}
+    left["data"][0]["showscale"] = False  # the cells hold their numbers
+    traces = left["data"] + [{**trace, "xaxis": "x2", "yaxis": "y2"} for trace in right["data"]]
+    if all(v is not None for row in left["data"][0]["z"] for v in row):
+        look["plot_bgcolor"] = "#ffffff"  # grey stands for a null cell; without one it would only tint the curves
+    try:
+        import plotly.graph_objects as go
+
+        go.Figure({"data": traces, "layout": look}).write_image(str(path), format="png", scale=2)
+    except Exception:  # kaleido, its browser and their versions fail in many ways; a run must not fail for a picture
+        return None
+    return Path(path) if Path(path).exists() else None

@@ -1,0 +1,539 @@
+"""``report.html``: one file that opens anywhere, offline, and sends nothing.
+
+Plotly's script is embedded once, the figures are data beside it. A content security policy lets the browser run exactly
+the two scripts of this module, by their hashes, and load nothing: a name in a data file that looks like a script stays
+text even if an escape were forgotten.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+from html import escape
+from importlib import resources
+from typing import Any
+
+from recbole_cl.evaluation.strata import STRATA
+from recbole_cl.report import figures, text
+
+STYLE = """
+:root { --ink: #1f2933; --muted: #52606d; --line: #e4e9ee; --pale: #f4f6f8; --accent: #1d5f93; --warn: #9c4221; }
+* { box-sizing: border-box; }
+html { scroll-behavior: smooth; }
+body { margin: 0; background: var(--pale); color: var(--ink); font: 15px/1.5 system-ui, -apple-system, "Segoe UI",
+  Roboto, "Helvetica Neue", Arial, sans-serif; }
+main, .bar > div { max-width: 1160px; margin: 0 auto; padding: 0 20px; }
+.bar { position: sticky; top: 0; z-index: 9; background: #fffffff2; border-bottom: 1px solid var(--line); }
+.bar > div { display: flex; gap: 6px 16px; align-items: center; flex-wrap: wrap; padding-top: 8px;
+  padding-bottom: 8px; }
+.bar a { color: var(--muted); text-decoration: none; font-size: 13px; }
+.bar a:hover { color: var(--accent); text-decoration: underline; }
+.bar label { margin-left: auto; font-size: 13px; color: var(--muted); white-space: nowrap; }
+select { font: inherit; font-size: 13px; padding: 3px 8px; border: 1px solid #cbd2d9; border-radius: 6px;
+  background: #fff; color: var(--ink); max-width: 220px; }
+header { padding: 30px 0 6px; }
+h1 { font-size: 27px; line-height: 1.25; margin: 0 0 8px; overflow-wrap: anywhere; letter-spacing: -.01em; }
+h2 { font-size: 18px; margin: 0 0 4px; letter-spacing: -.005em; }
+h3 { font-size: 14px; margin: 18px 0 6px; color: var(--muted); font-weight: 600; }
+p { margin: 4px 0 10px; }
+.note { color: var(--muted); font-size: 13.5px; max-width: 88ch; }
+.chips { display: flex; flex-wrap: wrap; gap: 6px; margin: 0; padding: 0; list-style: none; }
+.chips li { background: #fff; border: 1px solid var(--line); border-radius: 99px; padding: 2px 11px; font-size: 13px;
+  overflow-wrap: anywhere; }
+.chips b { font-weight: 600; } .chips span { color: var(--muted); margin-right: 5px; }
+section { background: #fff; border: 1px solid var(--line); border-radius: 10px; padding: 20px 22px; margin: 18px 0;
+  scroll-margin-top: 56px; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(245px, 1fr)); gap: 12px; margin: 12px 0 4px; }
+.card { border: 1px solid var(--line); border-radius: 8px; padding: 12px 14px; }
+.card .what { color: var(--muted); font-size: 13px; } .card .what b { color: var(--ink); font-weight: 600; }
+.card .value { font-size: 26px; font-weight: 600; font-variant-numeric: tabular-nums; line-height: 1.35; }
+.card .value.none { color: #7b8794; font-size: 18px; font-weight: 400; line-height: 1.95; }
+.card .reason { color: var(--warn); font-size: 12.5px; line-height: 1.4; margin-top: 3px; overflow-wrap: anywhere; }
+code, .formula { font: 12px/1.45 ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace;
+  color: var(--muted); overflow-wrap: anywhere; }
+.two { display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); gap: 20px; }
+.scroll { overflow-x: auto; margin: 8px 0; }
+.tall { max-height: 420px; overflow-y: auto; }
+table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
+table.wide { width: 100%; }
+th, td { padding: 5px 12px 5px 0; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap;
+  vertical-align: top; }
+th:last-child, td:last-child { padding-right: 2px; }
+th { color: var(--muted); font-weight: 600; }
+th.l, td.l { text-align: left; }
+td.long { white-space: normal; overflow-wrap: anywhere; text-align: left; }
+td.d { font-weight: 600; } tr:last-child td { border-bottom: 0; }
+.figure { width: 100%; min-height: 120px; }
+details { margin: 10px 0 0; } summary { cursor: pointer; color: var(--accent); font-size: 13.5px; }
+ul.warnings { margin: 8px 0 0; padding-left: 20px; } ul.warnings li { margin: 3px 0; overflow-wrap: anywhere; }
+.none { color: var(--muted); }
+footer { color: var(--muted); font-size: 12.5px; padding: 4px 0 40px; overflow-wrap: anywhere; }
+@media (max-width: 860px) { .two { grid-template-columns: minmax(0, 1fr); } }
+@media print { .bar { display: none; } body { background: #fff; } section { break-inside: avoid; } }
+"""
+
+# A figure is drawn when it is first seen: a hidden one has no size that Plotly could fill. The buttons are listed one
+# by one because Plotly's own list has one that sends the figure to a server.
+SCRIPT = """
+const figures = JSON.parse(document.getElementById("figures").textContent);
+const config = {displaylogo: false, responsive: true, plotlyServerURL: "",
+  modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]]};
+function draw() {
+  for (const node of document.querySelectorAll(".figure:not([data-drawn])")) {
+    if (node.offsetParent === null) continue;
+    const figure = figures[node.dataset.figure];
+    node.dataset.drawn = "1";
+    Plotly.newPlot(node, figure.data, figure.layout, config);
+  }
+}
+function show(metric) {
+  for (const node of document.querySelectorAll("[data-metric]")) node.hidden = node.dataset.metric !== metric;
+  draw();
+}
+const choice = document.getElementById("metric");
+if (choice) { choice.addEventListener("change", () => show(choice.value)); show(choice.value); }
+document.addEventListener("toggle", draw, true);
+draw();
+"""
+
+#: Labels of the fields of ``disparity``; others are told under their own name.
+ITEM_DISPARITY = {
+    "item_disparity": "items |head - tail|",
+    "exp_head": "Exp head",
+    "exp_tail": "Exp tail",
+    "share_head": "slots on head",
+    "share_tail": "slots on tail",
+    "n_head_items": "head items",
+    "n_tail_items": "tail items",
+    "n_recommendations": "slots",
+}
+USER_DISPARITY = {
+    "user_disparity": "users |hi - lo|",
+    "exp_active": "Exp hi (active)",
+    "exp_inactive": "Exp lo (inactive)",
+    "n_active_users": "active users",
+    "n_inactive_users": "inactive users",
+}
+
+#: Fields of ``cost`` and how each is told.
+COST = {
+    "seconds": ("whole stage", text.seconds),
+    "train_seconds": ("training", text.seconds),
+    "eval_seconds": ("evaluation", text.seconds),
+    "peak_memory_mb": ("peak memory", lambda v, none="-": text.size(None if text.finite(v) is None else v * 1e6, none)),
+    "parameters": ("parameters", text.count),
+    "trainable_parameters": ("trainable", text.count),
+    "model_bytes": ("model size", text.size),
+}
+
+
+@lru_cache(maxsize=1)
+def plotly_script() -> tuple[str, str]:
+    """Returns Plotly's minified script and its hash for the content security policy."""
+    # Read from the package's data: importing plotly.offline costs more than writing the whole page.
+    script = resources.files("plotly").joinpath("package_data", "plotly.min.js").read_text(encoding="utf-8")
+    # A browser ends a script at the first closing tag, and reads a carriage return as a newline before it hashes.
+    script = script.replace("</script", r"<\/script").replace("\r\n", "\n").replace("\r", "\n")
+    return script, _hash(script)
+
+
+def _hash(script: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
+
+
+def page(result: Mapping[str, Any]) -> str:
+    """Builds the whole page.
+
+    Args:
+        result: The run's result, as in ``result.json``; missing keys leave their part out or say so.
+
+    Returns:
+        The HTML text.
+    """
+    return _Page(result).build()
+
+
+class _Page:
+    """One page under construction: the sections and the figures that they refer to by name."""
+
+    def __init__(self, result: Mapping[str, Any]) -> None:
+        self.result = result
+        self.metrics = text.metrics_of(result)
+        self.names = text.stage_names(result)
+        self.figures: dict[str, figures.Figure] = {}
+
+    def build(self) -> str:
+        """Returns the HTML text."""
+        sections = [
+            ("headline", "Headline numbers", self.headline()),
+            ("stages", "Stages", self.stages()),
+            ("matrix", "Result matrix", self.matrix()),
+            ("forgetting", "Forgetting and transfer", self.forgetting()),
+            ("curves", "Learning curves", self.curves()),
+            ("strata", "Warm and new users and items", self.strata()),
+            ("disparity", "Exposure disparity", self.disparity()),
+            ("costs", "Costs", self.costs()),
+            ("terms", "Loss terms", self.terms()),
+            ("warnings", f"Warnings ({len(self.result.get('warnings') or ())})", self.warnings()),
+            ("configuration", "Configuration", self.configuration()),
+            ("versions", "Versions", self.versions()),
+        ]
+        body = "".join(
+            f'<section id="{key}"><h2>{escape(title)}</h2>{inner}</section>' for key, title, inner in sections
+        )
+        links = "".join(f'<a href="#{key}">{escape(title.split(" (")[0])}</a>' for key, title, _ in sections)
+        plotly, plotly_hash = plotly_script()
+        name = escape(text.clean(self.result.get("name") or "run"))
+        policy = (
+            f"default-src 'none'; script-src '{plotly_hash}' '{_hash(SCRIPT)}'; style-src 'unsafe-inline'; "
+            "img-src data: blob:; base-uri 'none'; form-action 'none'"
+        )
+        chips = "".join(f"<li><span>{escape(k)}</span><b>{escape(v)}</b></li>" for k, v in text.facts(self.result))
+        folder = text.clean(self.result.get("output_dir") or "")
+        return (
+            '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+            f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">'
+            f"<title>{name}: RecBole-CL</title><style>{STYLE}</style></head><body>"
+            f'<nav class="bar"><div>{links}{self.choice()}</div></nav><main>'
+            f'<header><h1>{name}</h1><ul class="chips">{chips}</ul></header>'
+            "<noscript><p>The figures need JavaScript; the tables do not.</p></noscript>"
+            f"{body}<footer>RecBole-CL{': ' + escape(folder) if folder else ''}. Stages count from 1.</footer></main>\n"
+            f'<script type="application/json" id="figures">{_json(self.figures)}</script>\n'
+            f"<script>{plotly}</script>\n<script>{SCRIPT}</script></body></html>\n"
+        )
+
+    # ----------------------------------------------------------------------------------------------------------
+    # Parts
+
+    def choice(self) -> str:
+        """Returns the switch between metrics, where there is something to switch."""
+        if len(self.metrics) < 2:
+            return ""
+        options = "".join(f'<option value="{escape(m)}">{escape(text.clean(m))}</option>' for m in self.metrics)
+        return f'<label>metric <select id="metric" autocomplete="off">{options}</select></label>'
+
+    def per_metric(self, inner: Iterable[tuple[str, str]]) -> str:
+        """Wraps one block a metric; all but the primary one are hidden until they are chosen."""
+        return "".join(
+            f'<div data-metric="{escape(m)}"{"" if m == self.metrics[0] else " hidden"}>{block}</div>'
+            for m, block in inner
+        )
+
+    def figure(self, key: str, figure: figures.Figure) -> str:
+        """Keeps a figure and returns the place where it is drawn."""
+        self.figures[key] = figure
+        height = figure["layout"]["height"]
+        return f'<div class="figure" data-figure="{escape(key)}" style="height:{height:.0f}px"></div>'
+
+    def headline(self) -> str:
+        """Returns the cards of the summaries and the table of all metrics."""
+        summary, formulas = self.result.get("summary") or {}, self.result.get("formulas") or {}
+        reasons, names = self.result.get("reasons") or {}, text.summary_names(self.result)
+        if not names or not self.metrics:
+            return _none("No summary was recorded.")
+
+        def cards(metric: str) -> str:
+            found = []
+            for name in names:
+                if name in ("plasticity", "stability"):
+                    continue  # parts of the H-mean; they stand in the table below
+                label, how = text.SUMMARY_LABELS.get(name, (text.clean(name), ""))
+                value, reason = text.lookup(summary.get(name), metric), text.lookup(reasons.get(name), metric)
+                told = text.number(value, "")
+                said = f'<div class="reason">{escape(text.clean(reason))}</div>' if reason else ""
+                short = f" ({escape(name)})" if name in text.SUMMARY_LABELS and name.isupper() else ""
+                found.append(
+                    f'<div class="card"><div class="what"><b>{escape(label)}{short}</b><br>{escape(how)}</div>'
+                    + (f'<div class="value">{told}</div>' if told else '<div class="value none">not defined</div>')
+                    + f'<div class="formula">{escape(text.clean(formulas.get(name) or ""))}</div>{said}</div>'
+                )
+            return f'<p class="note">{escape(text.clean(metric))}</p><div class="cards">{"".join(found)}</div>'
+
+        rows = [[m, *(text.number(text.lookup(summary.get(n), m)) for n in names)] for m in self.metrics]
+        table = _table(["metric", *names], rows, wide=True)
+        return self.per_metric((m, cards(m)) for m in self.metrics) + f"<h3>All metrics</h3>{table}"
+
+    def stages(self) -> str:
+        """Returns the table of the stages."""
+        stages = list(self.result.get("stages") or ())
+        if not stages:
+            return _none("No stages were recorded.")
+        keys = [k for k in text.STAGE_COLUMNS if any(stage.get(k) is not None for stage in stages)]
+        known = {"name", *text.STAGE_COLUMNS}
+        others = [k for k in dict.fromkeys(k for stage in stages for k in stage) if k not in known]
+        others = [k for k in others if any(text.finite(stage.get(k)) is not None for stage in stages)]
+        rows = [
+            [
+                str(s + 1),
+                text.clean(stage.get("name") or ""),
+                *((text.moment if k in ("start", "end") else text.count)(stage.get(k)) for k in keys),
+                *(text.count(stage.get(k)) for k in others),
+            ]
+            for s, stage in enumerate(stages)
+        ]
+        heads = ["#", "name", *(text.STAGE_COLUMNS[k] for k in keys), *(k.replace("_", " ") for k in others)]
+        note = "train, valid and test count targets; cold ones are test targets whose user or item is not trained on."
+        return f'<p class="note">{note}</p>{_table(heads, rows, left=(0, 1), wide=True)}'
+
+    def matrix(self) -> str:
+        """Returns the heat maps, each with its numbers as a table."""
+        if not self.metrics or not self.names:
+            return _none("No stage was evaluated.")
+
+        def block(metric: str) -> str:
+            matrix = text.matrix_of(self.result, metric)
+            rows = [[self.names[t], *(text.number(v) for v in row)] for t, row in enumerate(matrix)]
+            reference = text.lookup(self.result.get("reference"), metric)
+            if reference:
+                rows.append(["reference b[s]", *(text.number(v) for v in reference)])
+            table = _table(["trained up to", *self.names[: len(matrix)]], rows)
+            return (
+                self.figure(f"matrix {metric}", figures.heat_map(self.result, metric))
+                + f"<details><summary>The numbers of {escape(text.clean(metric))}</summary>{table}</details>"
+            )
+
+        note = (
+            "R[t, s]: the model trained up to stage t (row) on the test targets of stage s (column). Framed: the stage "
+            "just trained. Right of the frame: stages not trained on yet. Grey: not evaluated."
+        )
+        return f'<p class="note">{note}</p>' + self.per_metric((m, block(m)) for m in self.metrics)
+
+    def forgetting(self) -> str:
+        """Returns the forgetting curves."""
+        if not self.metrics or not self.names:
+            return _none("No stage was evaluated.")
+        note = (
+            "Each line is one evaluated stage, followed through the models of all stages. Dotted: before it was "
+            "trained on (forward transfer). Large marker: right after. A falling solid line is forgetting."
+        )
+        blocks = ((m, self.figure(f"forgetting {m}", figures.forgetting_curves(self.result, m))) for m in self.metrics)
+        return f'<p class="note">{note}</p>' + self.per_metric(blocks)
+
+    def curves(self) -> str:
+        """Returns the learning curves and the table of Steps-to-95 %."""
+        records = list(self.result.get("curves") or ())
+        validated = list(dict.fromkeys(str(m) for r in records for m in r.get("valid") or {}))
+        if not validated:
+            return _none("No validation was recorded.") + self.steps()
+
+        def block(metric: str) -> str:
+            own = next((v for v in validated if v.lower() == metric.lower()), None)
+            shown = own or next((v for v in validated if v.lower() == self.metrics[0].lower()), validated[0])
+            told = escape(text.clean(metric))
+            other = "" if own else f'<p class="note">{told} was not validated; this is {escape(text.clean(shown))}.</p>'
+            return other + self.figure(f"curves {shown}", figures.learning_curves(self.result, shown))
+
+        note = "Validation within each stage. A star marks the epoch that was kept."
+        inner = self.per_metric((m, block(m)) for m in self.metrics) if self.metrics else block(validated[0])
+        return f'<p class="note">{note}</p>{inner}{self.steps()}'
+
+    def steps(self) -> str:
+        """Returns the table of Steps-to-95 %."""
+        steps = self.result.get("steps_to_95")
+        if not steps:
+            return ""
+        stages = list(self.result.get("stages") or ())
+        rows = []
+        for s, value in enumerate(steps):
+            stage = stages[s] if s < len(stages) else {}
+            epochs = {r.get("epoch") for (i, _), rs in figures.passes(self.result).items() if i == s for r in rs}
+            train = text.finite(stage.get("n_train"))
+            reached = text.finite(value)
+            share = reached / train if train and reached is not None else None
+            name = self.names[s] if s < len(self.names) else str(s + 1)
+            passes = f"{share:.1f}" if share is not None else "-"
+            rows.append([name, str(len(epochs)) if epochs else "-", text.count(value), passes])
+        note = (
+            "Training targets after which the validation first reached 95 % of the best value of its stage; measured "
+            "points only, nothing interpolated."
+        )
+        table = _table(["stage", "epochs run", "targets to 95 %", "in passes over the stage"], rows)
+        return f'<h3>Steps to 95 %</h3><p class="note">{note}</p>{table}'
+
+    def strata(self) -> str:
+        """Returns one table a metric: strata by stages, right after training, and the last model."""
+        strata = self.result.get("strata") or {}
+        told = [m for m in self.metrics if text.lookup(strata, m)]
+        if not told:
+            return _none("No strata were recorded.")
+
+        def block(metric: str) -> str:
+            found = text.lookup(strata, metric)
+            if not found:
+                return _none(f"No strata were recorded for {metric}.")
+            order = [s for s in STRATA if s in found] + [s for s in found if s not in STRATA]
+            rows = []
+            for stratum in order:
+                diagonal, last = text.diagonal_and_last(found[stratum], len(self.names))
+                ends = [text.mean(diagonal), text.mean(last)]
+                told = stratum.replace("_", " ")
+                what = STRATA.get(stratum, "")
+                rows.append([told, *(text.number(v) for v in [*diagonal, *ends]), what])
+            heads = ["stratum", *self.names, "mean", "last model", "holds"]
+            return _table(heads, rows, long=(len(heads) - 1,), wide=True)
+
+        note = (
+            "Each stage right after training on it, R[s,s], told for parts of its test targets; the mean over the "
+            "stages that have a value; and the mean of the last model over all stages."
+        )
+        return f'<p class="note">{note}</p>' + self.per_metric((m, block(m)) for m in self.metrics)
+
+    def disparity(self) -> str:
+        """Returns the exposure disparity of each stage: two figures, the table, the definitions."""
+        found = [d if isinstance(d, Mapping) else {} for d in self.result.get("disparity") or ()]
+        if not any(found):
+            return _none("No exposure was recorded.")
+        names = [self.names[s] if s < len(self.names) else str(s + 1) for s in range(len(found))]
+
+        def series(keys: Mapping[str, str]) -> dict[str, list[float | None]]:
+            return {told: [text.finite(d.get(key)) for d in found] for key, told in keys.items()}
+
+        items = series({"exp_head": "Exp head", "exp_tail": "Exp tail", "item_disparity": "disparity"})
+        users = series(
+            {"exp_active": "Exp hi (active)", "exp_inactive": "Exp lo (inactive)", "user_disparity": "disparity"}
+        )
+        drawn = (
+            '<div class="two"><div><h3>Items: head and tail</h3>'
+            + self.figure("disparity items", figures.lines(names, items, "exposure (1 = in proportion)"))
+            + "</div><div><h3>Users by activity</h3>"
+            + self.figure("disparity users", figures.lines(names, users, "mean of the metric"))
+            + "</div></div>"
+        )
+        known = set(ITEM_DISPARITY) | set(USER_DISPARITY) | {"stage"}
+        others = dict.fromkeys(k for d in found for k in d if k not in known and text.finite(d[k]) is not None)
+        tables = ""
+        for labels in (ITEM_DISPARITY, USER_DISPARITY, {k: k.replace("_", " ") for k in others}):
+            keys = [k for k in labels if any(d.get(k) is not None for d in found)]
+            rows = [
+                [names[s], *((text.count if k.startswith("n_") else text.number)(d.get(k)) for k in keys)]
+                for s, d in enumerate(found)
+            ]
+            tables += _table(["stage", *(labels[k] for k in keys)], rows, wide=True) if keys else ""
+        definitions = dict.fromkeys(
+            (key.removeprefix("definition_"), text.clean(value))
+            for d in found
+            for key, value in d.items()
+            if key.startswith("definition") and value
+        )
+        said = "".join(
+            f'<p class="note"><b>{escape(text.clean(what.replace("_", " ")))}</b> <code>{escape(value)}</code></p>'
+            for what, value in definitions
+        )
+        return drawn + tables + said
+
+    def costs(self) -> str:
+        """Returns the bars of seconds and memory and the table of all costs."""
+        found = [c if isinstance(c, Mapping) else {} for c in self.result.get("cost") or ()]
+        if not any(found):
+            return _none("No costs were recorded.")
+        names = [self.names[s] if s < len(self.names) else str(s + 1) for s in range(len(found))]
+
+        def values(key: str) -> list[float | None]:
+            return [text.finite(c.get(key)) for c in found]
+
+        times = {"training": values("train_seconds"), "evaluation": values("eval_seconds")}
+        rest = [
+            None if whole is None else max(0.0, whole - sum(v or 0.0 for v in parts))
+            for whole, *parts in zip(values("seconds"), *times.values(), strict=True)
+        ]
+        # What is neither training nor evaluation (importances, exemplars, checkpoints) is a cost of the strategy.
+        if any(v and v > 0.005 * (w or 1.0) for v, w in zip(rest, values("seconds"), strict=True)):
+            times["the rest"] = rest
+        times = {name: column for name, column in times.items() if any(v is not None for v in column)}
+        halves = [("Time", self.figure("cost seconds", figures.bars(names, times, "seconds")))] if times else []
+        if any(v is not None for v in values("peak_memory_mb")):
+            memory = {"peak memory": values("peak_memory_mb")}
+            halves.append(("Peak memory", self.figure("cost memory", figures.bars(names, memory, "MB"))))
+        drawn = "".join(f"<div><h3>{title}</h3>{figure}</div>" for title, figure in halves)
+        keys = [k for k in COST if any(c.get(k) is not None for c in found)]
+        others = [k for k in dict.fromkeys(k for c in found for k in c) if k not in COST and k != "stage"]
+        others = [k for k in others if any(text.finite(c.get(k)) is not None for c in found)]
+        rows = [
+            [names[s], *(COST[k][1](c.get(k)) for k in keys), *(text.number(c.get(k)) for k in others)]
+            for s, c in enumerate(found)
+        ]
+        heads = ["stage", *(COST[k][0] for k in keys), *(k.replace("_", " ") for k in others)]
+        return f'<div class="two">{drawn}</div>{_table(heads, rows, wide=True)}'
+
+    def terms(self) -> str:
+        """Returns the loss terms."""
+        figure = figures.loss_terms(self.result)
+        if not figure["data"]:
+            return _none("No loss was recorded.")
+        note = "The loss and its terms by name, a point an epoch; dotted lines part the stages."
+        return f'<p class="note">{note}</p>' + self.figure("terms", figure)
+
+    def warnings(self) -> str:
+        """Returns the list of warnings."""
+        warnings = [text.clean(w) for w in self.result.get("warnings") or ()]
+        if not warnings:
+            return _none("None.")
+        return f'<ul class="warnings">{"".join(f"<li>{escape(w)}</li>" for w in warnings)}</ul>'
+
+    def configuration(self) -> str:
+        """Returns the table of the configuration."""
+        rows = [
+            [str(k), _setting(v)] for k, v in sorted((self.result.get("config") or {}).items(), key=lambda i: str(i[0]))
+        ]
+        if not rows:
+            return _none("No configuration was recorded.")
+        return f'<div class="tall">{_table(["property", "value"], rows, left=(0,), long=(1,), wide=True)}</div>'
+
+    def versions(self) -> str:
+        """Returns the table of the versions."""
+        rows = [[str(k), _setting(v)] for k, v in (self.result.get("versions") or {}).items()]
+        return _table(["what", "version"], rows, left=(0,), long=(1,)) if rows else _none("No versions were recorded.")
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Helpers
+
+
+def _none(sentence: str) -> str:
+    return f'<p class="none">{escape(text.clean(sentence))}</p>'
+
+
+def _setting(value: Any) -> str:
+    if isinstance(value, str):
+        return text.clean(value)
+    return text.clean(json.dumps(value, ensure_ascii=False, default=str))
+
+
+def _table(
+    heads: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    left: Sequence[int] = (0,),
+    long: Sequence[int] = (),
+    wide: bool = False,
+) -> str:
+    """Builds a table that scrolls by itself where it is wider than the page.
+
+    Args:
+        heads: Headings.
+        rows: Text of the cells, escaped here.
+        left: Columns aligned to the left.
+        long: Columns of running text, which may wrap.
+        wide: Whether it fills the page.
+    """
+    kinds = ["long" if c in long else "l" if c in left else "" for c in range(len(heads))]
+
+    def cell(tag: str, c: int, value: str) -> str:
+        kind = "l" if tag == "th" and kinds[c] == "long" else kinds[c]
+        return f"<{tag}{f' class={kind}' if kind else ''}>{escape(text.clean(value))}</{tag}>"
+
+    head = "".join(cell("th", c, value) for c, value in enumerate(heads))
+    body = "".join(
+        f"<tr>{''.join(cell('td', c, value) for c, value in enumerate(row[: len(heads)]))}</tr>" for row in rows
+    )
+    style = ' class="wide"' if wide else ""
+    return f'<div class="scroll"><table{style}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _json(value: Any) -> str:
+    """Writes JSON that may stand inside a script element: no character in it can end the element."""
+    told = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    return told.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

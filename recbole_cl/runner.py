@@ -1,0 +1,751 @@
+"""The walk over the stream: train a stage, evaluate every stage, write a checkpoint, go on.
+
+After each stage the whole row of the matrix is evaluated. Everything random is derived from (seed, stage, name), and a
+checkpoint at the end of each epoch holds all that the rest of the run depends on, so a run that was killed gives,
+resumed, the bits of one that was not.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from recbole.utils import ModelType, early_stopping
+from torch import nn
+from tqdm import tqdm
+
+from recbole_cl import checkpoint
+from recbole_cl.errors import CheckpointError, ConfigError, TrainingError
+from recbole_cl.evaluation.exposure import exposure_disparity, head_mask
+from recbole_cl.evaluation.matrix import smaller_is_better, summarise_all
+from recbole_cl.evaluation.records import Records
+from recbole_cl.evaluation.steps import stage_curve, steps_to_95
+from recbole_cl.evaluator import Evaluator, Known, Outcome, clear_caches
+from recbole_cl.memory import peak_megabytes, reset_peak
+from recbole_cl.model.state import clone_tree, count_parameters, grow_model, load_owned_state, owned_state, tree_hash
+from recbole_cl.registry import strategies
+from recbole_cl.rng import ModelRandomness, derive
+from recbole_cl.strategy.base import Composite, Pass, StageContext, overrides
+from recbole_cl.stream.batch import Batcher
+from recbole_cl.stream.build import build_stream
+from recbole_cl.stream.loader import make_loader
+from recbole_cl.stream.stage import Stage, Stream, Targets
+from recbole_cl.trainer import HookedTrainer, load_optimizer_by_name, make_trainer, optimizer_by_name
+
+LOGGER = logging.getLogger("recbole_cl")
+PACKAGES = ("recbole-cl", "recbole", "torch", "numpy", "pandas", "scipy", "peft", "transformers", "faiss-cpu")
+
+
+@dataclass
+class _Progress:
+    """Where a stage's training stands; part of every checkpoint."""
+
+    number: int = 0  # of the pass
+    epoch: int = 0  # epochs of the pass that are complete
+    stopped: bool = False
+    best_score: float = -math.inf
+    waited: int = 0
+    best: dict[str, Any] | None = None
+    best_targets: int | None = None
+    targets: int = 0  # training targets seen in this stage
+    seconds: float = 0.0
+    step: int = 0
+    partial_loss: Any = None  # loss of the batches of an unfinished epoch
+    terms: dict[str, list[float]] = field(default_factory=dict)
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self.__dict__)
+
+    @classmethod
+    def of(cls, state: dict[str, Any]) -> _Progress:
+        progress = cls(**state)
+        if isinstance(progress.partial_loss, list):
+            progress.partial_loss = tuple(progress.partial_loss)
+        return progress
+
+
+class Runner:
+    """Walks one model under one strategy over one stream.
+
+    Args:
+        config: The run's configuration.
+
+    Attributes:
+        model: The model as the last stage left it, after :meth:`run`.
+        strategy: The strategies, with their state.
+        stream: The stream.
+        records: Every result.
+        folder: The run's folder.
+    """
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+        self.strategy = Composite(strategies.get(name)(params) for name, params in config.strategy_specs())
+        self.stream: Stream
+        self.model: nn.Module
+        self.folder = self._folder()
+        self.records = Records()
+        self.curves: list[dict[str, Any]] = []
+        self.costs: list[dict[str, Any]] = []
+        self.disparity: list[dict[str, Any]] = []
+        self.cold: list[dict[str, Any]] = []
+        self.scratch: dict[str, list[float | None]] = {}
+        self.warnings: list[str] = []
+        self.known: Known
+        self._number = 0
+        self._previous: dict[str, Any] | None = None
+        self._carried: dict[str, Any] = {}
+
+    # -- the run --------------------------------------------------------------------------------------------------
+
+    def run(self) -> dict[str, Any]:
+        """Runs or resumes, writes the results and returns them.
+
+        Raises:
+            RecBoleCLError: For everything a user can mend; the message names it.
+        """
+        self._open_folder()
+        LOGGER.info("loading %s", self.config["dataset"])
+        self.stream = build_stream(self.config)
+        self.evaluator = Evaluator(self.config, self.stream, self.strategy)
+        self.known = Known.nothing(self.stream.table)
+        state = self._load() if self.config["resume"] else None
+        first = 0
+        if state is not None:
+            first = state["stage"] + (state["phase"] == "done")
+        bar = tqdm(
+            total=len(self.stream), initial=first, desc="stages", disable=not self.config["show_progress"], leave=False
+        )
+        for index in range(first, len(self.stream)):
+            resumed = state if state is not None and state["phase"] == "train" and state["stage"] == index else None
+            self._stage(index, resumed)
+            bar.update()
+        bar.close()
+        if first == len(self.stream) and state is not None:
+            LOGGER.info("nothing is left to do: the run in %s is complete", self.folder)
+        result = self.result()
+        self._write(result)
+        return result
+
+    def _stage(self, index: int, resumed: dict[str, Any] | None) -> None:
+        stage = self.stream.stages[index]
+        reset_peak(self.config["device"])
+        started = time.perf_counter()
+        ctx, randomness, fresh = self._enter(index, resumed)
+        if resumed is None:
+            stage_start = {"model": clone_tree(owned_state(ctx.model)), "strategy": clone_tree(self.strategy.state_dict())}
+        else:
+            stage_start = resumed["stage_start"]
+            load_owned_state(ctx.model, stage_start["model"])
+            self.strategy.load_state_dict(clone_tree(stage_start["strategy"]))
+        passes = self.strategy.plan_stage(ctx)
+        progress = _Progress(best_score=self._worst())
+        if resumed is not None:
+            progress = _Progress.of(resumed["progress"])
+            ctx.load_state_dict(resumed["generators"])
+        LOGGER.info(
+            "stage %d/%d (%s): %d training targets, %d known users, %d known items",
+            index + 1, len(self.stream), stage.name, len(stage.train), stage.n_users - 1, stage.n_items - 1,
+        )  # fmt: skip
+        begun = time.perf_counter()
+        offset = progress.seconds
+        for number in range(progress.number, len(passes)):
+            if number != progress.number:
+                progress = _Progress(number, best_score=self._worst(), targets=progress.targets, seconds=progress.seconds)
+                resumed = None
+            clock = lambda: offset + time.perf_counter() - begun  # noqa: E731, B023
+            ctx = self._pass(ctx, passes[number], progress, randomness, fresh, stage_start, resumed, clock)
+        self.model = ctx.model
+        if not passes:
+            self._carried = {}
+        with randomness.owned():
+            self.strategy.end_stage(ctx)
+        trained = time.perf_counter()
+        seconds = offset + trained - begun
+        self._evaluate_all(ctx)
+        scratch_seconds = self._scratch(index) if self.config["scratch"] else 0.0
+        self._previous = {"stage": index, "model": clone_tree(owned_state(ctx.model))}
+        trainable, parameters, size = count_parameters(ctx.model)
+        self.costs.append(
+            {
+                "stage": index,
+                "seconds": seconds + time.perf_counter() - trained,
+                "train_seconds": seconds,
+                "eval_seconds": time.perf_counter() - trained - scratch_seconds,
+                "scratch_seconds": scratch_seconds,
+                "peak_memory_mb": peak_megabytes(self.config["device"]),
+                "trainable_parameters": trainable,
+                "parameters": parameters,
+                "model_bytes": size,
+            }
+        )
+        self._save(ctx, "done", None, None, stage_start)
+        primary = self._primary(stage)
+        row = self.records.matrix(primary, n_stages=len(self.stream))[index] if primary in self.records.metrics() else []
+        shown = " ".join("  -   " if np.isnan(v) else f"{v:.4f}" for v in row)
+        LOGGER.info(
+            "stage %d/%d done in %.1f s; %s on stages 1..%d: %s",
+            index + 1, len(self.stream), time.perf_counter() - started, primary, len(self.stream), shown,
+        )  # fmt: skip
+
+    # -- entering a stage -----------------------------------------------------------------------------------------
+
+    def build_model(self, view: Any, randomness: ModelRandomness) -> nn.Module:
+        """Returns a new model over a view, initialised from the given random state."""
+        with randomness.owned():
+            model = self.config.model_class(self.config, view)
+        return model.to(self.config["device"])
+
+    def _context(self, index: int, model: nn.Module, view: Any) -> StageContext:
+        stage = self.stream.stages[index]
+        batcher = Batcher(self.config, self.stream, view, stage.n_users, stage.n_items)
+        ctx = StageContext(self.config, self.stream, index, model, view, batcher, torch.device(self.config["device"]))
+        ctx.previous_factory = self._previous_model
+        return ctx
+
+    def _enter(
+        self, index: int, resumed: dict[str, Any] | None
+    ) -> tuple[StageContext, ModelRandomness, dict[str, Any]]:
+        """Builds the stage's model and brings everything into it that was learnt before."""
+        stage = self.stream.stages[index]
+        view = self.stream.view(index, self.config["graph"])
+        randomness = ModelRandomness(derive(self.config["seed"], index))
+        old = getattr(self, "model", None)
+        in_place = old is not None and index > 0 and hasattr(old, "grow_in_place")
+        model = old if in_place and old is not None else self.build_model(view, randomness)
+        ctx = self._context(index, model, view)
+        with randomness.owned():
+            self.strategy.prepare_model(ctx)
+        model.to(self.config["device"])
+        if index == 0 or resumed is not None:
+            self.strategy.check(self.config, model)
+        fresh = clone_tree(owned_state(model)) if not in_place else {}
+        if resumed is None and old is not None and index > 0:
+            before = self.stream.stages[index - 1]
+            users, items = (before.n_users, stage.n_users), (before.n_items, stage.n_items)
+            if in_place:
+                growth = model.grow_in_place(view, users, items)
+            else:
+                growth, lost = grow_model(old, model, users, items, self.config["new_rows"])
+                if lost:
+                    self._warn(f"stage {index}: {', '.join(lost)} of the stage before have no place in the model")
+            if not growth.identity:
+                self.strategy.grow(growth)
+                from recbole_cl.stream.vocabulary import grow_optimizer
+
+                self._carried = grow_optimizer(self._carried, growth)
+            self._reference(index, view)
+        elif resumed is None and index == 0:
+            self._reference(index, view)
+        self.model = model
+        return ctx, randomness, fresh
+
+    def _previous_model(self) -> nn.Module | None:
+        if self._previous is None:
+            return None
+        index = int(self._previous["stage"])
+        view = self.stream.view(index, self.config["graph"])
+        model = self.build_model(view, ModelRandomness(derive(self.config["seed"], index, "previous")))
+        self.strategy.prepare_model(self._context(index, model, view))
+        load_owned_state(model, self._previous["model"])
+        for p in model.parameters():
+            p.requires_grad_(False)
+        return model.eval()
+
+    def _worst(self) -> float:
+        return -math.inf if self.config["valid_metric_bigger"] else math.inf
+
+    # -- one pass -------------------------------------------------------------------------------------------------
+
+    def _pass(
+        self,
+        ctx: StageContext,
+        plan: Pass,
+        progress: _Progress,
+        randomness: ModelRandomness,
+        fresh: dict[str, Any],
+        stage_start: dict[str, Any],
+        resumed: dict[str, Any] | None,
+        clock: Callable[[], float],
+    ) -> StageContext:
+        config = self.config
+        if plan.graph is not None and plan.graph != config["graph"]:
+            ctx = self._with_view(ctx, plan.graph)
+        if resumed is None:
+            self._initialise(ctx, plan, progress.number, randomness, fresh, stage_start)
+        targets = plan.data if isinstance(plan.data, Targets) else self.stream.trained_targets(ctx.index, plan.data)
+        self._learn(ctx, targets)
+        ctx.pass_, ctx.epoch, ctx.step = plan, progress.epoch, progress.step
+        ctx.loader = loader = make_loader(ctx, targets, f"{progress.number}/{plan.name}")
+        scale = config["stage_lr_scale"]
+        if isinstance(scale, (list, tuple)):
+            scale = scale[min(ctx.index, len(scale) - 1)]
+        elif ctx.index == 0:
+            scale = 1.0
+        rate = config["learning_rate"] * scale * plan.lr_scale
+        own_trainer = getattr(ctx.model, "stage_trainer", None)
+        trainer = own_trainer(ctx, rate) if own_trainer is not None else make_trainer(ctx, self.strategy, rate)
+        hooked = trainer if isinstance(trainer, HookedTrainer) else None
+        if resumed is None and hooked is not None and config["stage_optimizer"] == "carry" and plan.init == "previous":
+            load_optimizer_by_name(hooked, ctx.model, self.strategy, self._carried)
+        epochs = plan.epochs if plan.epochs is not None else int(getattr(trainer, "epochs", config["epochs"]))
+        if config["train_neg_sample_args"].get("dynamic", False):
+            loader.get_model(ctx.model)
+
+        def save(phase: str) -> None:
+            progress.step, progress.seconds = ctx.step, clock()
+            state = self._trainer_state(trainer, ctx, loader, randomness)
+            self._save(ctx, phase, progress, state, stage_start)
+
+        if hooked is not None and config["checkpoint_steps"]:
+            done = {"steps": 0}
+
+            def after_batch() -> None:
+                done["steps"] += 1
+                if done["steps"] % config["checkpoint_steps"] == 0:
+                    progress.partial_loss, progress.terms = hooked.partial_loss, ctx.terms
+                    save("train")
+
+            hooked.after_batch = after_batch
+        if resumed is not None:
+            load_owned_state(ctx.model, resumed["model"])
+            self.strategy.load_state_dict(clone_tree(resumed["strategy"]))
+            self._load_trainer_state(trainer, ctx, loader, randomness, resumed["trainer"])
+            ctx.terms = {k: list(v) for k, v in progress.terms.items()}
+            if hooked is not None:
+                hooked.resumed_loss = progress.partial_loss
+        show = bool(config["show_progress"])
+        while progress.epoch < epochs and not progress.stopped:
+            ctx.epoch = progress.epoch
+            if progress.partial_loss is None:
+                ctx.terms = {}
+            with randomness.owned():
+                loss = (
+                    hooked._train_epoch(loader, progress.epoch, show_progress=show)
+                    if hooked is not None
+                    else trainer.train_epoch(loader, progress.epoch)
+                )
+            progress.partial_loss = None
+            progress.epoch += 1
+            progress.targets += loader.n_targets
+            self._end_epoch(ctx, plan, progress, loss, clock)
+            progress.terms = {}
+            save("train")
+        if progress.best is not None:
+            load_owned_state(ctx.model, progress.best["model"])
+            self.strategy.load_state_dict(clone_tree(progress.best["strategy"]))
+            clear_caches(ctx.model)
+        self._carried = clone_tree(optimizer_by_name(hooked, ctx.model, self.strategy)) if hooked is not None else {}
+        return ctx
+
+    def _with_view(self, ctx: StageContext, graph: str) -> StageContext:
+        """Makes the model again over another graph, with the same weights."""
+        view = self.stream.view(ctx.index, graph)
+        model = self.build_model(view, ModelRandomness(derive(self.config["seed"], ctx.index, f"graph/{graph}")))
+        new = self._context(ctx.index, model, view)
+        self.strategy.prepare_model(new)
+        load_owned_state(model.to(self.config["device"]), owned_state(ctx.model))
+        new._generators = ctx._generators
+        return new
+
+    def _initialise(
+        self,
+        ctx: StageContext,
+        plan: Pass,
+        number: int,
+        randomness: ModelRandomness,
+        fresh: dict[str, Any],
+        stage_start: dict[str, Any],
+    ) -> None:
+        if plan.init == "stage_start":
+            load_owned_state(ctx.model, stage_start["model"])
+        elif plan.init == "fresh":
+            self.known = Known.nothing(self.stream.table)
+            if number == 0:
+                load_owned_state(ctx.model, fresh)
+            else:
+                model = self.build_model(ctx.view, randomness)
+                self.strategy.prepare_model(self._context(ctx.index, model, ctx.view))
+                load_owned_state(ctx.model, owned_state(model))
+        elif plan.init != "previous":
+            raise ConfigError(f"Pass.init: {plan.init!r} is none of previous, stage_start, fresh")
+        clear_caches(ctx.model)
+
+    def _learn(self, ctx: StageContext, targets: Targets) -> None:
+        sequential = self.config["MODEL_TYPE"] == ModelType.SEQUENTIAL
+        labels = None
+        columns = self.stream.dataset.inter_feat
+        if ctx.stage.task.kind == "value" and self.config["LABEL_FIELD"] in columns:
+            labels = columns[self.config["LABEL_FIELD"]].numpy()[targets.position]
+        self.known.learn(self.stream.table, targets, sequential, labels)
+
+    def _end_epoch(
+        self, ctx: StageContext, plan: Pass, progress: _Progress, loss: Any, clock: Callable[[], float]
+    ) -> None:
+        """Validates, keeps the best snapshot, decides on stopping, writes the curve."""
+        config, metric = self.config, self._primary(ctx.stage)
+        valid: dict[str, float] | None = None
+        improved = False
+        wanted = plan.early_stopping and config["eval_step"] > 0 and progress.epoch % config["eval_step"] == 0
+        if wanted and len(ctx.stage.valid):
+            valid = self.evaluator.evaluate(ctx, self.known, ctx.stage, "valid").metrics
+            score = valid.get(metric)
+            if score is not None:
+                progress.best_score, progress.waited, progress.stopped, improved = early_stopping(
+                    score, progress.best_score, progress.waited, config["stopping_step"], config["valid_metric_bigger"]
+                )
+                if improved:
+                    progress.best = {
+                        "model": clone_tree(owned_state(ctx.model)),
+                        "strategy": clone_tree(self.strategy.state_dict()),
+                    }
+                    progress.best_targets = progress.targets
+        train_loss = float(sum(loss)) if isinstance(loss, tuple) else (None if loss is None else float(loss))
+        point = {
+            "stage": ctx.index,
+            "pass": plan.name,
+            "epoch": progress.epoch - 1,
+            "targets": progress.targets,
+            "seconds": clock(),
+            "train_loss": train_loss,
+            "terms": {name: total / max(count, 1) for name, (total, count) in sorted(ctx.terms.items())},
+            "valid": valid or None,
+            "best": improved,
+        }
+        self.curves.append(point)
+        told = "" if not valid else f", {metric} {valid.get(metric, float('nan')):.4f}{' *' if improved else ''}"
+        LOGGER.info(
+            "  %s epoch %d: loss %s%s", plan.name, progress.epoch - 1, "-" if train_loss is None else f"{train_loss:.4f}", told
+        )
+
+    # -- evaluation -----------------------------------------------------------------------------------------------
+
+    def _primary(self, stage: Stage) -> str:
+        return (stage.task.primary or str(self.config["valid_metric"])).lower()
+
+    def _evaluate_all(self, ctx: StageContext) -> None:
+        """Fills row t of the matrix; asserts by a hash that evaluation changed nothing."""
+        online = [s for s in self.strategy.members if overrides(s, "adjust_scores")]
+        kept = clone_tree(self.strategy.state_dict()) if online else None
+        before = tree_hash(owned_state(ctx.model), self.strategy.state_dict())
+        bar = tqdm(
+            self.stream.stages, desc=f"evaluate {ctx.index}", disable=not self.config["show_progress"], leave=False
+        )
+        for stage in bar:
+            if not stage.evaluable(ctx.index):
+                continue
+            outcome = self.evaluator.evaluate(ctx, self.known, stage)
+            if kept is not None:
+                self.strategy.load_state_dict(clone_tree(kept))
+            self._record(outcome, ctx.index, stage)
+            if stage.index == ctx.index:
+                self._expose(outcome, ctx, stage)
+        if tree_hash(owned_state(ctx.model), self.strategy.state_dict()) != before:
+            raise RuntimeError(f"stage {ctx.index}: evaluation changed the model or the strategy; it must be pure")
+
+    def _record(self, outcome: Outcome, t: int, stage: Stage) -> None:
+        mode = self.evaluator.mode("test") if stage.task.kind != "classification" else "labeled"
+        for metric, value in self._with_primary(outcome.metrics, stage).items():
+            self.records.add(metric=metric, t=t, s=stage.index, value=value, n=outcome.n, mode=mode)
+        for stratum, (metrics, n) in outcome.strata.items():
+            for metric, value in self._with_primary(metrics, stage).items():
+                self.records.add(metric=metric, t=t, s=stage.index, value=value, n=n, mode=mode, stratum=stratum)
+        self.cold.append({"t": t, "s": stage.index, "n": outcome.n, "n_cold": outcome.n_cold})
+
+    def _with_primary(self, metrics: dict[str, float], stage: Stage) -> dict[str, float]:
+        """Adds the column's primary metric under one name where the stream's tasks differ in theirs."""
+        if len({self._primary(s) for s in self.stream.stages}) == 1:
+            return metrics
+        value = metrics.get(self._primary(stage))
+        return metrics if value is None else {**metrics, "primary": value}
+
+    def _expose(self, outcome: Outcome, ctx: StageContext, stage: Stage) -> None:
+        if outcome.recommended is None or outcome.users is None:
+            return
+        table = self.stream.table
+        past = np.concatenate([s.train.position for s in self.stream.stages[: ctx.index + 1]])
+        ratio = self.config["head_ratio"]
+        counts = np.bincount(table.item[past], minlength=table.n_items)
+        activity = np.bincount(table.user[past], minlength=table.n_users)
+        catalogue = np.arange(table.n_items) > 0
+        if self.config["candidates"] == "seen":
+            catalogue[stage.catalogue :] = False
+        active = head_mask(activity, ratio)
+        users = np.unique(outcome.users, return_inverse=True)[1]
+        entry = exposure_disparity(
+            outcome.recommended,
+            head_mask(counts, ratio),
+            catalogue,
+            outcome.utility,
+            active[outcome.users] if outcome.utility is not None else None,
+            users,
+        )
+        self.disparity.append({"stage": stage.index, **entry})
+
+    def _reference(self, index: int, view: Any) -> None:
+        """Scores an untrained model on the next stage: b[s] of forward transfer."""
+        if self.config["fwt_reference"] != "untrained" or index + 1 >= len(self.stream):
+            return
+        following = self.stream.stages[index + 1]
+        if not following.evaluable(index):
+            return
+        randomness = ModelRandomness(derive(self.config["seed"], index, "reference"))
+        model = self.build_model(view, randomness)
+        ctx = self._context(index, model, view)
+        self.strategy.prepare_model(ctx)
+        plain = Evaluator(self.config, self.stream, Composite([]))
+        known = Known.everything(self.stream.table, ctx.batcher.n_users, ctx.batcher.n_items)
+        outcome = plain.evaluate(ctx, known, following)
+        for metric, value in self._with_primary(outcome.metrics, following).items():
+            self.records.add(metric=metric, t=-1, s=following.index, value=value, n=outcome.n, mode="reference")
+
+    def _scratch(self, index: int) -> float:
+        """Trains a model on the stage alone and keeps its scores on the stage."""
+        begun = time.perf_counter()
+        inner = Runner.__new__(Runner)
+        inner.__dict__.update(self.__dict__)
+        inner.strategy = Composite([])
+        inner.known = Known.nothing(self.stream.table)
+        inner.curves, inner._carried, inner._save = [], {}, lambda *a, **k: None  # type: ignore[method-assign]
+        randomness = ModelRandomness(derive(self.config["seed"], index, "scratch"))
+        view = self.stream.view(index, "stage")
+        ctx = inner._context(index, inner.build_model(view, randomness), view)
+        start = {"model": clone_tree(owned_state(ctx.model)), "strategy": {}}
+        progress = _Progress(best_score=self._worst())
+        plan = Pass("scratch", init="previous", data="stage", graph=self.config["graph"])
+        ctx = inner._pass(ctx, plan, progress, randomness, {}, start, None, lambda: 0.0)
+        stage = self.stream.stages[index]
+        if stage.evaluable(index):
+            outcome = Evaluator(self.config, self.stream, Composite([])).evaluate(ctx, inner.known, stage)
+            for metric, value in self._with_primary(outcome.metrics, stage).items():
+                self.scratch.setdefault(metric, [None] * len(self.stream))[index] = value
+        return time.perf_counter() - begun
+
+    # -- checkpoints ----------------------------------------------------------------------------------------------
+
+    def _trainer_state(self, trainer: Any, ctx: StageContext, loader: Any, randomness: ModelRandomness) -> dict[str, Any]:
+        own = (
+            {"optimizer": optimizer_by_name(trainer, ctx.model, self.strategy)}
+            if isinstance(trainer, HookedTrainer)
+            else trainer.state_dict()
+        )
+        return {"own": own, "loader": loader.state_dict(), "randomness": randomness.state_dict()}
+
+    def _load_trainer_state(
+        self, trainer: Any, ctx: StageContext, loader: Any, randomness: ModelRandomness, state: dict[str, Any]
+    ) -> None:
+        if isinstance(trainer, HookedTrainer):
+            load_optimizer_by_name(trainer, ctx.model, self.strategy, state["own"]["optimizer"])
+        else:
+            trainer.load_state_dict(state["own"])
+        loader.load_state_dict(state["loader"])
+        randomness.load_state_dict(state["randomness"])
+
+    def _save(
+        self,
+        ctx: StageContext,
+        phase: str,
+        progress: _Progress | None,
+        trainer_state: dict[str, Any] | None,
+        stage_start: dict[str, Any],
+    ) -> None:
+        self._number += 1
+        state = {
+            "config": self._settings(),
+            "data": self.stream.fingerprint(),
+            "stage": ctx.index,
+            "phase": phase,
+            "model": owned_state(ctx.model),
+            "strategy": self.strategy.state_dict(),
+            "side_stores": self.strategy.side_stores(),
+            "generators": ctx.state_dict(),
+            "previous": self._previous,
+            "carried": self._carried,
+            "known": self.known.state_dict(),
+            "records": self.records.state_dict(),
+            "curves": self.curves,
+            "costs": self.costs,
+            "disparity": self.disparity,
+            "cold": self.cold,
+            "scratch": self.scratch,
+            "warnings": self.warnings,
+        }
+        if progress is not None:
+            state |= {"progress": progress.state_dict(), "trainer": trainer_state, "stage_start": stage_start}
+        checkpoint.save(self.folder / "checkpoints", self._number, state, int(self.config["checkpoint_keep"]))
+
+    def _settings(self) -> dict[str, Any]:
+        settings: dict[str, Any] = json.loads(json.dumps(self.config.fingerprint()))
+        return settings
+
+    def _load(self) -> dict[str, Any] | None:
+        state, self._number, warnings = checkpoint.newest(self.folder / "checkpoints")
+        for warning in warnings:
+            self._warn(warning)
+        if state is None:
+            LOGGER.warning("resume: there is no checkpoint in %s; the run starts from the beginning", self.folder)
+            return None
+        self._compare(state)
+        self.records.load_state_dict(state["records"])
+        self.curves, self.costs, self.disparity = state["curves"], state["costs"], state["disparity"]
+        self.cold, self.scratch = state["cold"], state["scratch"]
+        self.warnings = list(dict.fromkeys([*state["warnings"], *self.warnings]))
+        self._previous, self._carried = state["previous"], state["carried"]
+        self.known.load_state_dict(state["known"])
+        index = state["stage"]
+        if state["phase"] == "done":
+            view = self.stream.view(index, self.config["graph"])
+            model = self.build_model(view, ModelRandomness(derive(self.config["seed"], index)))
+            self.strategy.prepare_model(self._context(index, model, view))
+            load_owned_state(model.to(self.config["device"]), state["model"])
+            self.strategy.load_state_dict(state["strategy"])
+            self.model = model
+        LOGGER.info("resuming at stage %d from checkpoint %d", index + 1, self._number)
+        return state
+
+    def _compare(self, state: dict[str, Any]) -> None:
+        free = self.config.RESUME_MAY_CHANGE
+        now, then = self._settings(), state["config"]
+        changed = [k for k in sorted(set(now) | set(then)) if k not in free and k != "device" and now.get(k) != then.get(k)]
+        if changed:
+            told = "; ".join(f"{k} was {then.get(k)!r}, is {now.get(k)!r}" for k in changed[:4])
+            more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
+            raise CheckpointError(
+                f"resume: the configuration has changed ({told}{more}); give the old values, or start anew in another output_dir"
+            )
+        if state["data"] != self.stream.fingerprint():
+            raise CheckpointError(
+                "resume: the log of interactions has changed since the checkpoint; restore it, or start anew in another output_dir"
+            )
+
+    # -- results --------------------------------------------------------------------------------------------------
+
+    def result(self) -> dict[str, Any]:
+        """Returns what ``result.json`` holds."""
+        size = len(self.stream)
+        names = [m for m in self.records.metrics()]
+        matrices = {m: self.records.matrix(m, n_stages=size) for m in names}
+        primary = "primary" if "primary" in names else self._primary(self.stream.stages[0])
+        if self.config["fwt_reference"] == "stage_only":
+            found = {m: np.array([np.nan if v is None else v for v in row]) for m, row in self.scratch.items()}
+            reference = {m: found.get(m) for m in names}
+        else:
+            reference = {m: self.records.reference(m, n_stages=size) for m in names}
+        strata = {
+            m: {
+                stratum: _lists(self.records.matrix(m, stratum=stratum, n_stages=size))
+                for stratum in self.records.strata()
+                if stratum != "all"
+            }
+            for m in names
+        }
+        smaller = smaller_is_better(self._primary(self.stream.stages[0]))
+        stages = []
+        for stage in self.stream.stages:
+            row = stage.describe()
+            own = [c for c in self.cold if c["t"] == stage.index and c["s"] == stage.index]
+            row["n_cold_targets"] = own[0]["n_cold"] if own else None
+            stages.append(row)
+        steps = [
+            steps_to_95(self._last_pass(s), smaller_is_better=smaller) for s in range(size)
+        ]
+        return {
+            "name": f"{self.config['model']} on {self.config['dataset']}: {self.config.strategy_name}",
+            "config": self._settings(),
+            "versions": _versions(),
+            "seed": self.config["seed"],
+            "output_dir": str(self.folder),
+            "primary_metric": primary,
+            "stages": stages,
+            "matrix": {m: _lists(v) for m, v in matrices.items()},
+            **summarise_all(matrices, reference),
+            "fwt_reference": self.config["fwt_reference"],
+            "reference": {m: None if v is None else _list(v) for m, v in reference.items()},
+            "scratch": self.scratch or None,
+            "curves": self.curves,
+            "steps_to_95": steps,
+            "strata": strata,
+            "disparity": self.disparity,
+            "cold": self.cold,
+            "cost": self.costs,
+            "warnings": list(dict.fromkeys([*self.config.warnings, *self.stream.warnings, *self.warnings])),
+        }
+
+    def _last_pass(self, stage: int) -> list[tuple[int, float | None]]:
+        own = [c["pass"] for c in self.curves if c["stage"] == stage]
+        return stage_curve(self.curves, stage, self._primary(self.stream.stages[stage]), own[-1]) if own else []
+
+    def _write(self, result: dict[str, Any]) -> None:
+        from recbole_cl.report import write_report
+
+        with checkpoint.explained(self.folder):
+            checkpoint.write_atomically(self.folder / "result.json", json.dumps(result, indent=1, allow_nan=False))
+            self.records.to_csv(self.folder / "records.csv")
+            write_report(result, self.folder)
+
+    # -- the folder -----------------------------------------------------------------------------------------------
+
+    def _folder(self) -> Path:
+        config = self.config
+        if config["output_dir"]:
+            return Path(config["output_dir"]).expanduser()
+        name = "-".join(
+            [config["model"], config["dataset"], config.strategy_name, str(config["scheduler"]), f"seed{config['seed']}"]
+        )
+        return Path("runs") / name
+
+    def _open_folder(self) -> None:
+        """Makes sure before any work that the folder can be written; what lies there from an earlier run is kept."""
+        with checkpoint.explained(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            probe = self.folder / ".probe"
+            probe.write_bytes(b"0" * 4096)
+            probe.unlink()
+            if self.config["resume"]:
+                return
+            old = [n for n in ("result.json", "records.csv", "report.html", "checkpoints") if (self.folder / n).exists()]
+            if not old:
+                return
+            number = 1
+            while (self.folder / f"earlier-{number}").exists():
+                number += 1
+            aside = self.folder / f"earlier-{number}"
+            aside.mkdir()
+            for name in old:
+                (self.folder / name).rename(aside / name)
+            LOGGER.warning("output_dir: the results of an earlier run were moved to %s", aside)
+
+    def _warn(self, message: str) -> None:
+        LOGGER.warning(message)
+        self.warnings.append(message)
+
+
+def _list(values: np.ndarray) -> list[float | None]:
+    return [None if np.isnan(v) else float(v) for v in values]
+
+
+def _lists(values: np.ndarray) -> list[list[float | None]]:
+    return [_list(row) for row in values]
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "platform": platform.platform(), "threads": str(torch.get_num_threads())}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except Exception:
+            continue
+    return found
+
+
+__all__ = ["Runner", "TrainingError"]

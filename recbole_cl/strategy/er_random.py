@@ -1,0 +1,80 @@
+"""Experience replay from a uniform sample of the past."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from recbole.data.interaction import Interaction
+from torch import nn
+
+from recbole_cl.errors import ConfigError
+from recbole_cl.registry import strategies
+from recbole_cl.strategy.base import StageContext, Strategy, require
+from recbole_cl.strategy.memory import ReservoirMemory, join_rows
+from recbole_cl.strategy.rows import OwnRows
+
+
+@strategies.register()
+class ERRandom(Strategy):
+    """Joins to every batch rows drawn uniformly from a memory that is a uniform sample of all training targets so far.
+
+    Chaudhry et al. 2019, "On tiny episodic memories in continual learning" (reservoir variant). With ``m`` replayed
+    rows joined to a batch of ``B`` the loss is the mean over both, so a replayed row weighs as much as a new one::
+
+        L = 1 / (B + m) * (sum over the batch + sum over replayed rows)
+
+    A stage's targets enter the memory when it ends (:class:`~recbole_cl.strategy.memory.ReservoirMemory`). For models
+    trained on all positions an exemplar is a window, and the loss the mean over all supervised positions. Replayed
+    rows keep their ``_position``, ``_stage`` and ``_timestamp``, and draw their negatives from a generator of their
+    own among the items known *now*, as rows of the stage do.
+
+    Known mistakes elsewhere: the newest stage's rows replace old ones, so the memory is no sample of the past;
+    replay draws from the loader's generator, so that replaying nothing already changes training.
+    """
+
+    prefix = "er"
+    defaults = {"memory_size": 1000, "batch_size": 64}
+    neutral = {"batch_size": 0}
+    needs = frozenset({"gradient", "batch_rows"})
+    kind = "replay"
+
+    def __init__(self, parameters: Mapping[str, Any] | None = None) -> None:
+        super().__init__(parameters)
+        self.memory = ReservoirMemory(int(self.params["memory_size"]))
+        self._own: OwnRows | None = None
+
+    def check(self, config: Any, model: nn.Module) -> None:
+        for key, least in (("memory_size", 1), ("batch_size", 0)):
+            if self.params[key] < least:
+                raise ConfigError(f"{self.prefix}_{key}: {self.params[key]} is too small; it must be at least {least}")
+
+    def own_rows(self, ctx: StageContext) -> OwnRows:
+        """Returns what makes stored rows batch rows in this stage; its generators' states are the context's."""
+        if self._own is None or self._own.ctx is not ctx:
+            self._own = OwnRows(ctx, self.name)
+        return self._own
+
+    def augment_batch(self, ctx: StageContext, batch: Interaction) -> Interaction:
+        if not len(self.memory):
+            return batch
+        self.memory.check(ctx)
+        rows = self.memory.sample(int(self.params["batch_size"]), ctx.generator(f"{self.name}/batches"))
+        return join_rows(batch, self.own_rows(ctx).complete(rows), optional=self._triples(ctx))
+
+    def _triples(self, ctx: StageContext) -> frozenset[str]:
+        """Fields of a knowledge graph's triples, which a batch holds beside its rows."""
+        view, prefix = ctx.view, ctx.config["NEG_PREFIX"]
+        if getattr(view, "kg_feat", None) is None:
+            return frozenset()
+        return frozenset({*view.kg_feat.interaction, prefix + view.tail_entity_field})
+
+    def end_stage(self, ctx: StageContext) -> None:
+        self.memory.add(ctx, self.own_rows(ctx).units, ctx.generator(f"{self.name}/memory"))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"memory": self.memory.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        require(state, "memory")
+        self.memory.load_state_dict(state["memory"])

@@ -1,0 +1,113 @@
+"""Synaptic intelligence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from recbole_cl.registry import strategies
+from recbole_cl.strategy.base import StageContext, Strategy, require
+from recbole_cl.stream.vocabulary import Growth
+
+
+@strategies.register()
+class SI(Strategy):
+    """Holds parameters by how much moving them lowered the loss, measured along the path of training.
+
+    Zenke, Poole and Ganguli 2017, "Continual learning through synaptic intelligence", eq. 3 to 5. At every step, with
+    the gradient ``g`` of the data loss alone and the optimiser's step ``d theta``, and at the end of a stage::
+
+        omega -= g * d theta
+        Omega  = relu(Omega + omega / ((theta - theta_start)^2 + xi)),      anchor = theta
+        L(theta) + c * sum_i Omega_i (theta_i - anchor_i)^2
+
+    The relu is in the authors' code (ganguli-lab/pathint, protocols.py), not in the paper: with noisy gradients omega
+    can be negative, and a negative Omega would push a parameter away without bound. ``g`` is taken before clipping.
+    A pass that starts anew (``fresh``, ``stage_start``) starts the path anew.
+
+    Known mistakes elsewhere: the weights before the step kept as a view of the parameter, so that ``d theta`` is
+    always zero and so is Omega (on a CPU); ``g`` with the penalty's own gradient in it.
+    """
+
+    prefix = "si"
+    defaults = {"c": 0.1, "xi": 0.1}
+    neutral = {"c": 0.0}
+    needs = frozenset({"gradient"})
+    wants_data_gradients = True
+
+    def __init__(self, parameters: Mapping[str, Any] | None = None) -> None:
+        super().__init__(parameters)
+        self.path: dict[str, torch.Tensor] = {}
+        self.start: dict[str, torch.Tensor] = {}
+        self.importance: dict[str, torch.Tensor] = {}
+        self.anchor: dict[str, torch.Tensor] = {}
+        self._before: dict[str, torch.Tensor] = {}  # lives from add_gradients to after_step: no state
+
+    def _begin_path(self, ctx: StageContext) -> None:
+        self.start = {name: p.detach().clone() for name, p in ctx.parameters().items()}
+        self.path = {name: torch.zeros_like(p) for name, p in self.start.items()}
+
+    def plan_stage(self, ctx: StageContext) -> None:
+        """Notes where the stage starts; no plan of its own. On resume the checkpoint's state replaces this."""
+        self._begin_path(ctx)
+
+    def add_gradients(self, ctx: StageContext) -> None:
+        if ctx.step == 0 and ctx.pass_.init != "previous":
+            self._begin_path(ctx)
+        strength = float(self.params["c"])
+        for name, p in ctx.parameters().items():
+            self._before[name] = p.detach().clone()  # a copy: the step changes p in place
+            if name not in self.importance:
+                continue
+            if p.grad is None:
+                if not strength:  # a gradient of zeros would make the optimiser decay what FineTune leaves alone
+                    continue
+                p.grad = torch.zeros_like(p)
+            p.grad.addcmul_(self.importance[name], p.detach() - self.anchor[name], value=2 * strength)
+        if f"{self.name}/penalty" not in ctx.terms:  # once an epoch
+            ctx.log(f"{self.name}/penalty", self.penalty(ctx))
+
+    def after_step(self, ctx: StageContext) -> None:
+        for name, p in ctx.parameters().items():
+            gradient = ctx.data_gradients.get(name)
+            if gradient is not None:
+                self.path[name].addcmul_(gradient, p.detach() - self._before[name], value=-1.0)
+        self._before = {}
+
+    def penalty(self, ctx: StageContext) -> torch.Tensor:
+        total = torch.zeros((), dtype=torch.float64)
+        for name, p in ctx.parameters().items():
+            if name in self.importance:
+                drift = p.detach().double() - self.anchor[name]
+                total += (self.importance[name] * drift.square()).sum().cpu()
+        return float(self.params["c"]) * total
+
+    def end_stage(self, ctx: StageContext) -> None:
+        for name, p in ctx.parameters().items():
+            moved = (p.detach() - self.start[name]).square()
+            total = self.importance.get(name, 0.0) + self.path[name] / (moved + float(self.params["xi"]))
+            self.importance[name] = total.clamp(min=0.0)
+            self.anchor[name] = p.detach().clone()
+            self.path[name] = torch.zeros_like(p)
+
+    def grow(self, growth: Growth) -> None:
+        for state in (self.path, self.start, self.importance, self.anchor):
+            for name in state:
+                state[name] = growth.expand(name, state[name])
+
+    def state_dict(self) -> dict[str, Any]:
+        # The path changes in place, so a snapshot needs a copy of its own.
+        return {
+            "path": {name: value.clone() for name, value in self.path.items()},
+            "start": dict(self.start),
+            "importance": dict(self.importance),
+            "anchor": dict(self.anchor),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        require(state, "path", "start", "importance", "anchor")
+        self.path = {name: value.clone() for name, value in state["path"].items()}
+        self.start, self.importance = dict(state["start"]), dict(state["importance"])
+        self.anchor = dict(state["anchor"])

@@ -1,0 +1,225 @@
+"""One training pass: RecBole's trainers with the hooks of the strategies.
+
+RecBole's trainer class of the model (``Trainer``, ``KGTrainer``, ...) keeps its optimiser and its epoch. Where no
+strategy takes part in steps, RecBole's own ``_train_epoch`` runs unchanged; otherwise :class:`HookedTrainer` runs the
+same operations in the same order with the hooks between them.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from recbole.trainer import trainer as recbole_trainer
+from recbole.utils import get_trainer
+from torch import nn
+from torch.nn.utils import clip_grad_norm_
+from tqdm import tqdm
+
+from recbole_cl import compat
+from recbole_cl.errors import ConfigError, TrainingError
+from recbole_cl.strategy.base import Composite, StageContext
+
+COOPERATIVE = ("Trainer", "KGTrainer", "KGATTrainer", "MKRTrainer", "TraditionalTrainer")
+"""RecBole trainers whose epochs go through ``Trainer._train_epoch``, so hooks reach every step."""
+
+
+class HookedTrainer(recbole_trainer.Trainer):
+    """RecBole's trainer with hooks around each optimiser step."""
+
+    strategy: Composite
+    ctx: StageContext
+    after_batch: Callable[[], None] | None = None
+    resumed_loss: Any = None
+
+    def _train_epoch(
+        self, train_data: Any, epoch_idx: int, loss_func: Any = None, show_progress: bool = False
+    ) -> float | tuple[float, ...]:
+        """Runs one epoch; see RecBole's method. Losses that are not finite end it with stage, batch and term named."""
+        checked = _Checked(self, loss_func or self.model.calculate_loss)
+        if not self.strategy.steps and self.after_batch is None:
+            return super()._train_epoch(_Counted(train_data, self), epoch_idx, checked, show_progress)
+        return self._hooked_epoch(train_data, epoch_idx, checked, show_progress)
+
+    def _check_nan(self, loss: torch.Tensor) -> None:
+        """Named checks are done where the loss is computed."""
+
+    def _hooked_epoch(
+        self, train_data: Any, epoch_idx: int, loss_func: Any, show_progress: bool
+    ) -> float | tuple[float, ...]:
+        ctx, members = self.ctx, self.strategy.members
+        self.model.train()
+        total: Any = self.resumed_loss
+        self.resumed_loss = None
+        batches = train_data
+        if show_progress:
+            batches = tqdm(train_data, total=len(train_data), ncols=100, desc=f"Train {epoch_idx:>5}", leave=False)
+        scaler = torch.amp.GradScaler(self.device.type, enabled=self.enable_scaler)
+        for batch in batches:
+            for member in members:
+                batch = member.augment_batch(ctx, batch)
+            batch = batch.to(self.device)
+            self.optimizer.zero_grad()
+            with torch.autocast(device_type=self.device.type, enabled=self.enable_amp):
+                losses = loss_func(batch)
+                terms: dict[str, torch.Tensor] = {}
+                for member in members:
+                    terms.update(member.loss_terms(ctx, batch))
+            loss = sum(losses) if isinstance(losses, tuple) else losses
+            total = _add(total, losses)
+            for name, term in terms.items():
+                self.check_finite(term, name)
+                ctx.log(name, term.detach())
+            self._backward(scaler, loss, terms)
+            scaler.unscale_(self.optimizer) if self.enable_scaler else None
+            for member in members:
+                member.add_gradients(ctx)
+            for member in members:
+                member.mask_gradients(ctx)
+            if self.clip_grad_norm:
+                clip_grad_norm_(self.model.parameters(), **self.clip_grad_norm)
+            scaler.step(self.optimizer)
+            scaler.update()
+            ctx.step += 1
+            for member in members:
+                member.after_step(ctx)
+            if self.after_batch is not None:
+                self.partial_loss = total
+                self.after_batch()
+        return total
+
+    partial_loss: Any = None
+
+    def _backward(self, scaler: Any, loss: torch.Tensor, terms: dict[str, torch.Tensor]) -> None:
+        differentiable = [term for term in terms.values() if term.requires_grad]
+        if not self.strategy.wants_data_gradients:
+            scaler.scale(sum(differentiable, loss)).backward()
+            return
+        scaler.scale(loss).backward(retain_graph=bool(differentiable))
+        factor = scaler.get_scale() if self.enable_scaler else 1.0
+        self.ctx.data_gradients = {
+            name: p.grad.detach().clone() / factor if self.enable_scaler else p.grad.detach().clone()
+            for name, p in self.ctx.parameters().items()
+            if p.grad is not None
+        }
+        if differentiable:
+            scaler.scale(sum(differentiable[1:], differentiable[0])).backward()
+
+    def check_finite(self, value: torch.Tensor, term: str) -> None:
+        """Raises a :class:`TrainingError` naming stage, epoch, batch and term where a loss is NaN or infinite."""
+        if not torch.isfinite(value).all():
+            raise TrainingError(
+                f"stage {self.ctx.index}, pass {self.ctx.pass_.name!r}, epoch {self.ctx.epoch}, batch {self.batch_number}: "
+                f"the term {term!r} is {float(value.detach().float().sum())}; lower learning_rate (now "
+                f"{self.ctx.learning_rate:g}) or the strategy's weight, or set clip_grad_norm: {{max_norm: 5.0}}"
+            )
+
+    batch_number: int = -1
+
+
+class _Counted:
+    """A loader that counts steps for a trainer that knows no hooks."""
+
+    def __init__(self, loader: Any, trainer: HookedTrainer) -> None:
+        self.loader, self.trainer = loader, trainer
+        self.shuffle = getattr(loader, "shuffle", True)
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.loader:
+            yield batch
+            self.trainer.ctx.step += 1
+
+
+class _Checked:
+    """A loss function whose value is checked, with the batch's number kept for the message."""
+
+    def __init__(self, trainer: HookedTrainer, loss_func: Any) -> None:
+        self.trainer, self.loss_func = trainer, loss_func
+        self.counter = itertools.count()
+
+    def __call__(self, batch: Any) -> Any:
+        self.trainer.batch_number = next(self.counter)
+        losses = self.loss_func(batch)
+        parts = losses if isinstance(losses, tuple) else (losses,)
+        for number, part in enumerate(parts):
+            self.trainer.check_finite(part, "data" if len(parts) == 1 else f"data/{number}")
+        return losses
+
+
+def _add(total: Any, losses: Any) -> Any:
+    if isinstance(losses, tuple):
+        values = tuple(part.item() for part in losses)
+        return values if total is None else tuple(a + b for a, b in zip(total, values, strict=True))
+    return losses.item() if total is None else total + losses.item()
+
+
+def make_trainer(ctx: StageContext, strategy: Composite, learning_rate: float) -> HookedTrainer:
+    """Returns a trainer of the model's RecBole class with the hooks in it.
+
+    Args:
+        ctx: The stage; its model is trained.
+        strategy: The strategies.
+        learning_rate: Learning rate of the pass.
+
+    Raises:
+        ConfigError: If RecBole's trainer of the model bypasses ``Trainer._train_epoch`` and a strategy needs steps.
+    """
+    config, model = ctx.config, ctx.model
+    base = get_trainer(config["MODEL_TYPE"], config["model"])
+    if strategy.steps and base.__name__ not in COOPERATIVE:
+        names = ", ".join(s.name for s in strategy.members)
+        raise ConfigError(
+            f"strategy: {names} cannot serve the model {config['model']}: RecBole's {base.__name__} has a training "
+            f"loop of its own without steps to hook into; use FineTune, FullRetrain, Joint, Scratch or Pretrain"
+        )
+    bases = (HookedTrainer,) if base is recbole_trainer.Trainer else (base, HookedTrainer)
+    with compat.without_side_effects():
+        trainer = type(f"Hooked{base.__name__}", bases, {})(config, model)
+    trainer.strategy, trainer.ctx = strategy, ctx
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    own = strategy.parameters()
+    if trainable or own:
+        groups = [{"params": trainable}] + ([{"params": own}] if own else [])
+        trainer.optimizer = trainer._build_optimizer(params=groups, learning_rate=learning_rate)
+    ctx.learning_rate = learning_rate
+    return trainer
+
+
+def optimizer_by_name(trainer: HookedTrainer, model: nn.Module, strategy: Composite) -> dict[str, dict[str, Any]]:
+    """Returns the optimiser's state by parameter name; names survive a change of shapes, indices do not."""
+    names = _names(model, strategy)
+    return {
+        names[id(p)]: dict(state) for p, state in trainer.optimizer.state.items() if id(p) in names
+    }
+
+
+def load_optimizer_by_name(
+    trainer: HookedTrainer, model: nn.Module, strategy: Composite, state: dict[str, dict[str, Any]]
+) -> None:
+    """Puts states back for the parameters that still exist with the same shape."""
+    for group in trainer.optimizer.param_groups:
+        for p in group["params"]:
+            saved = state.get(_names(model, strategy).get(id(p), ""))
+            if not saved:
+                continue
+            moments = [v for v in saved.values() if torch.is_tensor(v) and v.dim()]
+            if any(v.shape != p.shape for v in moments):
+                continue
+            trainer.optimizer.state[p] = {
+                key: value.to(p.device).clone() if torch.is_tensor(value) and value.dim() else
+                (value.clone() if torch.is_tensor(value) else value)
+                for key, value in saved.items()
+            }
+
+
+def _names(model: nn.Module, strategy: Composite) -> dict[int, str]:
+    names = {id(p): name for name, p in model.named_parameters()}
+    for member in strategy.members:
+        for number, p in enumerate(member.parameters()):
+            names[id(p)] = f"strategy:{member.name}:{number}"
+    return names
