@@ -191,7 +191,9 @@ def read(path: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise CheckpointError(f"checkpoint {path.name}: not written by RecBole-CL")
     if manifest.get("version") != VERSION:
-        raise CheckpointError(f"checkpoint {path.name}: written in format version {manifest.get('version')}, this is {VERSION}")
+        raise CheckpointError(
+            f"checkpoint {path.name}: written in format version {manifest.get('version')}, this is {VERSION}"
+        )
     for name, expected in manifest["sha256"].items():
         file = path / name
         if not file.is_file() or _sha256(file) != expected:

@@ -125,7 +125,10 @@ def _run(options: argparse.Namespace, properties: list[str]) -> None:
     from recbole_cl.runner import Runner
 
     config["saved"] = asked.get("saved", True) is not False
-    Runner(config).run()
+    result = Runner(config).run()
+    from recbole_cl.report import terminal_summary
+
+    print(terminal_summary(result))
 
 
 def _report(folder: str) -> None:

@@ -199,7 +199,9 @@ class Evaluator:
             pairs = np.unique(np.stack([row, targets.label]), axis=1)
             row, item = pairs[0], pairs[1]
         empty = np.empty(0, dtype=np.int64)
-        mask_row, mask_item = (empty, empty) if self.config.repeatable_items else self._earlier(stage, split, rows, row, item)
+        mask_row, mask_item = (
+            (empty, empty) if self.config.repeatable_items else self._earlier(stage, split, rows, row, item)
+        )
         mode = self.mode(split)
         candidates = None
         if mode[:3] in ("uni", "pop"):
@@ -297,7 +299,9 @@ class Evaluator:
         for index in self._batches(len(rows.targets), n):
             scores = self._score(ctx, stage, rows, index, full).cpu()
             if torch.isnan(scores).any():
-                raise TrainingError(f"stage {ctx.index}: the model's scores on stage {stage.index} ({split}) contain NaN")
+                raise TrainingError(
+                    f"stage {ctx.index}: the model's scores on stage {stage.index} ({split}) contain NaN"
+                )
             scores[:, ~allowed] = -torch.inf
             if not full:
                 assert rows.candidates is not None
@@ -475,7 +479,9 @@ class Evaluator:
             predicted = ctx.model.predict(part.to(ctx.device)).flatten()
             score[warm[start : start + size]] = predicted.double().cpu().numpy()
         if np.isnan(score).any():
-            raise TrainingError(f"stage {ctx.index}: the model's predictions on stage {stage.index} ({split}) contain NaN")
+            raise TrainingError(
+                f"stage {ctx.index}: the model's predictions on stage {stage.index} ({split}) contain NaN"
+            )
         used = ~cold if self.config["cold_targets"] == "drop" else np.ones(len(item), dtype=bool)
         new_user, new_item = user >= stage.first_new_user, item >= stage.first_new_item
         flags = {

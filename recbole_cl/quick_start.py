@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -31,10 +32,13 @@ def run_recbole_cl(
         RecBoleCLError: If what was asked for cannot be run; the message names the field, the value and the remedy.
     """
     from recbole_cl.config import CLConfig
+    from recbole_cl.report import terminal_summary
     from recbole_cl.runner import Runner
 
     config = CLConfig(
         model=model, dataset=dataset, config_file_list=config_file_list, config_dict=config_dict, args=args
     )
     config["saved"] = saved
-    return Runner(config).run()
+    result = Runner(config).run()
+    logging.getLogger("recbole_cl").info("\n%s", terminal_summary(result))
+    return result

@@ -40,7 +40,7 @@ from recbole_cl.stream.batch import Batcher
 from recbole_cl.stream.build import build_stream
 from recbole_cl.stream.loader import make_loader
 from recbole_cl.stream.stage import Stage, Stream, Targets
-from recbole_cl.trainer import HookedTrainer, load_optimizer_by_name, make_trainer, optimizer_by_name
+from recbole_cl.trainer import HookedTrainer, Watched, load_optimizer_by_name, make_trainer, optimizer_by_name
 
 LOGGER = logging.getLogger("recbole_cl")
 PACKAGES = ("recbole-cl", "recbole", "torch", "numpy", "pandas", "scipy", "peft", "transformers", "faiss-cpu")
@@ -123,14 +123,9 @@ class Runner:
         first = 0
         if state is not None:
             first = state["stage"] + (state["phase"] == "done")
-        bar = tqdm(
-            total=len(self.stream), initial=first, desc="stages", disable=not self.config["show_progress"], leave=False
-        )
         for index in range(first, len(self.stream)):
             resumed = state if state is not None and state["phase"] == "train" and state["stage"] == index else None
             self._stage(index, resumed)
-            bar.update()
-        bar.close()
         if first == len(self.stream) and state is not None:
             LOGGER.info("nothing is left to do: the run in %s is complete", self.folder)
         result = self.result()
@@ -143,7 +138,10 @@ class Runner:
         started = time.perf_counter()
         ctx, randomness, fresh = self._enter(index, resumed)
         if resumed is None:
-            stage_start = {"model": clone_tree(owned_state(ctx.model)), "strategy": clone_tree(self.strategy.state_dict())}
+            stage_start = {
+                "model": clone_tree(owned_state(ctx.model)),
+                "strategy": clone_tree(self.strategy.state_dict()),
+            }
         else:
             stage_start = resumed["stage_start"]
             load_owned_state(ctx.model, stage_start["model"])
@@ -161,9 +159,11 @@ class Runner:
         offset = progress.seconds
         for number in range(progress.number, len(passes)):
             if number != progress.number:
-                progress = _Progress(number, best_score=self._worst(), targets=progress.targets, seconds=progress.seconds)
+                progress = _Progress(
+                    number, best_score=self._worst(), targets=progress.targets, seconds=progress.seconds
+                )
                 resumed = None
-            clock = lambda: offset + time.perf_counter() - begun  # noqa: E731, B023
+            clock = lambda: offset + time.perf_counter() - begun  # noqa: E731
             ctx = self._pass(ctx, passes[number], progress, randomness, fresh, stage_start, resumed, clock)
         self.model = ctx.model
         if not passes:
@@ -191,7 +191,9 @@ class Runner:
         )
         self._save(ctx, "done", None, None, stage_start)
         primary = self._primary(stage)
-        row = self.records.matrix(primary, n_stages=len(self.stream))[index] if primary in self.records.metrics() else []
+        row = (
+            self.records.matrix(primary, n_stages=len(self.stream))[index] if primary in self.records.metrics() else []
+        )
         shown = " ".join("  -   " if np.isnan(v) else f"{v:.4f}" for v in row)
         LOGGER.info(
             "stage %d/%d done in %.1f s; %s on stages 1..%d: %s",
@@ -324,16 +326,17 @@ class Runner:
             ctx.terms = {k: list(v) for k, v in progress.terms.items()}
             if hooked is not None:
                 hooked.resumed_loss = progress.partial_loss
-        show = bool(config["show_progress"])
         while progress.epoch < epochs and not progress.stopped:
             ctx.epoch = progress.epoch
             if progress.partial_loss is None:
                 ctx.terms = {}
+            told = f"stage {ctx.index + 1}/{len(self.stream)} {plan.name} epoch {progress.epoch}"
+            watched = Watched(loader, None if config["show_progress"] else True, told)
             with randomness.owned():
                 loss = (
-                    hooked._train_epoch(loader, progress.epoch, show_progress=show)
+                    hooked._train_epoch(watched, progress.epoch)
                     if hooked is not None
-                    else trainer.train_epoch(loader, progress.epoch)
+                    else trainer.train_epoch(watched, progress.epoch)
                 )
             progress.partial_loss = None
             progress.epoch += 1
@@ -425,7 +428,11 @@ class Runner:
         self.curves.append(point)
         told = "" if not valid else f", {metric} {valid.get(metric, float('nan')):.4f}{' *' if improved else ''}"
         LOGGER.info(
-            "  %s epoch %d: loss %s%s", plan.name, progress.epoch - 1, "-" if train_loss is None else f"{train_loss:.4f}", told
+            "  %s epoch %d: loss %s%s",
+            plan.name,
+            progress.epoch - 1,
+            "-" if train_loss is None else f"{train_loss:.4f}",
+            told,
         )
 
     # -- evaluation -----------------------------------------------------------------------------------------------
@@ -438,10 +445,9 @@ class Runner:
         online = [s for s in self.strategy.members if overrides(s, "adjust_scores")]
         kept = clone_tree(self.strategy.state_dict()) if online else None
         before = tree_hash(owned_state(ctx.model), self.strategy.state_dict())
-        bar = tqdm(
-            self.stream.stages, desc=f"evaluate {ctx.index}", disable=not self.config["show_progress"], leave=False
-        )
-        for stage in bar:
+        quiet = None if self.config["show_progress"] else True  # None: no bar where stderr is no terminal
+        told = f"stage {ctx.index + 1}/{len(self.stream)} evaluate"
+        for stage in tqdm(self.stream.stages, desc=told, disable=quiet, leave=False):
             if not stage.evaluable(ctx.index):
                 continue
             outcome = self.evaluator.evaluate(ctx, self.known, stage)
@@ -533,7 +539,9 @@ class Runner:
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
-    def _trainer_state(self, trainer: Any, ctx: StageContext, loader: Any, randomness: ModelRandomness) -> dict[str, Any]:
+    def _trainer_state(
+        self, trainer: Any, ctx: StageContext, loader: Any, randomness: ModelRandomness
+    ) -> dict[str, Any]:
         own = (
             {"optimizer": optimizer_by_name(trainer, ctx.model, self.strategy)}
             if isinstance(trainer, HookedTrainer)
@@ -559,6 +567,8 @@ class Runner:
         trainer_state: dict[str, Any] | None,
         stage_start: dict[str, Any],
     ) -> None:
+        if not self.config["saved"]:
+            return
         self._number += 1
         state = {
             "config": self._settings(),
@@ -616,7 +626,9 @@ class Runner:
     def _compare(self, state: dict[str, Any]) -> None:
         free = self.config.RESUME_MAY_CHANGE
         now, then = self._settings(), state["config"]
-        changed = [k for k in sorted(set(now) | set(then)) if k not in free and k != "device" and now.get(k) != then.get(k)]
+        changed = [
+            k for k in sorted(set(now) | set(then)) if k not in free and k != "device" and now.get(k) != then.get(k)
+        ]
         if changed:
             told = "; ".join(f"{k} was {then.get(k)!r}, is {now.get(k)!r}" for k in changed[:4])
             more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
@@ -656,9 +668,7 @@ class Runner:
             own = [c for c in self.cold if c["t"] == stage.index and c["s"] == stage.index]
             row["n_cold_targets"] = own[0]["n_cold"] if own else None
             stages.append(row)
-        steps = [
-            steps_to_95(self._last_pass(s), smaller_is_better=smaller) for s in range(size)
-        ]
+        steps = [steps_to_95(self._last_pass(s), smaller_is_better=smaller) for s in range(size)]
         return {
             "name": f"{self.config['model']} on {self.config['dataset']}: {self.config.strategy_name}",
             "config": self._settings(),
@@ -700,7 +710,13 @@ class Runner:
         if config["output_dir"]:
             return Path(config["output_dir"]).expanduser()
         name = "-".join(
-            [config["model"], config["dataset"], config.strategy_name, str(config["scheduler"]), f"seed{config['seed']}"]
+            [
+                config["model"],
+                config["dataset"],
+                config.strategy_name,
+                str(config["scheduler"]),
+                f"seed{config['seed']}",
+            ]
         )
         return Path("runs") / name
 
@@ -713,7 +729,9 @@ class Runner:
             probe.unlink()
             if self.config["resume"]:
                 return
-            old = [n for n in ("result.json", "records.csv", "report.html", "checkpoints") if (self.folder / n).exists()]
+            old = [
+                n for n in ("result.json", "records.csv", "report.html", "checkpoints") if (self.folder / n).exists()
+            ]
             if not old:
                 return
             number = 1
@@ -739,7 +757,11 @@ def _lists(values: np.ndarray) -> list[list[float | None]]:
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "platform": platform.platform(), "threads": str(torch.get_num_threads())}
+    found = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "threads": str(torch.get_num_threads()),
+    }
     for package in PACKAGES:
         try:
             found[package] = version(package)

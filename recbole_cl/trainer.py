@@ -40,24 +40,19 @@ class HookedTrainer(recbole_trainer.Trainer):
         """Runs one epoch; see RecBole's method. Losses that are not finite end it with stage, batch and term named."""
         checked = _Checked(self, loss_func or self.model.calculate_loss)
         if not self.strategy.steps and self.after_batch is None:
-            return super()._train_epoch(_Counted(train_data, self), epoch_idx, checked, show_progress)
-        return self._hooked_epoch(train_data, epoch_idx, checked, show_progress)
+            return super()._train_epoch(_Counted(train_data, self), epoch_idx, checked)
+        return self._hooked_epoch(train_data, checked)
 
     def _check_nan(self, loss: torch.Tensor) -> None:
         """Named checks are done where the loss is computed."""
 
-    def _hooked_epoch(
-        self, train_data: Any, epoch_idx: int, loss_func: Any, show_progress: bool
-    ) -> float | tuple[float, ...]:
+    def _hooked_epoch(self, train_data: Any, loss_func: Any) -> float | tuple[float, ...]:
         ctx, members = self.ctx, self.strategy.members
         self.model.train()
         total: Any = self.resumed_loss
         self.resumed_loss = None
-        batches = train_data
-        if show_progress:
-            batches = tqdm(train_data, total=len(train_data), ncols=100, desc=f"Train {epoch_idx:>5}", leave=False)
         scaler = torch.amp.GradScaler(self.device.type, enabled=self.enable_scaler)
-        for batch in batches:
+        for batch in train_data:
             for member in members:
                 batch = member.augment_batch(ctx, batch)
             batch = batch.to(self.device)
@@ -119,15 +114,42 @@ class HookedTrainer(recbole_trainer.Trainer):
     batch_number: int = -1
 
 
-class _Counted:
-    """A loader that counts steps for a trainer that knows no hooks."""
+class _Wrapped:
+    """A loader around another; everything but iteration is the other's (``set_mode`` of knowledge loaders)."""
 
-    def __init__(self, loader: Any, trainer: HookedTrainer) -> None:
-        self.loader, self.trainer = loader, trainer
-        self.shuffle = getattr(loader, "shuffle", True)
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
 
     def __len__(self) -> int:
         return len(self.loader)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)
+
+
+class Watched(_Wrapped):
+    """A loader with a progress bar.
+
+    Args:
+        loader: The loader.
+        disable: True for no bar, ``None`` for one where stderr is a terminal.
+        told: The bar's words.
+    """
+
+    def __init__(self, loader: Any, disable: bool | None, told: str) -> None:
+        super().__init__(loader)
+        self.disable, self.told = disable, told
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from tqdm(self.loader, total=len(self.loader), desc=self.told, disable=self.disable, leave=False)
+
+
+class _Counted(_Wrapped):
+    """A loader that counts steps for a trainer that knows no hooks."""
+
+    def __init__(self, loader: Any, trainer: HookedTrainer) -> None:
+        super().__init__(loader)
+        self.trainer = trainer
 
     def __iter__(self) -> Iterator[Any]:
         for batch in self.loader:
@@ -193,9 +215,7 @@ def make_trainer(ctx: StageContext, strategy: Composite, learning_rate: float) -
 def optimizer_by_name(trainer: HookedTrainer, model: nn.Module, strategy: Composite) -> dict[str, dict[str, Any]]:
     """Returns the optimiser's state by parameter name; names survive a change of shapes, indices do not."""
     names = _names(model, strategy)
-    return {
-        names[id(p)]: dict(state) for p, state in trainer.optimizer.state.items() if id(p) in names
-    }
+    return {names[id(p)]: dict(state) for p, state in trainer.optimizer.state.items() if id(p) in names}
 
 
 def load_optimizer_by_name(
@@ -211,8 +231,9 @@ def load_optimizer_by_name(
             if any(v.shape != p.shape for v in moments):
                 continue
             trainer.optimizer.state[p] = {
-                key: value.to(p.device).clone() if torch.is_tensor(value) and value.dim() else
-                (value.clone() if torch.is_tensor(value) else value)
+                key: value.to(p.device).clone()
+                if torch.is_tensor(value) and value.dim()
+                else (value.clone() if torch.is_tensor(value) else value)
                 for key, value in saved.items()
             }
 

@@ -102,7 +102,9 @@ def tree_hash(*trees: Any) -> str:
             digest.update(str(value.dtype).encode())
             digest.update(value.view(torch.uint8).numpy().tobytes() if value.numel() else b"")
         elif isinstance(value, np.ndarray):
-            digest.update(np.ascontiguousarray(value).tobytes() if value.dtype != object else repr(value.tolist()).encode())
+            digest.update(
+                np.ascontiguousarray(value).tobytes() if value.dtype != object else repr(value.tolist()).encode()
+            )
         elif isinstance(value, Mapping):
             for key in value:
                 digest.update(str(key).encode())

@@ -115,7 +115,9 @@ class StreamDatasetMixin:
         )
         keep = (time >= low) & (time <= high)
         if not keep.any():
-            raise DataError(f"time_range: no interaction lies in {list(limits)!r}; the log spans {time.min():g} to {time.max():g}")
+            raise DataError(
+                f"time_range: no interaction lies in {list(limits)!r}; the log spans {time.min():g} to {time.max():g}"
+            )
         if not keep.all():
             self.stream_warnings.append(f"time_range: {int((~keep).sum())} of {len(keep)} interactions are left out")
         return frame[keep].reset_index(drop=True), time[keep]

@@ -329,7 +329,9 @@ class KnowledgeStageLoader:
         self.sampler.generator.bit_generator.state = state["negatives"]
 
 
-def make_sampler(config: Any, stream: Any, stage: int, n_items: int, generator: np.random.Generator) -> NegativeSampler | None:
+def make_sampler(
+    config: Any, stream: Any, stage: int, n_items: int, generator: np.random.Generator
+) -> NegativeSampler | None:
     """Returns a sampler of negatives that knows the training interactions up to ``stage``, or ``None`` without any.
 
     Args:

@@ -88,7 +88,9 @@ class Growth:
             return tensor.clone()
         maps = [self.rows(axis) for axis in axes]
         if tuple(len(rows) for rows, _ in maps) != tuple(tensor.shape):
-            raise ConfigError(f"growth_axes: the axes of {name!r} describe {[len(r) for r, _ in maps]}, it is {list(tensor.shape)}")
+            raise ConfigError(
+                f"growth_axes: the axes of {name!r} describe {[len(r) for r, _ in maps]}, it is {list(tensor.shape)}"
+            )
         shape = tuple(size for _, size in maps)
         grown = fill.clone().to(tensor) if isinstance(fill, torch.Tensor) else tensor.new_full(shape, fill)
         index = torch.meshgrid(*(torch.from_numpy(rows).to(tensor.device) for rows, _ in maps), indexing="ij")
@@ -99,7 +101,9 @@ class Growth:
         return grown
 
 
-def infer_axes(old: nn.Module, new: nn.Module, n_users: tuple[int, int], n_items: tuple[int, int]) -> dict[str, list[Axis]]:
+def infer_axes(
+    old: nn.Module, new: nn.Module, n_users: tuple[int, int], n_items: tuple[int, int]
+) -> dict[str, list[Axis]]:
     """Returns the axes of every tensor of a model from its instances at two stages.
 
     A model may declare them (``growth_axes``: name to one of ``"user"``, ``"item"``, ``None`` or an :data:`Axis` per

@@ -1,0 +1,330 @@
+"""The contract that every strategy meets, as tests that a strategy joins with a few lines::
+
+    from recbole_cl.testing.contract import StrategyContract
+
+    class TestEWC(StrategyContract):
+        strategy = "EWC"
+        strength = "lambda"
+        drift_grid = (0.0, 1.0, 10.0)
+
+Each test walks a planted-drift stream of three growing stages (:mod:`recbole_cl.testing.toy`) with a small model.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+
+from recbole_cl import checkpoint
+from recbole_cl.config import CLConfig
+from recbole_cl.registry import strategies
+from recbole_cl.runner import Runner
+from recbole_cl.strategy.base import STEP_HOOKS, StageContext, Strategy, overrides
+from recbole_cl.testing.toy import PlantedDrift, write_planted_drift
+
+SMALL = {
+    "embedding_size": 8,
+    "hidden_size": 8,
+    "inner_size": 16,
+    "n_layers": 1,
+    "n_heads": 2,
+    "MAX_ITEM_LIST_LENGTH": 10,
+    "train_batch_size": 64,
+    "learning_rate": 0.01,
+    "epochs": 3,
+    "metrics": ["Hit"],
+    "valid_metric": "Hit@5",
+    "topk": [5],
+    "show_progress": False,
+    "checkpoint_keep": 1,
+}
+"""Settings of the contract's runs: seconds on one core."""
+
+
+class StrategyContract:
+    """Tests of one strategy; subclass it, with a name that starts with ``Test``.
+
+    Attributes:
+        strategy: Registered name.
+        parameters: Own parameters under which it is active, besides its defaults.
+        backbones: Models it is tested with.
+        strength: Parameter that scales an anchored penalty; with :attr:`drift_grid`.
+        drift_grid: Strengths from 0 on over which the importance-weighted drift falls; empty where there is no anchor.
+        data_importance: True where ``end_stage`` takes importances from data, which the batch size must not change.
+        companion: Strategy that it is composed with.
+        settings: Further properties of the runs.
+    """
+
+    strategy: ClassVar[str]
+    parameters: ClassVar[Mapping[str, Any]] = {}
+    backbones: ClassVar[tuple[str, ...]] = ("SASRec", "BPR")
+    strength: ClassVar[str | None] = None
+    drift_grid: ClassVar[tuple[float, ...]] = ()
+    data_importance: ClassVar[bool] = False
+    companion: ClassVar[str] = "SI"
+    settings: ClassVar[Mapping[str, Any]] = {}
+
+    # -- tools ----------------------------------------------------------------------------------------------------
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        """Runs each test with each backbone."""
+        if "backbone" in metafunc.fixturenames:
+            metafunc.parametrize("backbone", self.backbones)
+
+    @pytest.fixture(scope="class")
+    def toy(self, tmp_path_factory: pytest.TempPathFactory) -> PlantedDrift:
+        """The stream."""
+        return write_planted_drift(tmp_path_factory.mktemp("planted"))
+
+    @pytest.fixture
+    def run(self, toy: PlantedDrift, tmp_path: Path) -> Callable[..., Runner]:
+        """Runs a model under strategies and returns the runner."""
+        numbers = iter(range(1000))
+
+        def run(backbone: str, strategy: Any, **settings: Any) -> Runner:
+            given = {**SMALL, **toy.settings(), **self.settings, **settings}
+            given |= {"strategy": strategy, "output_dir": str(tmp_path / f"run{next(numbers)}")}
+            runner = Runner(CLConfig(model=backbone, dataset=toy.name, config_dict=given))
+            runner.run()
+            return runner
+
+        return run
+
+    @property
+    def cls(self) -> type[Strategy]:
+        """The strategy's class."""
+        found: type[Strategy] = strategies.get(self.strategy)
+        return found
+
+    def active(self, **changed: Any) -> dict[str, Any]:
+        """Returns the property ``strategy`` with the active parameters."""
+        return {self.strategy: {**self.parameters, **changed}}
+
+    def _before(self, patch: pytest.MonkeyPatch, hook: str, look: Callable[[Any, StageContext], None]) -> None:
+        """Calls ``look`` before a hook of the strategy (of the instances of its own class)."""
+        original = getattr(self.cls, hook)
+
+        def wrapped(member: Strategy, ctx: StageContext, *rest: Any) -> Any:
+            look(member, ctx)
+            return original(member, ctx, *rest)
+
+        patch.setattr(self.cls, hook, wrapped)
+
+    def _live(self, runner: Runner) -> Strategy:
+        return next(s for s in runner.strategy.members if s.name == self.cls.__name__)
+
+    # -- tests ----------------------------------------------------------------------------------------------------
+
+    def test_neutral_is_finetune(
+        self, backbone: str, run: Callable[..., Runner], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """With neutral parameters its hooks run, and every parameter has the bits that FineTune gives it."""
+        if self.cls.neutral is None:
+            assert self.cls.why_not_neutral, "declare neutral parameters, or say in why_not_neutral why there are none"
+            pytest.skip(self.cls.why_not_neutral)
+        calls: dict[str, int] = {}
+        hooks = [hook for hook in (*STEP_HOOKS, "end_stage") if getattr(self.cls, hook) is not getattr(Strategy, hook)]
+        for hook in hooks:
+            calls[hook] = 0
+            self._before(monkeypatch, hook, lambda *_, hook=hook: calls.__setitem__(hook, calls[hook] + 1))
+        neutral = run(backbone, self.active(**self.cls.neutral))
+        assert all(calls.values()), f"hooks that never ran: {[hook for hook in hooks if not calls[hook]]}"
+        assert "end_stage" not in calls or calls["end_stage"] == len(neutral.stream)
+        plain = run(backbone, "FineTune")
+        assert_same(plain.model.state_dict(), neutral.model.state_dict())
+
+    def test_it_acts_after_drift(
+        self, backbone: str, run: Callable[..., Runner], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """On drifted data its term is positive with a gradient in the parameters, or the batch has more rows."""
+        found: list[str] = []
+
+        def look(member: Strategy, ctx: StageContext) -> None:
+            if ctx.index == len(ctx.stream) - 1:
+                found.extend(effects(member, ctx))
+
+        self._before(monkeypatch, "end_stage", look)
+        active = run(backbone, self.active())
+        assert found, "no hook changes gradients, loss or batch in the last stage"
+        plain = run(backbone, "FineTune")
+        same = [torch.equal(a, b) for a, b in zip(active.model.parameters(), plain.model.parameters(), strict=True)]
+        assert not all(same), "the final parameters are those of FineTune"
+
+    def test_drift_falls_with_strength(
+        self, backbone: str, run: Callable[..., Runner], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Importance-weighted drift from the anchor falls from each strength of the grid to the next."""
+        if not self.drift_grid or self.strength is None:
+            pytest.skip("no anchored penalty")
+        drifts: list[float] = []
+
+        def look(member: Strategy, ctx: StageContext) -> None:
+            if ctx.index == 1:
+                kept = member.params[self.strength]
+                member.params[self.strength] = 1.0
+                drifts.append(float(member.penalty(ctx)))
+                member.params[self.strength] = kept
+
+        self._before(monkeypatch, "end_stage", look)
+        for strength in self.drift_grid:
+            run(backbone, self.active(**{self.strength: strength}), eval_step=0)
+        assert drifts[-1] > 0
+        pairs = zip(drifts, drifts[1:], strict=False)
+        assert all(a > b for a, b in pairs), f"drift {drifts} over strengths {self.drift_grid}"
+
+    def test_growth_and_state(self, backbone: str, run: Callable[..., Runner], tmp_path: Path) -> None:
+        """Its tensors have the grown shapes; its state survives a checkpoint exactly, and a missing key is named."""
+        runner = run(backbone, self.active())
+        stages, member = runner.stream.stages, self._live(runner)
+        assert stages[-1].n_users > stages[0].n_users and stages[-1].n_items > stages[0].n_items
+        shapes = {name: p.shape for name, p in runner.model.named_parameters()}
+        state = member.state_dict()
+        for path, name, value in leaves(state):
+            if name in shapes and torch.is_tensor(value):
+                assert value.shape == shapes[name], f"{path} has {tuple(value.shape)}, the model {tuple(shapes[name])}"
+        again = self.cls(member.params)
+        again.load_state_dict(through_disk(state, tmp_path))
+        assert_same(state, again.state_dict())
+        for key in state:
+            with pytest.raises(KeyError, match=key):
+                self.cls(member.params).load_state_dict({k: v for k, v in state.items() if k != key})
+
+    def test_state_in_the_middle_of_a_stage(
+        self, backbone: str, run: Callable[..., Runner], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        """A strategy made anew from its state between two steps goes on with the same bits."""
+        whole = run(backbone, self.active())
+        swapped: list[int] = []
+        original = self.cls.after_step
+
+        def swap(member: Strategy, ctx: StageContext) -> None:
+            original(member, ctx)
+            if ctx.index == 1 and ctx.step == 3:
+                again = self.cls(member.params)
+                again.load_state_dict(through_disk(member.state_dict(), tmp_path))
+                member.__dict__.clear()
+                member.__dict__.update(again.__dict__)
+                swapped.append(ctx.step)
+
+        monkeypatch.setattr(self.cls, "after_step", swap)
+        again = run(backbone, self.active())
+        assert swapped, "the stage has fewer than three steps"
+        assert_same(whole.model.state_dict(), again.model.state_dict())
+        assert_same(self._live(whole).state_dict(), self._live(again).state_dict())
+
+    def test_listing_order_does_not_matter(self, backbone: str, run: Callable[..., Runner]) -> None:
+        """Composed with another strategy, either listing gives the same bits."""
+        mine = self.active()
+        one, two = run(backbone, [mine, self.companion]), run(backbone, [self.companion, mine])
+        assert_same(one.model.state_dict(), two.model.state_dict())
+        assert_same(one.strategy.state_dict(), two.strategy.state_dict())
+
+    def test_importance_does_not_depend_on_the_batch_size(
+        self, backbone: str, run: Callable[..., Runner], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Importances taken from data at the end of a stage are the same for every batch size."""
+        if not self.data_importance:
+            pytest.skip("its importances do not come from data at the end of a stage")
+        states: list[Any] = []
+
+        def look(member: Strategy, ctx: StageContext) -> None:
+            if ctx.index or states:
+                return
+            kept = ctx.config["train_batch_size"]
+            for size in (4, kept, 4096):
+                ctx.config["train_batch_size"] = size
+                other = self.cls(member.params)
+                other.load_state_dict(copy.deepcopy(member.state_dict()))
+                states.append(None)
+                other.end_stage(replace(ctx, _generators={}))
+                states[-1] = other.state_dict()
+            ctx.config["train_batch_size"] = kept
+
+        self._before(monkeypatch, "end_stage", look)
+        run(backbone, self.active(), epochs=1)
+        assert len(states) == 3
+        assert_same(states[0], states[1])
+        assert_same(states[0], states[2])
+
+
+# -- parts --------------------------------------------------------------------------------------------------------
+
+
+def effects(member: Strategy, ctx: StageContext) -> list[str]:
+    """Returns which of a strategy's hooks do something now: change gradients, give a positive term, add rows."""
+    found = []
+    kept = {name: p.grad for name, p in ctx.parameters().items()}
+
+    def moved() -> bool:
+        return any(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in ctx.parameters().values())
+
+    def clear() -> None:
+        for p in ctx.parameters().values():
+            p.grad = None
+
+    if overrides(member, "add_gradients"):
+        clear()
+        member.add_gradients(ctx)
+        value = float(member.penalty(ctx))
+        if moved() and math.isfinite(value) and (value > 0 or not overrides(member, "penalty")):
+            found.append("add_gradients")
+    if overrides(member, "mask_gradients"):
+        for p in ctx.parameters().values():
+            p.grad = torch.ones_like(p)
+        member.mask_gradients(ctx)
+        if any(p.grad is None or bool((p.grad == 0).any()) for p in ctx.parameters().values()):
+            found.append("mask_gradients")
+    if overrides(member, "augment_batch") or overrides(member, "loss_terms"):
+        batch = next(iter(ctx.loader))
+        larger = member.augment_batch(ctx, batch)
+        if len(larger) > len(batch):
+            found.append("augment_batch")
+        clear()
+        terms = [term for term in member.loss_terms(ctx, larger.to(ctx.device)).values() if float(term) > 0]
+        for term in terms:
+            term.backward()  # type: ignore[no-untyped-call]
+        if terms and moved():
+            found.append("loss_terms")
+    for name, p in ctx.parameters().items():
+        p.grad = kept[name]
+    return found
+
+
+def leaves(state: Any, path: str = "", name: str = "") -> Iterator[tuple[str, str, Any]]:
+    """Yields (path, last key, value) of all leaves of a nest."""
+    if isinstance(state, Mapping):
+        for key, value in state.items():
+            yield from leaves(value, f"{path}/{key}", key)
+    elif isinstance(state, list | tuple):
+        for number, value in enumerate(state):
+            yield from leaves(value, f"{path}/{number}", str(number))
+    else:
+        yield path, name, state
+
+
+def assert_same(one: Any, two: Any) -> None:
+    """Asserts that two nests have the same keys and bit for bit the same leaves."""
+    first = {path: value for path, _, value in leaves(one)}
+    second = {path: value for path, _, value in leaves(two)}
+    assert first.keys() == second.keys()
+    for path, value in first.items():
+        other = second[path]
+        if torch.is_tensor(value):
+            assert value.dtype == other.dtype and torch.equal(value, other), f"{path} differs"
+        elif isinstance(value, np.ndarray):
+            assert np.array_equal(value, other), f"{path} differs"
+        else:
+            assert value == other, f"{path} differs: {value!r}, {other!r}"
+
+
+def through_disk(state: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Returns a state as a checkpoint gives it back."""
+    return checkpoint.read(checkpoint.save(folder / "state", 1, state, 1))
