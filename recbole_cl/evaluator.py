@@ -20,20 +20,19 @@ from recbole.evaluator.register import metric_information, metrics_dict
 from recbole.utils import EvaluatorType, ModelType
 from torch import nn
 
-from recbole_cl.errors import ConfigError, TrainingError
+from recbole_cl.errors import ConfigError, TrainingError, nearest
 from recbole_cl.rng import ModelRandomness, derive, numpy_generator
 from recbole_cl.strategy.base import Composite, StageContext
 from recbole_cl.stream.sampler import NegativeSampler
-from recbole_cl.stream.stage import Stage, Stream, Targets
+from recbole_cl.stream.stage import CLASSIFICATION_METRICS, Stage, Stream, Targets, Task
 from recbole_cl.stream.table import InteractionTable
 
 SCORES_AT_ONCE = 1 << 24
 CACHES = ("restore_user_e", "restore_item_e", "restore_entity_e", "restore_user_emb", "restore_item_emb")
-CLASSIFICATION_METRICS = ("accuracy", "macro_f1")
 
 
 def clear_caches(model: nn.Module) -> None:
-    """Empties the propagated embeddings that RecBole's graph models keep; they are stale after any change of weights."""
+    """Empties the propagated embeddings that RecBole's graph models keep: any change of weights makes them stale."""
     for module in model.modules():
         for name in CACHES:
             if getattr(module, name, None) is not None:
@@ -190,11 +189,11 @@ class Evaluator:
         return self._cache[key]
 
     def _build_rows(self, stage: Stage, split: str) -> _Rows:
-        table, targets = self.stream.table, stage.split(split)
+        targets = stage.split(split)
         if self.sequential:
             rows, row, item = targets, np.arange(len(targets)), targets.label
         else:
-            users, first, row = np.unique(targets.user, return_index=True, return_inverse=True)
+            _, first, row = np.unique(targets.user, return_index=True, return_inverse=True)
             rows = targets[first]
             pairs = np.unique(np.stack([row, targets.label]), axis=1)
             row, item = pairs[0], pairs[1]
@@ -316,7 +315,7 @@ class Evaluator:
             k = min(width, n)
             values, items = torch.topk(scores, k, dim=1)
             top[index, :k] = torch.where(torch.isfinite(values), items, 0).numpy()
-            if "gauc" in self.metrics:
+            if "gauc" in self._metrics_of(stage):
                 auc[index] = _auc(scores, *by_row.of(index), n)
         return self._ranking_outcome(rows, top, auc, cold_pos, stage, ctx)
 
@@ -352,7 +351,7 @@ class Evaluator:
             inside = np.where(rows.candidates[index] < n, rows.candidates[index], 0)
             items = torch.from_numpy(inside).to(ctx.device)
             scores = torch.full((len(index), n), -torch.inf, device=ctx.device)
-            scores.scatter_(1, items, model.scores(batch, items))
+            scores.scatter_(1, items, model.scores(batch, items).to(scores.dtype))
         else:
             scores = full_scores(model, batch, n, ctx)
         return self.strategy.adjust_scores(ctx, batch, scores)
@@ -390,12 +389,12 @@ class Evaluator:
             out[name] = (self._topk(hits[chosen], length[chosen], top[chosen], auc[chosen], stage), int(chosen.sum()))
         metrics, n = out.pop("all")
         used = total > 0
-        primary = self._primary()
+        primary = stage.task.primary_metric(str(self.config["valid_metric"]))
         per_row = self._per_row(hit[used], total[used], primary)
         return Outcome(metrics, out, n, int(cold_pos.sum()), rows.targets.user[used], top[used], per_row)
 
-    def _primary(self) -> str:
-        return str(self.config["valid_metric"]).lower()
+    def _metrics_of(self, stage: Stage) -> list[str]:
+        return self.metrics if stage.task.metrics is None else [m.lower() for m in stage.task.metrics]
 
     def _per_row(self, hit: np.ndarray, length: np.ndarray, metric: str) -> np.ndarray | None:
         name, _, k = metric.partition("@")
@@ -409,7 +408,7 @@ class Evaluator:
         if not len(hit):
             return {}
         out: dict[str, float] = {}
-        for name in self.metrics:
+        for name in self._metrics_of(stage):
             needs = metric_information[name]
             if needs == ["rec.topk"]:
                 rows = _metric_rows(self.config, name, hit, length)
@@ -491,12 +490,14 @@ class Evaluator:
             "warm_item": ~new_item & used,
             "new_item": new_item & used,
         }
-        strata = {name: (self._losses(score[f], label[f]), int(f.sum())) for name, f in flags.items()}
-        return Outcome(self._losses(score[used], label[used]), strata, int(used.sum()), int(cold.sum()), user[used])
+        names = self._metrics_of(stage)
+        strata = {name: (self._losses(score[f], label[f], names), int(f.sum())) for name, f in flags.items()}
+        metrics = self._losses(score[used], label[used], names)
+        return Outcome(metrics, strata, int(used.sum()), int(cold.sum()), user[used])
 
-    def _losses(self, score: np.ndarray, label: np.ndarray) -> dict[str, float]:
+    def _losses(self, score: np.ndarray, label: np.ndarray, names: list[str]) -> dict[str, float]:
         out: dict[str, float] = {}
-        for name in self.metrics:
+        for name in names:
             if not len(score) or (name == "auc" and (label.min() == label.max())):
                 continue
             out[name] = float(metrics_dict[name](self.config).metric_info(score, label))
@@ -516,6 +517,7 @@ class Evaluator:
         predicted[cold] = -1
         used = ~cold if self.config["cold_targets"] == "drop" else np.ones(len(targets), dtype=bool)
         new = targets.user >= stage.first_new_user
+        wanted = [m.lower() for m in stage.task.metrics or CLASSIFICATION_METRICS]
 
         def measure(flag: np.ndarray) -> dict[str, float]:
             if not flag.any():
@@ -525,7 +527,8 @@ class Evaluator:
             for label in np.unique(truth):
                 hits = ((truth == label) & (guess == label)).sum()
                 scores.append(2 * hits / max((truth == label).sum() + (guess == label).sum(), 1))
-            return {"accuracy": float((truth == guess).mean()), "macro_f1": float(np.mean(scores))}
+            found = {"accuracy": float((truth == guess).mean()), "macro_f1": float(np.mean(scores))}
+            return {name: found[name] for name in wanted}
 
         flags = {"known": ~cold, "warm_user": ~new & used, "new_user": new & used}
         strata = {name: (measure(f), int(f.sum())) for name, f in flags.items()}
@@ -573,7 +576,7 @@ def _auc(scores: torch.Tensor, row: np.ndarray, item: np.ndarray, n_items: int) 
     return out
 
 
-def full_scores(model: nn.Module, batch: Interaction, n_items: int, ctx: StageContext) -> torch.Tensor:
+def full_scores(model: Any, batch: Interaction, n_items: int, ctx: StageContext) -> torch.Tensor:
     """Returns scores of all items, shape ``[B, n_items]``; models without ``full_sort_predict`` score pair by pair."""
     try:
         return model.full_sort_predict(batch).view(len(batch), -1)[:, :n_items]
@@ -592,10 +595,28 @@ def full_scores(model: nn.Module, batch: Interaction, n_items: int, ctx: StageCo
     return torch.cat(out)
 
 
-def computed_metrics(config: Any) -> list[str]:
-    """Returns the names of the metrics that a run computes, ``name@k`` where they have a cut-off."""
+def computed_metrics(config: Any, task: Task | None = None) -> list[str]:
+    """Returns the names of the metrics that a run computes, ``name@k`` where they have a cut-off.
+
+    Args:
+        config: The run's configuration.
+        task: The task of a stage, whose own metrics count where it has some.
+
+    Raises:
+        ConfigError: If a task names a metric that does not exist.
+    """
+    asked = [m.lower() for m in (config["metrics"] if task is None or task.metrics is None else task.metrics)]
+    if task is not None and task.kind == "classification":
+        asked = list(CLASSIFICATION_METRICS) if task.metrics is None else asked
+    classes = task is not None and task.kind == "classification"
+    for metric in asked:
+        known = CLASSIFICATION_METRICS if classes else metrics_dict
+        if metric not in known:
+            raise ConfigError(f"task {task.name if task else ''!r}: unknown metric {metric!r}{nearest(metric, known)}")
+    if classes:
+        return asked
     names = []
-    for metric in (m.lower() for m in config["metrics"]):
+    for metric in asked:
         plain = metric_information[metric] == ["rec.meanrank"] or config["eval_type"] == EvaluatorType.VALUE
         names += [metric] if plain else [f"{metric}@{k}" for k in config["topk"]]
     return names

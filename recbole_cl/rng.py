@@ -45,7 +45,7 @@ def torch_generator(seed: int, stage: int, name: str) -> torch.Generator:
 
 def _capture() -> dict[str, Any]:
     state: dict[str, Any] = {
-        "python": list(random.getstate()[:2]) + [random.getstate()[2]],
+        "python": list(random.getstate()),
         "numpy": np.random.get_state(legacy=False),
         "torch": torch.get_rng_state(),
     }

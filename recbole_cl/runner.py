@@ -40,6 +40,7 @@ from recbole_cl.stream.batch import Batcher
 from recbole_cl.stream.build import build_stream
 from recbole_cl.stream.loader import make_loader
 from recbole_cl.stream.stage import Stage, Stream, Targets
+from recbole_cl.stream.vocabulary import grow_optimizer
 from recbole_cl.trainer import HookedTrainer, Watched, load_optimizer_by_name, make_trainer, optimizer_by_name
 
 LOGGER = logging.getLogger("recbole_cl")
@@ -117,6 +118,7 @@ class Runner:
         self._open_folder()
         LOGGER.info("loading %s", self.config["dataset"])
         self.stream = build_stream(self.config)
+        self._data = self.stream.fingerprint()
         self.evaluator = Evaluator(self.config, self.stream, self.strategy)
         self.known = Known.nothing(self.stream.table)
         state = self._load() if self.config["resume"] else None
@@ -222,7 +224,7 @@ class Runner:
         stage = self.stream.stages[index]
         view = self.stream.view(index, self.config["graph"])
         randomness = ModelRandomness(derive(self.config["seed"], index))
-        old = getattr(self, "model", None)
+        old: Any = getattr(self, "model", None)
         in_place = old is not None and index > 0 and hasattr(old, "grow_in_place")
         model = old if in_place and old is not None else self.build_model(view, randomness)
         ctx = self._context(index, model, view)
@@ -243,11 +245,8 @@ class Runner:
                     self._warn(f"stage {index}: {', '.join(lost)} of the stage before have no place in the model")
             if not growth.identity:
                 self.strategy.grow(growth)
-                from recbole_cl.stream.vocabulary import grow_optimizer
-
                 self._carried = grow_optimizer(self._carried, growth)
-            self._reference(index, view)
-        elif resumed is None and index == 0:
+        if resumed is None:
             self._reference(index, view)
         self.model = model
         return ctx, randomness, fresh
@@ -572,7 +571,7 @@ class Runner:
         self._number += 1
         state = {
             "config": self._settings(),
-            "data": self.stream.fingerprint(),
+            "data": self._data,
             "stage": ctx.index,
             "phase": phase,
             "model": owned_state(ctx.model),
@@ -633,11 +632,13 @@ class Runner:
             told = "; ".join(f"{k} was {then.get(k)!r}, is {now.get(k)!r}" for k in changed[:4])
             more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
             raise CheckpointError(
-                f"resume: the configuration has changed ({told}{more}); give the old values, or start anew in another output_dir"
+                f"resume: the configuration has changed ({told}{more}); give the old values, or start anew in another "
+                f"output_dir"
             )
-        if state["data"] != self.stream.fingerprint():
+        if state["data"] != self._data:
             raise CheckpointError(
-                "resume: the log of interactions has changed since the checkpoint; restore it, or start anew in another output_dir"
+                "resume: the log of interactions has changed since the checkpoint; restore it, or start anew in "
+                "another output_dir"
             )
 
     # -- results --------------------------------------------------------------------------------------------------

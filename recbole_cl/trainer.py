@@ -87,7 +87,7 @@ class HookedTrainer(recbole_trainer.Trainer):
 
     partial_loss: Any = None
 
-    def _backward(self, scaler: Any, loss: torch.Tensor, terms: dict[str, torch.Tensor]) -> None:
+    def _backward(self, scaler: Any, loss: Any, terms: dict[str, torch.Tensor]) -> None:
         differentiable = [term for term in terms.values() if term.requires_grad]
         if not self.strategy.wants_data_gradients:
             scaler.scale(sum(differentiable, loss)).backward()
@@ -106,9 +106,10 @@ class HookedTrainer(recbole_trainer.Trainer):
         """Raises a :class:`TrainingError` naming stage, epoch, batch and term where a loss is NaN or infinite."""
         if not torch.isfinite(value).all():
             raise TrainingError(
-                f"stage {self.ctx.index}, pass {self.ctx.pass_.name!r}, epoch {self.ctx.epoch}, batch {self.batch_number}: "
-                f"the term {term!r} is {float(value.detach().float().sum())}; lower learning_rate (now "
-                f"{self.ctx.learning_rate:g}) or the strategy's weight, or set clip_grad_norm: {{max_norm: 5.0}}"
+                f"stage {self.ctx.index}, pass {self.ctx.pass_.name!r}, epoch {self.ctx.epoch}, "
+                f"batch {self.batch_number}: the term {term!r} is {float(value.detach().float().sum())}; lower "
+                f"learning_rate (now {self.ctx.learning_rate:g}) or the strategy's weight, or set "
+                f"clip_grad_norm: {{max_norm: 5.0}}"
             )
 
     batch_number: int = -1

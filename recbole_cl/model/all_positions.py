@@ -64,7 +64,7 @@ class AllPositions:
         return self.loss_fct(positive, negative)  # type: ignore[attr-defined, no-any-return]
 
     def per_sample_loss(self, interaction: Interaction) -> torch.Tensor:
-        """Returns each row's loss: a window's mean over its supervised positions, or a single target's, shape ``[B]``."""
+        """Returns each row's loss, shape ``[B]``: a window's mean over supervised positions, or a single target's."""
         if TARGETS not in interaction:
             targets = interaction[self.POS_ITEM_ID]  # type: ignore[attr-defined]
             hidden = self.forward(interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN])  # type: ignore[attr-defined]

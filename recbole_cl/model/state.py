@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from recbole_cl.errors import CheckpointError
 from recbole_cl.stream.vocabulary import Growth, carry, infer_axes
 
 
-def frozen_bases(model: nn.Module) -> dict[str, dict[str, str]]:
+def frozen_bases(model: Any) -> dict[str, dict[str, str]]:
     """Returns the frozen parts of a model: prefix of their names to ``{"source": ..., "sha256": ...}``.
 
     A model that builds on a pretrained base declares it with a method of this name; the base is referred to in
@@ -25,11 +25,16 @@ def frozen_bases(model: nn.Module) -> dict[str, dict[str, str]]:
     return dict(declared()) if declared is not None else {}
 
 
-def owned_state(model: nn.Module) -> dict[str, Any]:
+def _below(name: str, prefixes: Iterable[str]) -> bool:
+    """Tells whether a tensor's name lies below one of the prefixes (``base`` holds ``base.weight``, not ``base2.weight``)."""
+    return any(name == prefix or name.startswith(prefix.rstrip(".") + ".") for prefix in prefixes)
+
+
+def owned_state(model: Any) -> dict[str, Any]:
     """Returns the tensors that a checkpoint holds, RecBole's ``other_parameter`` and state that is no parameter."""
     bases = frozen_bases(model)
     state = {
-        "tensors": {k: v for k, v in model.state_dict().items() if not k.startswith(tuple(bases))},
+        "tensors": {k: v for k, v in model.state_dict().items() if not _below(k, bases)},
         "bases": bases,
         "other": _others(model),
     }
@@ -38,7 +43,7 @@ def owned_state(model: nn.Module) -> dict[str, Any]:
     return state
 
 
-def _others(model: nn.Module) -> dict[str, Any]:
+def _others(model: Any) -> dict[str, Any]:
     # Memory-based models (ItemKNN, EASE) compute theirs from the data when they are made; only what training
     # accumulates (Pop's counts) is carried.
     if not hasattr(model, "other_parameter"):
@@ -47,22 +52,22 @@ def _others(model: nn.Module) -> dict[str, Any]:
     return {k: v for k, v in model.other_parameter().items() if isinstance(v, kept) and not isinstance(v, bool)}
 
 
-def load_owned_state(model: nn.Module, state: Mapping[str, Any]) -> None:
+def load_owned_state(model: Any, state: Mapping[str, Any]) -> None:
     """Puts an owned state back.
 
     Raises:
         CheckpointError: If keys are missing or a frozen base is another one.
     """
     bases = frozen_bases(model)
-    for prefix, told in state["bases"].items():
-        have = bases.get(prefix)
-        if have is None or have["sha256"] != told["sha256"]:
+    for prefix in sorted({*state["bases"], *bases}):
+        told, have = state["bases"].get(prefix), bases.get(prefix)
+        if told is None or have is None or have["sha256"] != told["sha256"]:
             raise CheckpointError(
-                f"checkpoint: it was trained on the frozen base {told['source']!r} ({told['sha256'][:12]}), this run "
-                f"has {have['source'] + ' (' + have['sha256'][:12] + ')' if have else 'none'} under {prefix!r}"
+                f"checkpoint: it was trained on {_base_name(told)} under {prefix!r}, this run has {_base_name(have)}; "
+                f"give it that base, or start anew in another output_dir"
             )
     missing = model.load_state_dict(state["tensors"], strict=False)
-    lost = [k for k in missing.missing_keys if not k.startswith(tuple(bases))]
+    lost = [k for k in missing.missing_keys if not _below(k, bases)]
     if lost or missing.unexpected_keys:
         raise CheckpointError(
             f"checkpoint: the model misses {lost or 'nothing'} and does not know {list(missing.unexpected_keys)}"
@@ -73,6 +78,10 @@ def load_owned_state(model: nn.Module, state: Mapping[str, Any]) -> None:
         model.load_owned_state(state["owned"])
 
 
+def _base_name(base: Mapping[str, str] | None) -> str:
+    return "no frozen base" if base is None else f"the frozen base {base['source']!r} (sha256 {base['sha256'][:12]})"
+
+
 def _copy(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return value.clone()
@@ -80,16 +89,29 @@ def _copy(value: Any) -> Any:
 
 
 def clone_tree(value: Any) -> Any:
-    """Returns a deep copy of a state on the CPU: nothing in it shares memory with the original."""
-    if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, np.ndarray):
-        return value.copy()
-    if isinstance(value, Mapping):
-        return {k: clone_tree(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [clone_tree(v) for v in value]
-    return value
+    """Returns a deep copy of a state on the CPU: nothing in it shares memory with the original.
+
+    Tensors that were tied are tied in the copy, so that a checkpoint stores them once.
+    """
+    copies: dict[tuple[Any, ...], torch.Tensor] = {}
+
+    def clone(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            if not value.numel():
+                return value.detach().to("cpu", copy=True)
+            key = (value.data_ptr(), value.shape, value.stride(), value.dtype, value.device)
+            if key not in copies:
+                copies[key] = value.detach().to("cpu", copy=True)
+            return copies[key]
+        if isinstance(value, np.ndarray):
+            return value.copy()
+        if isinstance(value, Mapping):
+            return {k: clone(v) for k, v in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [clone(v) for v in value]
+        return value
+
+    return clone(value)
 
 
 def tree_hash(*trees: Any) -> str:
@@ -121,7 +143,7 @@ def tree_hash(*trees: Any) -> str:
 
 
 def grow_model(
-    old: nn.Module, new: nn.Module, n_users: tuple[int, int], n_items: tuple[int, int], new_rows: str
+    old: Any, new: Any, n_users: tuple[int, int], n_items: tuple[int, int], new_rows: str
 ) -> tuple[Growth, list[str]]:
     """Carries the weights of one stage's model into the next one's.
 
@@ -136,8 +158,8 @@ def grow_model(
         The growth, and the names of old tensors that have no place in the new model.
     """
     growth = Growth(n_users, n_items, infer_axes(old, new, n_users, n_items))
-    bases = tuple(frozen_bases(new))
-    state = {k: v for k, v in old.state_dict().items() if not (bases and k.startswith(bases))}
+    bases = frozen_bases(new)
+    state = {k: v for k, v in old.state_dict().items() if not _below(k, bases)}
     lost = carry(state, new, growth, new_rows)
     if getattr(new, "type", None) != ModelType.TRADITIONAL or type(new).__name__ == "Pop":
         _carry_others(old, new, n_users, n_items)
@@ -146,7 +168,7 @@ def grow_model(
     return growth, lost
 
 
-def _carry_others(old: nn.Module, new: nn.Module, n_users: tuple[int, int], n_items: tuple[int, int]) -> None:
+def _carry_others(old: Any, new: Any, n_users: tuple[int, int], n_items: tuple[int, int]) -> None:
     before, after = _others(old), _others(new)
     grown: dict[str, Any] = {}
     for name, value in before.items():

@@ -71,7 +71,7 @@ class StageContext:
     config: Any
     stream: Stream
     index: int
-    model: nn.Module
+    model: Any
     view: Any
     batcher: Batcher
     device: torch.device

@@ -44,7 +44,7 @@ def join_rows(first: Interaction, second: Interaction, optional: frozenset[str] 
 
     Args:
         first: Rows, as a loader yields them.
-        second: Further rows.
+        second: Further rows; where there are none their fields do not matter.
         optional: Fields of ``first`` that ``second`` may lack; they stay as they are (triples of a knowledge graph).
 
     Raises:
@@ -52,7 +52,7 @@ def join_rows(first: Interaction, second: Interaction, optional: frozenset[str] 
     """
     a, b = first.interaction, second.interaction
     missing = sorted((a.keys() ^ b.keys()) - optional)
-    if missing:
+    if missing and len(second):
         where = ", ".join(f"{name} ({'batch' if name in a else 'memory'} only)" for name in missing)
         raise ConfigError(
             f"replayed rows and the batch differ in their fields: {where}; use the same load_col throughout"

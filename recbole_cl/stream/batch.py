@@ -13,6 +13,7 @@ import torch
 from recbole.data.interaction import Interaction
 from recbole.utils import ModelType
 
+from recbole_cl.errors import ConfigError
 from recbole_cl.stream.stage import Stream, Targets
 
 POSITION, STAGE, TIMESTAMP, TASK = "_position", "_stage", "_timestamp", "_task"
@@ -36,10 +37,17 @@ class Windows:
         supervised: Flag of each index of ``table.seq``, shape ``[N]``.
         size: Inputs a window holds at most.
         stride: Targets of a window at most.
-        user_of: User of each index of ``table.seq``.
+
+    Raises:
+        ConfigError: If the stride exceeds the size: targets would be left out.
     """
 
     def __init__(self, targets: Targets, supervised: np.ndarray, size: int, stride: int) -> None:
+        if stride > size:
+            raise ConfigError(
+                f"window_stride: {stride} is more than the window of {size} inputs, so targets between two windows "
+                f"would never be trained on; make it at most the window"
+            )
         order = np.lexsort((targets.hi, targets.user))
         hi, user, lo = targets.hi[order], targets.user[order], targets.lo[order]
         last = np.r_[(user[1:] != user[:-1]) | (lo[1:] != lo[:-1]), True] if len(user) else np.empty(0, dtype=bool)
@@ -53,6 +61,7 @@ class Windows:
         self.last = hi[close]  # seq index of the last supervised target
         self.lo = np.maximum(lo[new], self.last - size)
         self.supervised = supervised
+        self.task = None if targets.task is None else targets.task[order][close]
         self.n_targets = np.bincount(np.cumsum(new) - 1, minlength=len(self.user)) if len(user) else last.astype(int)
 
     def __len__(self) -> int:
@@ -123,7 +132,10 @@ class Batcher:
             data[self.iid] = torch.where(data[self.iid] < self.n_items, data[self.iid], 0)
         for name, column in self.table_columns.items():
             data[name] = torch.from_numpy(column[targets.position])
-        data[TASK] = data[STAGE] if stage is None else torch.full((len(targets),), stage, dtype=torch.int64)
+        if stage is not None:
+            data[TASK] = torch.full((len(targets),), stage, dtype=torch.int64)
+        else:
+            data[TASK] = data[STAGE] if targets.task is None else torch.from_numpy(targets.task)
         data["_label"] = torch.from_numpy(targets.label)
         return self.join(Interaction(data))
 
@@ -183,6 +195,6 @@ class Batcher:
                 POSITION: torch.from_numpy(closing),
                 STAGE: torch.from_numpy(self.table.stage[closing]),
                 TIMESTAMP: torch.from_numpy(self.table.timestamp[closing]),
-                TASK: torch.from_numpy(self.table.stage[closing]),
+                TASK: torch.from_numpy(self.table.stage[closing] if windows.task is None else windows.task[index]),
             }
         )

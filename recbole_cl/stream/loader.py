@@ -40,7 +40,7 @@ class Negatives:
 
     def __init__(self, batcher: Batcher, config: Any, sampler: NegativeSampler | None, repeatable: bool) -> None:
         args = config["train_neg_sample_args"]
-        wanted = args["distribution"] != "none" and args["sample_num"] != "none"
+        wanted = sampler is not None and args["distribution"] != "none" and args["sample_num"] != "none"
         self.sampler = sampler if wanted else None
         self.batcher, self.config, self.repeatable = batcher, config, repeatable
         self.num: int = args["sample_num"] if wanted else 0
@@ -163,10 +163,12 @@ class StageLoader:
         self._epoch_start = self.generator.get_state().clone()
         plan = self._plan()
         first, self._skip = self._skip, 0
-        for number in range(first, len(plan)):
-            self._cursor = number
-            yield self.make(plan[number])
-        self._cursor = None
+        try:
+            for number in range(first, len(plan)):
+                self._cursor = number
+                yield self.make(plan[number])
+        finally:  # also where a model's own trainer leaves an epoch early: the next one draws a new order
+            self._cursor = None
 
     def make(self, index: np.ndarray) -> Interaction:
         """Returns the batch of the given units."""
@@ -219,7 +221,7 @@ class StageLoader:
         middle = self._cursor is not None
         state: dict[str, Any] = {
             "generator": self._epoch_start if middle else self.generator.get_state(),
-            "done": self._cursor + 1 if self._cursor is not None else 0,
+            "done": self._cursor + 1 if self._cursor is not None else self._skip,
         }
         if self.negatives.sampler is not None:
             state["negatives"] = self.negatives.sampler.generator.bit_generator.state
@@ -228,7 +230,7 @@ class StageLoader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Puts order, place and negatives back; the next iteration goes on from there."""
         self.generator.set_state(state["generator"])
-        self._skip = int(state["done"])
+        self._skip, self._cursor = int(state["done"]), None
         if self.negatives.sampler is not None:
             self.negatives.sampler.generator.bit_generator.state = state["negatives"]
 
@@ -260,6 +262,9 @@ class KnowledgeStageLoader:
         )
         self.batch_size = general.batcher.config["train_batch_size"]
         self.state = KGDataLoaderState.RSKG
+        self._order_start: torch.Tensor | None = None  # state of the generator before the running order of triples
+        self._done = 0  # batches of triples taken from it
+        self._skip = 0
 
     @property
     def dataset(self) -> Any:
@@ -291,8 +296,11 @@ class KnowledgeStageLoader:
         return len(self.general)
 
     def _triples(self) -> Iterator[Interaction]:
+        self._order_start = self.generator.get_state().clone()
         order = torch.randperm(len(self.view.kg_feat), generator=self.generator)
-        for index in order.split(self.batch_size):
+        self._done, self._skip = self._skip, 0
+        for index in order.split(self.batch_size)[self._done :]:
+            self._done += 1
             rows = {name: column[index] for name, column in self.view.kg_feat.interaction.items()}
             drawn = self.sampler.sample(rows[self.head].numpy(), 1, rows[self.tail].numpy())
             rows[self.prefix + self.tail] = torch.from_numpy(drawn)
@@ -301,24 +309,26 @@ class KnowledgeStageLoader:
     def __iter__(self) -> Iterator[Interaction]:
         if self.state == KGDataLoaderState.KG:
             yield from self._triples()
-            return
-        if self.state == KGDataLoaderState.RS:
+        elif self.state == KGDataLoaderState.RS:
             yield from self.general
-            return
-        triples = self._triples()
-        for rows in self.general:
-            batch = next(triples, None)
-            if batch is None:
-                triples = self._triples()
-                batch = next(triples)
-            rows.update(batch)
-            yield rows
+        else:
+            triples = self._triples()
+            for rows in self.general:
+                batch = next(triples, None)
+                if batch is None:  # more interactions than triples: once more through them
+                    triples = self._triples()
+                    batch = next(triples)
+                rows.update(batch)
+                yield rows
+        self._order_start, self._done = None, 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the states of both parts; exact at epoch ends."""
+        """Returns the states of both parts and the place in the running order of triples."""
+        running = self._order_start is not None
         return {
             "general": self.general.state_dict(),
-            "triples": self.generator.get_state(),
+            "triples": self._order_start if running else self.generator.get_state(),
+            "triples_done": self._done if running else self._skip,
             "negatives": self.sampler.generator.bit_generator.state,
         }
 
@@ -326,6 +336,7 @@ class KnowledgeStageLoader:
         """Puts both parts back."""
         self.general.load_state_dict(state["general"])
         self.generator.set_state(state["triples"])
+        self._order_start, self._done, self._skip = None, 0, int(state["triples_done"])
         self.sampler.generator.bit_generator.state = state["negatives"]
 
 
@@ -346,7 +357,9 @@ def make_sampler(
         return None
     past = stream.trained_targets(stage, "so_far").position
     table = stream.table
-    return NegativeSampler(table.user[past], table.item[past], n_items, generator, args["distribution"], args["alpha"])
+    return NegativeSampler(
+        table.user[past], table.item[past], n_items, generator, args["distribution"], float(args.get("alpha", 1.0))
+    )
 
 
 def make_loader(ctx: Any, targets: Targets, name: str) -> StageLoader | KnowledgeStageLoader:
@@ -364,7 +377,12 @@ def make_loader(ctx: Any, targets: Targets, name: str) -> StageLoader | Knowledg
         supervised = np.zeros(len(batcher.table) + 1, dtype=bool)
         supervised[targets.hi] = True
         size = config["window"] or batcher.max_length
-        units = Windows(targets, supervised, min(size, batcher.max_length), config["window_stride"] or size)
+        if size > batcher.max_length:
+            raise ConfigError(
+                f"window: {size} inputs are more than MAX_ITEM_LIST_LENGTH: {batcher.max_length}, the model's most; "
+                f"make window at most that, or MAX_ITEM_LIST_LENGTH larger"
+            )
+        units = Windows(targets, supervised, size, config["window_stride"] or size)
     elif config["model"] in USER_BATCH_MODELS:
         order = np.lexsort((targets.position, targets.user))
         last = np.r_[targets.user[order][1:] != targets.user[order][:-1], True]

@@ -11,12 +11,15 @@ from recbole_cl.errors import DataError
 OUTLIER_SPANS = 2.0
 
 
-def check_timestamps(frame: pd.DataFrame, field: str | None) -> tuple[np.ndarray, list[str]]:
+def check_timestamps(
+    frame: pd.DataFrame, field: str | None, line: np.ndarray | None = None
+) -> tuple[np.ndarray, list[str]]:
     """Returns the timestamps of a log and warnings about them.
 
     Args:
         frame: The interactions.
         field: ``TIME_FIELD``.
+        line: Line of the .inter file of each row, for messages; default: no row was filtered out.
 
     Returns:
         Seconds, float64, shape ``[N]``, and the warnings, each with a count and a remedy.
@@ -32,10 +35,11 @@ def check_timestamps(frame: pd.DataFrame, field: str | None) -> tuple[np.ndarray
     time = pd.to_numeric(frame[field], errors="coerce").to_numpy(dtype=np.float64)
     for name, bad in (("NaN or not a number", np.isnan(time)), ("infinite", np.isinf(time))):
         if bad.any():
-            rows = ", ".join(str(row + 2) for row in np.flatnonzero(bad)[:3])
+            lines = np.arange(len(time)) + 2 if line is None else line
+            first = ", ".join(map(str, lines[bad][:3]))
             raise DataError(
-                f"TIME_FIELD: {int(bad.sum())} values of {field!r} are {name} (first at line {rows} of the .inter "
-                f"file); remove these rows or give them a time"
+                f"TIME_FIELD: {int(bad.sum())} values of {field!r} are {name} (first at line {first} of the .inter "
+                f"file); remove these rows or give them a time in seconds"
             )
     if len(time) > 1 and time.min() == time.max():
         raise DataError(
@@ -51,10 +55,12 @@ def _warnings(time: np.ndarray, field: str) -> list[str]:
     span = max(high - low, np.finfo(float).tiny)
     far = (time < low - OUTLIER_SPANS * span) | (time > high + OUTLIER_SPANS * span)
     if far.any():
+        bulk = time[~far]
         found.append(
             f"TIME_FIELD: {int(far.sum())} of {len(time)} timestamps lie far outside the bulk "
-            f"[{date(low)}, {date(high)}]: {date(time[far].min())} to {date(time[far].max())}; they are kept where "
-            f"their order puts them; time_range: [{date(low)[:10]}, ~] would leave early ones out"
+            f"[{date(bulk.min())}, {date(bulk.max())}]: {date(time[far].min())} to {date(time[far].max())}; they are "
+            f"kept where their order puts them; time_range: [{number(bulk.min())}, {number(bulk.max())}] leaves "
+            f"them out"
         )
     negative = time < 0
     if negative.any():
@@ -69,6 +75,11 @@ def _warnings(time: np.ndarray, field: str) -> list[str]:
             f"clock); equal times keep the file's order and stay in one stage"
         )
     return found
+
+
+def number(seconds: float) -> str:
+    """Returns the shortest text that reads back as the same number."""
+    return str(int(seconds)) if seconds == int(seconds) else repr(float(seconds))
 
 
 def date(seconds: float) -> str:

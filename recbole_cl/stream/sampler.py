@@ -6,7 +6,8 @@ import numpy as np
 
 from recbole_cl.errors import DataError
 
-MAX_ROUNDS = 200
+MAX_ROUNDS = 20
+"""Rounds of drawing again before what is left is drawn from the exact set of allowed items."""
 
 
 class NegativeSampler:
@@ -40,25 +41,21 @@ class NegativeSampler:
         self.n_items = n_items
         self.pool = pool
         self.generator = generator
+        inside = item < n_items  # a larger id would read as an item of the next user
+        user, item = user[inside], item[inside]
         self.used = np.unique(user.astype(np.int64) * n_items + item)
         self.cumulative: np.ndarray | None = None
         if distribution == "popularity":
-            weight = np.bincount(item, minlength=n_items)[1:n_items].astype(np.float64) ** alpha
-            weight[np.bincount(item, minlength=n_items)[1:n_items] == 0] = 0.0
-            self.cumulative = np.cumsum(weight / weight.sum())
-        counts = np.bincount(self.used // n_items)
-        if len(counts) and counts.max() >= n_items - 1:
-            raise DataError(
-                f"{int((counts >= n_items - 1).sum())} users have interacted with every known item, so no negative "
-                f"can be drawn for them; leave them out with user_inter_num_interval or use a loss without negatives"
-            )
+            counts = np.bincount(item, minlength=n_items)[1:].astype(np.float64)
+            self.cumulative = np.cumsum(np.where(counts > 0, counts**alpha, 0.0))
 
     def _draw(self, size: int) -> np.ndarray:
         if self.pool is not None:
             return self.pool[self.generator.integers(0, len(self.pool), size=size)]
         if self.cumulative is None:
             return self.generator.integers(1, self.n_items, size=size)
-        return 1 + np.minimum(np.searchsorted(self.cumulative, self.generator.random(size)), self.n_items - 2)
+        drawn = np.searchsorted(self.cumulative, self.generator.random(size) * self.cumulative[-1], side="right")
+        return 1 + np.minimum(drawn, self.n_items - 2)
 
     def _is_used(self, user: np.ndarray, item: np.ndarray) -> np.ndarray:
         key = user.astype(np.int64) * self.n_items + item
@@ -71,40 +68,62 @@ class NegativeSampler:
         Args:
             user: User ids, shape ``[n]``.
             num: Negatives a row.
-            positive: Items to exclude besides the used ones (the row's own target), shape ``[n]``; with it alone a
-                repeatable scene is sampled (see :meth:`sample_repeatable`).
+            positive: Items to exclude besides the used ones (the row's own target), shape ``[n]``.
 
         Returns:
             Item ids, shape ``[num * n]``; the i-th block of ``n`` is the i-th negative of every row, as in RecBole.
+
+        Raises:
+            DataError: If a user has interacted with every item that could be drawn.
         """
-        users = np.tile(user, num)
-        positives = None if positive is None else np.tile(positive, num)
-        out = self._draw(len(users))
-        bad = self._is_used(users, out)
-        if positives is not None:
-            bad |= out == positives
-        rounds = 0
-        redo = np.flatnonzero(bad)
-        while len(redo):
-            rounds += 1
-            if rounds > MAX_ROUNDS:
-                raise DataError(
-                    f"no negative found for {len(redo)} rows in {MAX_ROUNDS} rounds: under popularity sampling some "
-                    f"users know every popular item; use distribution: uniform"
-                )
+        return self._sample(np.tile(user, num), None if positive is None else np.tile(positive, num))
+
+    def sample_repeatable(self, num: int, positive: np.ndarray) -> np.ndarray:
+        """Returns ``num`` negatives a row that differ from the row's target only (sequential models in RecBole).
+
+        Raises:
+            DataError: If a row's target is the only item that could be drawn.
+        """
+        return self._sample(None, np.tile(positive, num))
+
+    def _sample(self, users: np.ndarray | None, positives: np.ndarray | None) -> np.ndarray:
+        size = len(users) if users is not None else len(positives) if positives is not None else 0
+        out = np.empty(size, dtype=np.int64)
+        redo = np.arange(size)
+        for _ in range(MAX_ROUNDS):
+            if not len(redo):
+                return out
             out[redo] = self._draw(len(redo))
-            bad = self._is_used(users[redo], out[redo])
+            bad = np.zeros(len(redo), dtype=bool)
+            if users is not None:
+                bad |= self._is_used(users[redo], out[redo])
             if positives is not None:
                 bad |= out[redo] == positives[redo]
             redo = redo[bad]
+        for row in redo:
+            out[row] = self._draw_one(
+                None if users is None else users[row], None if positives is None else positives[row]
+            )
         return out
 
-    def sample_repeatable(self, num: int, positive: np.ndarray) -> np.ndarray:
-        """Returns ``num`` negatives a row that differ from the row's target only (sequential models in RecBole)."""
-        positives = np.tile(positive, num)
-        out = self._draw(len(positives))
-        redo = np.flatnonzero(out == positives)
-        while len(redo):
-            out[redo] = self._draw(len(redo))
-            redo = redo[out[redo] == positives[redo]]
-        return out
+    def _draw_one(self, user: int | None, positive: int | None) -> int:
+        """Draws from the exact set of allowed items, for rows that have few of them."""
+        weight = np.zeros(self.n_items)
+        if self.pool is not None:
+            np.add.at(weight, self.pool, 1.0)
+        else:
+            weight[1:] = 1.0 if self.cumulative is None else np.diff(self.cumulative, prepend=0.0)
+        if user is not None:
+            start, end = np.searchsorted(self.used, [user * self.n_items, (user + 1) * self.n_items])
+            weight[self.used[start:end] - user * self.n_items] = 0.0
+        if positive is not None:
+            weight[positive] = 0.0
+        reached = np.cumsum(weight)
+        if not reached[-1] > 0:
+            whose = f"user id {user}" if user is not None else f"the target {positive}"
+            raise DataError(
+                f"negative sampling: no item can be drawn for {whose}: of the {self.n_items - 1} known items every one "
+                f"that has a chance is excluded; leave such users out with user_inter_num_interval, use distribution: "
+                f"uniform, or a loss without negatives"
+            )
+        return int(np.searchsorted(reached, self.generator.random() * reached[-1], side="right"))

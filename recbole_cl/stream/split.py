@@ -7,6 +7,7 @@ stage; it is history there. Only ``next_stage`` tests on what the next stage tra
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -45,7 +46,7 @@ def roles(config: Any, user: np.ndarray, time: np.ndarray, stage: np.ndarray) ->
     rng = numpy_generator(config["seed"], 0, "valid_split")
     role = np.full(len(user), NONE, dtype=np.int8)
     edges = np.flatnonzero(np.r_[True, np.diff(stage) != 0, True]) if len(stage) else np.array([0])
-    for start, end in zip(edges[:-1], edges[1:], strict=True):
+    for start, end in itertools.pairwise(edges):
         rows = np.arange(start, end)
         counts = np.bincount(user[rows])
         rows = rows[counts[user[rows]] >= config["min_user_inter"]]
@@ -57,7 +58,7 @@ def roles(config: Any, user: np.ndarray, time: np.ndarray, stage: np.ndarray) ->
             role[rows] = _per_user(user[rows], shares, one_out=how == "leave_one_out")
         if config["valid_split"] == "random":
             kept = rows[role[rows] != TEST]
-            n_valid = int(round(len(kept) * shares[1] / max(shares[0] + shares[1], 1e-12)))
+            n_valid = round(len(kept) * shares[1] / (shares[0] + shares[1]))
             role[kept] = TRAIN
             role[rng.choice(kept, size=n_valid, replace=False)] = VALID
     return role
@@ -80,8 +81,9 @@ def _per_user(user: np.ndarray, shares: np.ndarray, one_out: bool) -> np.ndarray
         test = ((counts >= 2) & (shares[2] > 0)).astype(np.int64)
         valid = ((counts >= 3) & (shares[1] > 0)).astype(np.int64)
     else:
-        test = np.where(counts >= 2, np.maximum((counts * shares[2]).astype(np.int64), shares[2] > 0), 0)
-        valid = np.where(counts >= 3, np.maximum((counts * shares[1]).astype(np.int64), shares[1] > 0), 0)
+        # As RecBole: rounded down, but at least one where the user has enough. 100 * 0.29 must not give 28.
+        test = np.where(counts >= 2, np.maximum((counts * shares[2] + 1e-9).astype(np.int64), shares[2] > 0), 0)
+        valid = np.where(counts >= 3, np.maximum((counts * shares[1] + 1e-9).astype(np.int64), shares[1] > 0), 0)
     from_end = np.repeat(starts + counts, counts) - 1 - np.arange(len(grouped))
     test, valid = np.repeat(test, counts), np.repeat(valid, counts)
     role = np.empty(len(user), dtype=np.int8)

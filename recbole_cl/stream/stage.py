@@ -8,7 +8,7 @@ the targets that are trained, validated and tested in it, and the task they belo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from recbole_cl.stream.dataset import StageView, StreamDatasetMixin
 
 
+CLASSIFICATION_METRICS = ("accuracy", "macro_f1")
+
+
 @dataclass(frozen=True)
 class Task:
     """What a stage asks of the model.
@@ -27,8 +30,10 @@ class Task:
         kind: ``next_item`` (rank items), ``value`` (score a labelled interaction) or ``classification``.
         name: Name in reports.
         n_labels: Size of the label vocabulary; ``None`` for items.
-        metrics: Metrics of this task; ``None`` takes the run's.
-        primary: Metric of early stopping and of the matrix's column; ``None`` takes the run's ``valid_metric``.
+        metrics: Metrics of this task, named as in the property ``metrics`` (without a cut-off); ``None`` takes the
+            run's, or :data:`CLASSIFICATION_METRICS`.
+        primary: Metric of early stopping and of the matrix's column (``ndcg@10``); ``None`` takes the run's
+            ``valid_metric``, or the first metric of a classification.
         description: Words about the task, for prompts.
     """
 
@@ -38,6 +43,16 @@ class Task:
     metrics: tuple[str, ...] | None = None
     primary: str | None = None
     description: str = ""
+
+    def primary_metric(self, valid_metric: str) -> str:
+        """Returns the name, in lower case, of the metric that stops training early and fills the matrix's column.
+
+        Args:
+            valid_metric: The run's ``valid_metric``.
+        """
+        if self.primary is None and self.kind == "classification":
+            return (self.metrics or CLASSIFICATION_METRICS)[0].lower()
+        return (self.primary or valid_metric).lower()
 
 
 @dataclass(frozen=True)
@@ -50,6 +65,8 @@ class Targets:
         lo: Start of the history in ``table.seq``.
         hi: End of the history in ``table.seq``, exclusive.
         label: Item ids or class ids.
+        task: Index of the stage that each belongs to; a :class:`Stage` fills it in. ``None`` means the slice of the
+            position, which is the same where stages are slices of the log.
     """
 
     position: np.ndarray
@@ -57,12 +74,14 @@ class Targets:
     lo: np.ndarray
     hi: np.ndarray
     label: np.ndarray
+    task: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.position)
 
     def __getitem__(self, index: Any) -> Targets:
-        return Targets(*(getattr(self, name)[index] for name in ("position", "user", "lo", "hi", "label")))
+        columns = (getattr(self, name)[index] for name in ("position", "user", "lo", "hi", "label"))
+        return Targets(*columns, task=None if self.task is None else self.task[index])
 
     @classmethod
     def next_items(cls, table: InteractionTable, positions: np.ndarray, history: str = "all") -> Targets:
@@ -77,7 +96,9 @@ class Targets:
         names = ("position", "user", "lo", "hi", "label")
         if not parts:
             return cls(*(np.empty(0, dtype=np.int64) for _ in names))
-        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+        tasks = [part.task for part in parts if part.task is not None]
+        task = np.concatenate(tasks) if len(tasks) == len(parts) else None
+        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in names), task=task)
 
 
 @dataclass
@@ -118,6 +139,11 @@ class Stage:
     n_new_items: int = 0
     tested_until: int | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("train", "valid", "test"):
+            targets = getattr(self, name)
+            setattr(self, name, replace(targets, task=np.full(len(targets), self.index, dtype=np.int64)))
+
     def split(self, name: str) -> Targets:
         """Returns the targets called ``train``, ``valid`` or ``test``."""
         return {"train": self.train, "valid": self.valid, "test": self.test}[name]
@@ -140,6 +166,7 @@ class Stage:
             "n_new_users": self.n_new_users,
             "n_new_items": self.n_new_items,
             "task": self.task.name,
+            "task_kind": self.task.kind,
         }
 
 
@@ -158,7 +185,7 @@ class Stream:
         return len(self.stages)
 
     def trained_targets(self, stage: int, scope: str) -> Targets:
-        """Returns training targets: ``stage`` (of this one) or ``so_far`` (of all up to it)."""
+        """Returns training targets: ``stage`` (of this one) or ``so_far`` (of all up to it whose task is of its kind)."""
         if scope == "stage":
             return self.stages[stage].train
         parts = [s.train for s in self.stages[: stage + 1] if s.task.kind == self.stages[stage].task.kind]
@@ -168,7 +195,21 @@ class Stream:
         """Returns RecBole's dataset as it stands when ``stage`` is trained (see :class:`StageView`)."""
         from recbole_cl.stream.dataset import StageView
 
-        return StageView.of(self, stage, graph)
+        view = StageView.of(self, stage, graph)
+        # A model finds here what stands behind a batch's _position and _task: the table and the stages' tasks.
+        view.stream, view.stage_index = self, stage
+        return view
+
+    def graph_positions(self, stage: int, graph: str = "all") -> np.ndarray:
+        """Returns the sorted positions of the training interactions that a graph model sees at ``stage``.
+
+        The targets of a classification are no interactions to learn from: such a stage sees those of the stages before.
+        """
+        chosen = self.stages[: stage + 1]
+        if graph == "stage" and self.stages[stage].task.kind != "classification":
+            chosen = chosen[-1:]
+        parts = [s.train.position for s in chosen if s.task.kind != "classification"]
+        return np.unique(np.concatenate(parts)) if parts else np.empty(0, dtype=np.int64)
 
     def fingerprint(self) -> str:
         """Returns a hash of the table, of the stages' targets and of all tokens."""
@@ -176,6 +217,7 @@ class Stream:
 
         digest = hashlib.sha256(self.table.fingerprint().encode())
         for stage in self.stages:
+            digest.update(repr(stage.task).encode())
             for split in ("train", "valid", "test"):
                 targets = stage.split(split)
                 for column in (targets.position, targets.hi, targets.label):

@@ -19,7 +19,10 @@ from torch import nn
 from recbole_cl.errors import ConfigError
 
 Axis = tuple[tuple[str, int], ...]
-"""Segments of one dimension: ``(("user", extra), ("item", extra), ("none", size))``; ``extra`` is added to the count."""
+"""Segments of one dimension, such as ``(("user", 0), ("item", 0), ("none", 1))``.
+
+A segment is (kind, size): users and items bring their count (the size is not read), ``none`` is ``size`` fixed rows.
+"""
 
 
 def user_axis(extra: int = 0) -> Axis:
@@ -92,13 +95,37 @@ class Growth:
                 f"growth_axes: the axes of {name!r} describe {[len(r) for r, _ in maps]}, it is {list(tensor.shape)}"
             )
         shape = tuple(size for _, size in maps)
+        if shape == tuple(tensor.shape):  # nothing grows here, or it has no dimension at all (a counter)
+            return tensor.clone()
+        if isinstance(fill, torch.Tensor) and tuple(fill.shape) != shape:
+            raise ConfigError(
+                f"growth_axes: the axes of {name!r} make it {list(shape)}, the model of the next stage has "
+                f"{list(fill.shape)}"
+            )
         grown = fill.clone().to(tensor) if isinstance(fill, torch.Tensor) else tensor.new_full(shape, fill)
-        index = torch.meshgrid(*(torch.from_numpy(rows).to(tensor.device) for rows, _ in maps), indexing="ij")
+        index = [torch.from_numpy(rows).to(tensor.device) for rows, _ in maps]
         if all(len(rows) == size for rows, size in maps[1:]):  # rows only: a plain slice assignment
-            grown[torch.from_numpy(maps[0][0]).to(tensor.device)] = tensor
+            grown[index[0]] = tensor
         else:
-            grown[index] = tensor
+            grown[torch.meshgrid(*index, indexing="ij")] = tensor
         return grown
+
+    def means(self, name: str, tensor: torch.Tensor, fresh: torch.Tensor) -> torch.Tensor:
+        """Returns ``fresh`` with each new row of a segment set to the mean of the segment's known rows.
+
+        Padding (the first row of a segment) and special rows are left out of the mean.
+        """
+        out = fresh.clone()
+        for dim, axis in enumerate(self.axes.get(name, ())):
+            old_start = new_start = 0
+            for kind, size in axis:
+                before, after = self._sizes(kind, size)
+                if after > before > 1:
+                    mean = tensor.narrow(dim, old_start + 1, before - 1).mean(dim=dim, keepdim=True)
+                    if mean.shape[:dim] + mean.shape[dim + 1 :] == out.shape[:dim] + out.shape[dim + 1 :]:
+                        out.narrow(dim, new_start + before, after - before).copy_(mean)
+                old_start, new_start = old_start + before, new_start + after
+        return out
 
 
 def infer_axes(
@@ -115,11 +142,17 @@ def infer_axes(
     """
     declared = dict(getattr(new, "growth_axes", None) or {})
     before, after = dict(old.state_dict()), dict(new.state_dict())
-    modules = {name: (module, dict(new.named_modules()).get(name)) for name, module in old.named_modules()}
+    successors = dict(new.named_modules())
+    modules = {name: (module, successors.get(name)) for name, module in old.named_modules()}
     axes: dict[str, list[Axis]] = {}
     for name, tensor in after.items():
         if name not in before:
             continue
+        if before[name].dim() != tensor.dim() or len(declared.get(name, before[name].shape)) != tensor.dim():
+            raise ConfigError(
+                f"growth_axes: {name!r} has {before[name].dim()} dimensions before and {tensor.dim()} after, and "
+                f"{len(declared.get(name, before[name].shape))} axes; declare one axis a dimension on the model"
+            )
         if name in declared:
             axes[name] = [_declared(kind, size) for kind, size in zip(declared[name], before[name].shape, strict=True)]
             continue
@@ -142,7 +175,7 @@ def _fields(modules: Mapping[str, tuple[nn.Module, Any]], owner: str, a: int, b:
     for name in (owner, owner.rpartition(".")[0]):
         old, new = modules.get(name, (None, None))
         offsets = getattr(old, "offsets", None)
-        if offsets is not None and len(offsets) > 1:
+        if new is not None and offsets is not None and len(offsets) > 1:
             return list(zip(np.diff(np.r_[offsets, a]), np.diff(np.r_[new.offsets, b]), strict=True))
     return None
 
@@ -155,10 +188,10 @@ def _infer(
     n_items: tuple[int, int],
     fields: list[tuple[int, int]] | None,
 ) -> Axis:
+    if a == b:  # ids are never taken away, so no field inside has grown either
+        return fixed_axis(a)
     if fields is not None:
         return tuple(segment for x, y in fields for segment in _infer(name, int(x), int(y), n_users, n_items, None))
-    if a == b:
-        return fixed_axis(a)
     fits: list[Axis] = []
     for extra in (0, 1, 2):
         if (a, b) == (n_items[0] + extra, n_items[1] + extra):
@@ -194,11 +227,9 @@ def carry(old: Mapping[str, torch.Tensor], new: nn.Module, growth: Growth, new_r
     for name, tensor in fresh.items():
         if name not in old:
             continue
-        fill = tensor
-        if new_rows == "mean" and tensor.is_floating_point() and tensor.shape != old[name].shape and tensor.dim() > 1:
-            fill = tensor.clone()
-            fill[:] = old[name][1:].mean(dim=0, keepdim=True) if old[name].shape[1:] == tensor.shape[1:] else fill
-        loaded[name] = growth.expand(name, old[name].to(tensor.device), fill)
+        before = old[name].to(tensor.device)
+        mean = new_rows == "mean" and tensor.is_floating_point()
+        loaded[name] = growth.expand(name, before, growth.means(name, before, tensor) if mean else tensor)
     new.load_state_dict(loaded, strict=False)
     return [name for name in old if name not in fresh]
 

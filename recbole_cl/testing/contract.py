@@ -13,6 +13,8 @@ Each test walks a planted-drift stream of three growing stages (:mod:`recbole_cl
 from __future__ import annotations
 
 import copy
+import itertools
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -39,7 +41,7 @@ SMALL = {
     "MAX_ITEM_LIST_LENGTH": 10,
     "train_batch_size": 64,
     "learning_rate": 0.01,
-    "epochs": 3,
+    "epochs": 2,
     "metrics": ["Hit"],
     "valid_metric": "Hit@5",
     "topk": [5],
@@ -84,6 +86,23 @@ class StrategyContract:
         """The stream."""
         return write_planted_drift(tmp_path_factory.mktemp("planted"))
 
+    @pytest.fixture(scope="class")
+    def finished(self) -> dict[str, Runner]:
+        """Runs that tests share."""
+        return {}
+
+    @pytest.fixture
+    def known(self, run: Callable[..., Runner], finished: dict[str, Runner]) -> Callable[..., Runner]:
+        """Runs a model under strategies once for all tests; not for tests that patch the strategy's hooks."""
+
+        def known(backbone: str, strategy: Any) -> Runner:
+            key = json.dumps([backbone, strategy])
+            if key not in finished:
+                finished[key] = run(backbone, strategy)
+            return finished[key]
+
+        return known
+
     @pytest.fixture
     def run(self, toy: PlantedDrift, tmp_path: Path) -> Callable[..., Runner]:
         """Runs a model under strategies and returns the runner."""
@@ -124,7 +143,7 @@ class StrategyContract:
     # -- tests ----------------------------------------------------------------------------------------------------
 
     def test_neutral_is_finetune(
-        self, backbone: str, run: Callable[..., Runner], monkeypatch: pytest.MonkeyPatch
+        self, backbone: str, run: Callable[..., Runner], known: Callable[..., Runner], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """With neutral parameters its hooks run, and every parameter has the bits that FineTune gives it."""
         if self.cls.neutral is None:
@@ -138,11 +157,11 @@ class StrategyContract:
         neutral = run(backbone, self.active(**self.cls.neutral))
         assert all(calls.values()), f"hooks that never ran: {[hook for hook in hooks if not calls[hook]]}"
         assert "end_stage" not in calls or calls["end_stage"] == len(neutral.stream)
-        plain = run(backbone, "FineTune")
+        plain = known(backbone, "FineTune")
         assert_same(plain.model.state_dict(), neutral.model.state_dict())
 
     def test_it_acts_after_drift(
-        self, backbone: str, run: Callable[..., Runner], monkeypatch: pytest.MonkeyPatch
+        self, backbone: str, run: Callable[..., Runner], known: Callable[..., Runner], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """On drifted data its term is positive with a gradient in the parameters, or the batch has more rows."""
         found: list[str] = []
@@ -154,7 +173,7 @@ class StrategyContract:
         self._before(monkeypatch, "end_stage", look)
         active = run(backbone, self.active())
         assert found, "no hook changes gradients, loss or batch in the last stage"
-        plain = run(backbone, "FineTune")
+        plain = known(backbone, "FineTune")
         same = [torch.equal(a, b) for a, b in zip(active.model.parameters(), plain.model.parameters(), strict=True)]
         assert not all(same), "the final parameters are those of FineTune"
 
@@ -162,46 +181,64 @@ class StrategyContract:
         self, backbone: str, run: Callable[..., Runner], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Importance-weighted drift from the anchor falls from each strength of the grid to the next."""
-        if not self.drift_grid or self.strength is None:
+        strength = self.strength
+        if not self.drift_grid or strength is None:
             pytest.skip("no anchored penalty")
         drifts: list[float] = []
 
         def look(member: Strategy, ctx: StageContext) -> None:
             if ctx.index == 1:
-                kept = member.params[self.strength]
-                member.params[self.strength] = 1.0
+                kept, member.params[strength] = member.params[strength], 1.0
                 drifts.append(float(member.penalty(ctx)))
-                member.params[self.strength] = kept
+                member.params[strength] = kept
 
         self._before(monkeypatch, "end_stage", look)
-        for strength in self.drift_grid:
-            run(backbone, self.active(**{self.strength: strength}), eval_step=0)
+        for value in self.drift_grid:
+            run(backbone, self.active(**{strength: value}), eval_step=0)
         assert drifts[-1] > 0
-        pairs = zip(drifts, drifts[1:], strict=False)
+        pairs = itertools.pairwise(drifts)
         assert all(a > b for a, b in pairs), f"drift {drifts} over strengths {self.drift_grid}"
 
-    def test_growth_and_state(self, backbone: str, run: Callable[..., Runner], tmp_path: Path) -> None:
-        """Its tensors have the grown shapes; its state survives a checkpoint exactly, and a missing key is named."""
-        runner = run(backbone, self.active())
-        stages, member = runner.stream.stages, self._live(runner)
+    def test_growth(self, backbone: str, known: Callable[..., Runner]) -> None:
+        """Over a growing stream its tensors end with the shapes of the model's parameters."""
+        runner = known(backbone, self.active())
+        stages = runner.stream.stages
         assert stages[-1].n_users > stages[0].n_users and stages[-1].n_items > stages[0].n_items
         shapes = {name: p.shape for name, p in runner.model.named_parameters()}
-        state = member.state_dict()
-        for path, name, value in leaves(state):
+        for path, name, value in leaves(self._live(runner).state_dict()):
             if name in shapes and torch.is_tensor(value):
                 assert value.shape == shapes[name], f"{path} has {tuple(value.shape)}, the model {tuple(shapes[name])}"
-        again = self.cls(member.params)
-        again.load_state_dict(through_disk(state, tmp_path))
-        assert_same(state, again.state_dict())
-        for key in state:
-            with pytest.raises(KeyError, match=key):
-                self.cls(member.params).load_state_dict({k: v for k, v in state.items() if k != key})
 
-    def test_state_in_the_middle_of_a_stage(
+    def test_state_survives_a_checkpoint(
         self, backbone: str, run: Callable[..., Runner], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
+        """After every stage its state is loaded exactly as it was saved, and a missing key is named."""
+        original, stages = self.cls.end_stage, []
+
+        def check(member: Strategy, ctx: StageContext) -> None:
+            original(member, ctx)
+            stages.append(ctx.index)
+            state, again = member.state_dict(), self.cls(member.params)
+            again.load_state_dict(through_disk(state, tmp_path))
+            assert_same(state, again.state_dict())
+            for key in state:
+                with pytest.raises(KeyError, match=key):
+                    self.cls(member.params).load_state_dict({k: v for k, v in state.items() if k != key})
+
+        monkeypatch.setattr(self.cls, "end_stage", check)
+        run(backbone, self.active())
+        assert stages == [0, 1, 2]
+
+    def test_state_in_the_middle_of_a_stage(
+        self,
+        backbone: str,
+        run: Callable[..., Runner],
+        known: Callable[..., Runner],
+        monkeypatch: pytest.MonkeyPatch,
+        tmp_path: Path,
+    ) -> None:
         """A strategy made anew from its state between two steps goes on with the same bits."""
-        whole = run(backbone, self.active())
+        whole = known(backbone, self.active())
         swapped: list[int] = []
         original = self.cls.after_step
 

@@ -91,7 +91,8 @@ def write_planted_drift(
     """
     rng = np.random.default_rng(seed)
     clusters = [list(part) for part in np.array_split(np.arange(n_items), n_clusters)]
-    users, known, used = n_users, n_items, set()
+    users, known = n_users, n_items
+    used: set[tuple[int, int]] = set()
     last: dict[int, int] = {}
     rules, lines = [], []
     for stage in range(n_stages):

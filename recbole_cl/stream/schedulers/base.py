@@ -69,9 +69,11 @@ class Scheduler:
     Attributes:
         time_ordered: Every interaction of a stage precedes every one of the next. Where it is not so,
             ``history: stage`` is this scheduler's default, so that no target sees a later interaction.
+        remedy: What a person can do about an empty stage, for the message.
     """
 
     time_ordered = True
+    remedy = "lower n_stages"
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -141,11 +143,13 @@ def parse_time(value: Any, field: str) -> float:
     Raises:
         ConfigError: If it is neither; the message names ``field``.
     """
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    if isinstance(value, int | float) and not isinstance(value, bool) and np.isfinite(value):
         return float(value)
     try:
-        stamp = pd.Timestamp(value)
-    except (ValueError, TypeError) as error:
+        stamp = pd.Timestamp(value) if isinstance(value, str) else pd.NaT
+    except (ValueError, TypeError, OverflowError) as error:
         raise ConfigError(f"{field}: {value!r} is neither a timestamp nor an ISO date such as 2011-06-01") from error
+    if stamp is pd.NaT:
+        raise ConfigError(f"{field}: {value!r} is neither a timestamp nor an ISO date such as 2011-06-01")
     stamp = stamp.tz_localize("UTC") if stamp.tzinfo is None else stamp
-    return stamp.timestamp()
+    return float(stamp.timestamp())

@@ -29,6 +29,8 @@ class BaseThenIncrements(Scheduler):
     A run of equal timestamps at a cut goes to the earlier stage.
     """
 
+    remedy = "lower n_stages or base_ratio: equal timestamps stay in one stage, and may fill a whole increment"
+
     def assign(self, log: Log) -> Slices:
         self.require_rows(log)
         order = log.order

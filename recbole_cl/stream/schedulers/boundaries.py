@@ -22,6 +22,8 @@ class Boundaries(Scheduler):
     An interaction at a boundary belongs to the later stage. ``n_stages`` follows from the list.
     """
 
+    remedy = "move the boundaries to where the log has interactions"
+
     def assign(self, log: Log) -> Slices:
         given = self.config["boundaries"]
         if not given:
@@ -29,5 +31,12 @@ class Boundaries(Scheduler):
         edges = np.array([parse_time(value, "boundaries") for value in given])
         if (np.diff(edges) <= 0).any():
             raise ConfigError(f"boundaries: {list(given)!r} must increase from one to the next")
+        slices = len(edges) + 1
+        if self.n_stages is not None and self.n_slices != slices:
+            stages = slices - (self.n_slices - self.n_stages)
+            raise ConfigError(
+                f"n_stages: {self.n_stages} contradicts {len(edges)} boundaries, which make {stages} stages under "
+                f"stage_split: {self.config['stage_split']}; leave n_stages out"
+            )
         names = [f"before {given[0]}", *(f"from {value}" for value in given)]
         return Slices(np.searchsorted(edges, log.time, side="right"), names)

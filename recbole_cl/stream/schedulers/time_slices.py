@@ -24,6 +24,11 @@ class TimeSlices(Scheduler):
     one closed.
     """
 
+    remedy = (
+        "lower n_stages (stage_by: count keeps equal timestamps in one stage), cut by stage_by: count where it is "
+        "'time', or leave far-off timestamps out with time_range"
+    )
+
     def assign(self, log: Log) -> Slices:
         self.require_rows(log)
         n = self.n_slices

@@ -24,6 +24,7 @@ class UserDisjoint(Scheduler):
     """
 
     time_ordered = False
+    remedy = "lower n_stages or base_ratio: a stage holds whole users, and one of them may fill it"
 
     def assign(self, log: Log) -> Slices:
         self.require_rows(log)
