@@ -615,7 +615,7 @@ def computed_metrics(config: Any, task: Task | None = None) -> list[str]:
             raise ConfigError(f"task {task.name if task else ''!r}: unknown metric {metric!r}{nearest(metric, known)}")
     if classes:
         return asked
-    names = []
+    names: list[str] = []
     for metric in asked:
         plain = metric_information[metric] == ["rec.meanrank"] or config["eval_type"] == EvaluatorType.VALUE
         names += [metric] if plain else [f"{metric}@{k}" for k in config["topk"]]

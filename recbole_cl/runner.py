@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from recbole.data.transform import construct_transform
 from recbole.utils import ModelType, early_stopping
 from torch import nn
 from tqdm import tqdm
@@ -30,12 +31,12 @@ from recbole_cl.evaluation.exposure import exposure_disparity, head_mask
 from recbole_cl.evaluation.matrix import smaller_is_better, summarise_all
 from recbole_cl.evaluation.records import Records
 from recbole_cl.evaluation.steps import stage_curve, steps_to_95
-from recbole_cl.evaluator import Evaluator, Known, Outcome, clear_caches
+from recbole_cl.evaluator import Evaluator, Known, Outcome, clear_caches, computed_metrics
 from recbole_cl.memory import peak_megabytes, reset_peak
 from recbole_cl.model.state import clone_tree, count_parameters, grow_model, load_owned_state, owned_state, tree_hash
 from recbole_cl.registry import strategies
 from recbole_cl.rng import ModelRandomness, derive
-from recbole_cl.strategy.base import Composite, Pass, StageContext, overrides
+from recbole_cl.strategy.base import STEP_HOOKS, Composite, Pass, StageContext, overrides
 from recbole_cl.stream.batch import Batcher
 from recbole_cl.stream.build import build_stream
 from recbole_cl.stream.loader import make_loader
@@ -44,6 +45,8 @@ from recbole_cl.stream.vocabulary import grow_optimizer
 from recbole_cl.trainer import HookedTrainer, Watched, load_optimizer_by_name, make_trainer, optimizer_by_name
 
 LOGGER = logging.getLogger("recbole_cl")
+PRIMARY = "primary"
+"""Name of the matrix whose columns each hold their task's own primary metric, where those differ."""
 PACKAGES = ("recbole-cl", "recbole", "torch", "numpy", "pandas", "scipy", "peft", "transformers", "faiss-cpu")
 
 
@@ -117,6 +120,7 @@ class Runner:
         """
         self._open_folder()
         LOGGER.info("loading %s", self.config["dataset"])
+        construct_transform(self.config)  # RecBole's transforms name their fields in the configuration; models read them
         self.stream = build_stream(self.config)
         self._data = self.stream.fingerprint()
         self.evaluator = Evaluator(self.config, self.stream, self.strategy)
@@ -149,7 +153,7 @@ class Runner:
             load_owned_state(ctx.model, stage_start["model"])
             self.strategy.load_state_dict(clone_tree(stage_start["strategy"]))
         passes = self.strategy.plan_stage(ctx)
-        progress = _Progress(best_score=self._worst())
+        progress = _Progress(best_score=self._worst(stage))
         if resumed is not None:
             progress = _Progress.of(resumed["progress"])
             ctx.load_state_dict(resumed["generators"])
@@ -162,7 +166,7 @@ class Runner:
         for number in range(progress.number, len(passes)):
             if number != progress.number:
                 progress = _Progress(
-                    number, best_score=self._worst(), targets=progress.targets, seconds=progress.seconds
+                    number, best_score=self._worst(stage), targets=progress.targets, seconds=progress.seconds
                 )
                 resumed = None
             clock = lambda: offset + time.perf_counter() - begun  # noqa: E731
@@ -210,6 +214,12 @@ class Runner:
             model = self.config.model_class(self.config, view)
         return model.to(self.config["device"])
 
+    def _prepare(self, ctx: StageContext, randomness: ModelRandomness) -> None:
+        """Lets the strategies add their structure; what they initialise is drawn from the run's own state."""
+        with randomness.owned():
+            self.strategy.prepare_model(ctx)
+        ctx.model.to(self.config["device"])
+
     def _context(self, index: int, model: nn.Module, view: Any) -> StageContext:
         stage = self.stream.stages[index]
         batcher = Batcher(self.config, self.stream, view, stage.n_users, stage.n_items)
@@ -226,23 +236,24 @@ class Runner:
         randomness = ModelRandomness(derive(self.config["seed"], index))
         old: Any = getattr(self, "model", None)
         in_place = old is not None and index > 0 and hasattr(old, "grow_in_place")
-        model = old if in_place and old is not None else self.build_model(view, randomness)
+        model: Any = old if in_place and old is not None else self.build_model(view, randomness)
         ctx = self._context(index, model, view)
-        with randomness.owned():
-            self.strategy.prepare_model(ctx)
-        model.to(self.config["device"])
+        self._prepare(ctx, randomness)
         if index == 0 or resumed is not None:
+            self._check_tasks(model)
             self.strategy.check(self.config, model)
         fresh = clone_tree(owned_state(model)) if not in_place else {}
         if resumed is None and old is not None and index > 0:
             before = self.stream.stages[index - 1]
             users, items = (before.n_users, stage.n_users), (before.n_items, stage.n_items)
-            if in_place:
-                growth = model.grow_in_place(view, users, items)
-            else:
-                growth, lost = grow_model(old, model, users, items, self.config["new_rows"])
-                if lost:
-                    self._warn(f"stage {index}: {', '.join(lost)} of the stage before have no place in the model")
+            lost: list[str] = []
+            with randomness.owned():  # rows of new users and items may be drawn
+                if in_place:
+                    growth = model.grow_in_place(view, users, items)
+                else:
+                    growth, lost = grow_model(old, model, users, items, self.config["new_rows"])
+            if lost:
+                self._warn(f"stage {index}: {', '.join(lost)} of the stage before have no place in the model")
             if not growth.identity:
                 self.strategy.grow(growth)
                 self._carried = grow_optimizer(self._carried, growth)
@@ -256,15 +267,36 @@ class Runner:
             return None
         index = int(self._previous["stage"])
         view = self.stream.view(index, self.config["graph"])
-        model = self.build_model(view, ModelRandomness(derive(self.config["seed"], index, "previous")))
-        self.strategy.prepare_model(self._context(index, model, view))
+        randomness = ModelRandomness(derive(self.config["seed"], index, "previous"))
+        model = self.build_model(view, randomness)
+        self._prepare(self._context(index, model, view), randomness)
         load_owned_state(model, self._previous["model"])
         for p in model.parameters():
             p.requires_grad_(False)
         return model.eval()
 
-    def _worst(self) -> float:
-        return -math.inf if self.config["valid_metric_bigger"] else math.inf
+    def _check_tasks(self, model: Any) -> None:
+        """Refuses a stage whose task the model cannot answer, or whose primary metric nobody computes."""
+        for stage in self.stream.stages:
+            computed, primary = computed_metrics(self.config, stage.task), self._primary(stage)
+            if primary not in computed:
+                raise ConfigError(
+                    f"stage {stage.index} ({stage.name}): its primary metric {primary!r} is not computed; the task "
+                    f"{stage.task.name!r} has {', '.join(computed)}"
+                )
+            if stage.task.kind == "classification" and not hasattr(model, "predict_task"):
+                raise ConfigError(
+                    f"model: {self.config['model']} has no predict_task(batch, task), which the task "
+                    f"{stage.task.name!r} (classification) of stage {stage.index} needs"
+                )
+
+    def _bigger(self, stage: Stage) -> bool:
+        """Tells whether more of the stage's primary metric is better."""
+        primary, valid_metric = self._primary(stage), str(self.config["valid_metric"]).lower()
+        return bool(self.config["valid_metric_bigger"]) if primary == valid_metric else not smaller_is_better(primary)
+
+    def _worst(self, stage: Stage) -> float:
+        return -math.inf if self._bigger(stage) else math.inf
 
     # -- one pass -------------------------------------------------------------------------------------------------
 
@@ -295,6 +327,12 @@ class Runner:
             scale = 1.0
         rate = config["learning_rate"] * scale * plan.lr_scale
         own_trainer = getattr(ctx.model, "stage_trainer", None)
+        if own_trainer is not None and self.strategy.steps:
+            names = ", ".join(s.name for s in self.strategy.hooked(*STEP_HOOKS))
+            raise ConfigError(
+                f"strategy: {names} cannot serve the model {config['model']}, which trains its stages by itself: there "
+                f"are no optimiser steps to take part in; use FineTune, FullRetrain, Joint, Scratch or Pretrain"
+            )
         trainer = own_trainer(ctx, rate) if own_trainer is not None else make_trainer(ctx, self.strategy, rate)
         hooked = trainer if isinstance(trainer, HookedTrainer) else None
         if resumed is None and hooked is not None and config["stage_optimizer"] == "carry" and plan.init == "previous":
@@ -353,10 +391,11 @@ class Runner:
     def _with_view(self, ctx: StageContext, graph: str) -> StageContext:
         """Makes the model again over another graph, with the same weights."""
         view = self.stream.view(ctx.index, graph)
-        model = self.build_model(view, ModelRandomness(derive(self.config["seed"], ctx.index, f"graph/{graph}")))
+        randomness = ModelRandomness(derive(self.config["seed"], ctx.index, f"graph/{graph}"))
+        model = self.build_model(view, randomness)
         new = self._context(ctx.index, model, view)
-        self.strategy.prepare_model(new)
-        load_owned_state(model.to(self.config["device"]), owned_state(ctx.model))
+        self._prepare(new, randomness)
+        load_owned_state(model, owned_state(ctx.model))
         new._generators = ctx._generators
         return new
 
@@ -373,11 +412,11 @@ class Runner:
             load_owned_state(ctx.model, stage_start["model"])
         elif plan.init == "fresh":
             self.known = Known.nothing(self.stream.table)
-            if number == 0:
+            if number == 0 and fresh:  # a model that grows in place has no fresh state at hand
                 load_owned_state(ctx.model, fresh)
             else:
                 model = self.build_model(ctx.view, randomness)
-                self.strategy.prepare_model(self._context(ctx.index, model, ctx.view))
+                self._prepare(self._context(ctx.index, model, ctx.view), randomness)
                 load_owned_state(ctx.model, owned_state(model))
         elif plan.init != "previous":
             raise ConfigError(f"Pass.init: {plan.init!r} is none of previous, stage_start, fresh")
@@ -404,7 +443,7 @@ class Runner:
             score = valid.get(metric)
             if score is not None:
                 progress.best_score, progress.waited, progress.stopped, improved = early_stopping(
-                    score, progress.best_score, progress.waited, config["stopping_step"], config["valid_metric_bigger"]
+                    score, progress.best_score, progress.waited, config["stopping_step"], self._bigger(ctx.stage)
                 )
                 if improved:
                     progress.best = {
@@ -437,7 +476,7 @@ class Runner:
     # -- evaluation -----------------------------------------------------------------------------------------------
 
     def _primary(self, stage: Stage) -> str:
-        return (stage.task.primary or str(self.config["valid_metric"])).lower()
+        return stage.task.primary_metric(str(self.config["valid_metric"]))
 
     def _evaluate_all(self, ctx: StageContext) -> None:
         """Fills row t of the matrix; asserts by a hash that evaluation changed nothing."""
@@ -460,19 +499,23 @@ class Runner:
 
     def _record(self, outcome: Outcome, t: int, stage: Stage) -> None:
         mode = self.evaluator.mode("test") if stage.task.kind != "classification" else "labeled"
-        for metric, value in self._with_primary(outcome.metrics, stage).items():
-            self.records.add(metric=metric, t=t, s=stage.index, value=value, n=outcome.n, mode=mode)
-        for stratum, (metrics, n) in outcome.strata.items():
+        for stratum, (metrics, n) in {"all": (outcome.metrics, outcome.n), **outcome.strata}.items():
             for metric, value in self._with_primary(metrics, stage).items():
-                self.records.add(metric=metric, t=t, s=stage.index, value=value, n=n, mode=mode, stratum=stratum)
+                # The columns of "primary" differ in how they were scored; as a matrix they are one.
+                how = PRIMARY if metric == PRIMARY else mode
+                self.records.add(metric=metric, t=t, s=stage.index, value=value, n=n, mode=how, stratum=stratum)
         self.cold.append({"t": t, "s": stage.index, "n": outcome.n, "n_cold": outcome.n_cold})
 
     def _with_primary(self, metrics: dict[str, float], stage: Stage) -> dict[str, float]:
-        """Adds the column's primary metric under one name where the stream's tasks differ in theirs."""
-        if len({self._primary(s) for s in self.stream.stages}) == 1:
+        """Adds the column's primary metric under one name where the stream's tasks differ in theirs.
+
+        There is no such matrix where less is better in some column: its summaries would have no direction.
+        """
+        names = {self._primary(s) for s in self.stream.stages}
+        if len(names) == 1 or any(smaller_is_better(name) for name in names):
             return metrics
         value = metrics.get(self._primary(stage))
-        return metrics if value is None else {**metrics, "primary": value}
+        return metrics if value is None else {**metrics, PRIMARY: value}
 
     def _expose(self, outcome: Outcome, ctx: StageContext, stage: Stage) -> None:
         if outcome.recommended is None or outcome.users is None:
@@ -501,13 +544,15 @@ class Runner:
         """Scores an untrained model on the next stage: b[s] of forward transfer."""
         if self.config["fwt_reference"] != "untrained" or index + 1 >= len(self.stream):
             return
+        if self.config["MODEL_TYPE"] == ModelType.TRADITIONAL:
+            return  # a memory-based model has no untrained state
         following = self.stream.stages[index + 1]
         if not following.evaluable(index):
             return
         randomness = ModelRandomness(derive(self.config["seed"], index, "reference"))
         model = self.build_model(view, randomness)
         ctx = self._context(index, model, view)
-        self.strategy.prepare_model(ctx)
+        self._prepare(ctx, randomness)
         plain = Evaluator(self.config, self.stream, Composite([]))
         known = Known.everything(self.stream.table, ctx.batcher.n_users, ctx.batcher.n_items)
         outcome = plain.evaluate(ctx, known, following)
@@ -526,7 +571,7 @@ class Runner:
         view = self.stream.view(index, "stage")
         ctx = inner._context(index, inner.build_model(view, randomness), view)
         start = {"model": clone_tree(owned_state(ctx.model)), "strategy": {}}
-        progress = _Progress(best_score=self._worst())
+        progress = _Progress(best_score=self._worst(ctx.stage))
         plan = Pass("scratch", init="previous", data="stage", graph=self.config["graph"])
         ctx = inner._pass(ctx, plan, progress, randomness, {}, start, None, lambda: 0.0)
         stage = self.stream.stages[index]
@@ -576,7 +621,7 @@ class Runner:
             "phase": phase,
             "model": owned_state(ctx.model),
             "strategy": self.strategy.state_dict(),
-            "side_stores": self.strategy.side_stores(),
+            "side_stores": self._side_stores(ctx.model),
             "generators": ctx.state_dict(),
             "previous": self._previous,
             "carried": self._carried,
@@ -593,6 +638,15 @@ class Runner:
             state |= {"progress": progress.state_dict(), "trainer": trainer_state, "stage_start": stage_start}
         checkpoint.save(self.folder / "checkpoints", self._number, state, int(self.config["checkpoint_keep"]))
 
+    def _side_stores(self, model: Any) -> dict[str, str]:
+        """Returns the durable stores of strategies and model, name to path."""
+        own = dict(model.side_stores()) if hasattr(model, "side_stores") else {}
+        stores = self.strategy.side_stores()
+        twice = sorted(own.keys() & stores.keys())
+        if twice:
+            raise ConfigError(f"side_stores: a strategy and the model both name a store {twice[0]!r}; rename one")
+        return {**stores, **own}
+
     def _settings(self) -> dict[str, Any]:
         settings: dict[str, Any] = json.loads(json.dumps(self.config.fingerprint()))
         return settings
@@ -605,6 +659,9 @@ class Runner:
             LOGGER.warning("resume: there is no checkpoint in %s; the run starts from the beginning", self.folder)
             return None
         self._compare(state)
+        for name, path in state["side_stores"].items():
+            if not Path(path).exists():
+                self._warn(f"resume: the store {name!r} at {path}, which the checkpoint names, is not there any more")
         self.records.load_state_dict(state["records"])
         self.curves, self.costs, self.disparity = state["curves"], state["costs"], state["disparity"]
         self.cold, self.scratch = state["cold"], state["scratch"]
@@ -614,9 +671,10 @@ class Runner:
         index = state["stage"]
         if state["phase"] == "done":
             view = self.stream.view(index, self.config["graph"])
-            model = self.build_model(view, ModelRandomness(derive(self.config["seed"], index)))
-            self.strategy.prepare_model(self._context(index, model, view))
-            load_owned_state(model.to(self.config["device"]), state["model"])
+            randomness = ModelRandomness(derive(self.config["seed"], index))
+            model = self.build_model(view, randomness)
+            self._prepare(self._context(index, model, view), randomness)
+            load_owned_state(model, state["model"])
             self.strategy.load_state_dict(state["strategy"])
             self.model = model
         LOGGER.info("resuming at stage %d from checkpoint %d", index + 1, self._number)
@@ -648,7 +706,7 @@ class Runner:
         size = len(self.stream)
         names = [m for m in self.records.metrics()]
         matrices = {m: self.records.matrix(m, n_stages=size) for m in names}
-        primary = "primary" if "primary" in names else self._primary(self.stream.stages[0])
+        primary = PRIMARY if PRIMARY in names else self._primary(self.stream.stages[0])
         if self.config["fwt_reference"] == "stage_only":
             found = {m: np.array([np.nan if v is None else v for v in row]) for m, row in self.scratch.items()}
             reference = {m: found.get(m) for m in names}
@@ -662,14 +720,16 @@ class Runner:
             }
             for m in names
         }
-        smaller = smaller_is_better(self._primary(self.stream.stages[0]))
         stages = []
         for stage in self.stream.stages:
             row = stage.describe()
             own = [c for c in self.cold if c["t"] == stage.index and c["s"] == stage.index]
             row["n_cold_targets"] = own[0]["n_cold"] if own else None
+            row["primary_metric"] = self._primary(stage)
             stages.append(row)
-        steps = [steps_to_95(self._last_pass(s), smaller_is_better=smaller) for s in range(size)]
+        steps = [
+            steps_to_95(self._last_pass(s.index), smaller_is_better=not self._bigger(s)) for s in self.stream.stages
+        ]
         return {
             "name": f"{self.config['model']} on {self.config['dataset']}: {self.config.strategy_name}",
             "config": self._settings(),

@@ -19,6 +19,7 @@ from torch import nn
 from recbole_cl.config import CLConfig
 from recbole_cl.errors import CheckpointError, ConfigError
 from recbole_cl.registry import strategies
+from recbole_cl.runner import Runner
 from recbole_cl.strategy.base import Pass, StageContext
 from recbole_cl.strategy.importance import check_loss, squared_gradients, stage_importance
 from recbole_cl.strategy.memory import ReservoirMemory, join_rows
@@ -464,3 +465,26 @@ def test_same_seed_same_file(tmp_path: Path) -> None:
     assert texts[0] == texts[1] != texts[2]
     with pytest.raises(ValueError, match="too few"):
         write_planted_drift(tmp_path, n_items=4, n_clusters=2, n_stages=5)
+
+
+def test_knowledge_models_take_triples_beside_their_rows(tmp_path: Path) -> None:
+    """EWC pairs each target with a triple; replay leaves a batch's triples as they are."""
+    found = write_planted_drift(tmp_path)
+    stem = tmp_path / found.name / found.name
+    items = sorted(found.item_cluster)
+    stem.with_suffix(".link").write_text("\n".join(["item_id:token\tentity_id:token", *(f"{i}\te{i}" for i in items)]))
+    triples = [f"e{i}\tin\tcluster{found.item_cluster[i]}" for i in items]
+    stem.with_suffix(".kg").write_text("\n".join(["head_id:token\trelation_id:token\ttail_id:token", *triples]))
+    load = {"inter": ["user_id", "item_id", "timestamp"], "kg": ["head_id", "relation_id", "tail_id"]}
+    settings = {**found.settings(), **SMALL, "load_col": {**load, "link": ["item_id", "entity_id"]}, "epochs": 2}
+    settings |= {"kg_embedding_size": 8, "metrics": ["Hit"], "valid_metric": "Hit@10", "show_progress": False}
+    runs = {}
+    for number, chosen in enumerate(("FineTune", ["EWC", "ERRandom"], {"EWC": {"lambda": 0.0}})):
+        given = {**settings, "strategy": chosen, "output_dir": str(tmp_path / str(number))}
+        runs[number] = Runner(CLConfig(model="CKE", dataset=found.name, config_dict=given))
+        runs[number].run()
+    importance = runs[1].strategy.members[1].importance  # type: ignore[attr-defined]
+    assert float(importance["relation_embedding.weight"].sum()) > 0
+    weights = [r.model.state_dict() for r in runs.values()]
+    assert all(torch.equal(weights[0][name], weights[2][name]) for name in weights[0])
+    assert not all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])

@@ -26,7 +26,7 @@ def frozen_bases(model: Any) -> dict[str, dict[str, str]]:
 
 
 def _below(name: str, prefixes: Iterable[str]) -> bool:
-    """Tells whether a tensor's name lies below one of the prefixes (``base`` holds ``base.weight``, not ``base2.weight``)."""
+    """Tells whether a tensor lies below one of the prefixes: ``base`` holds ``base.weight``, not ``base2.weight``."""
     return any(name == prefix or name.startswith(prefix.rstrip(".") + ".") for prefix in prefixes)
 
 

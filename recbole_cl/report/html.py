@@ -266,18 +266,22 @@ class _Page:
         known = {"name", *text.STAGE_COLUMNS}
         others = [k for k in dict.fromkeys(k for stage in stages for k in stage) if k not in known]
         others = [k for k in others if any(text.finite(stage.get(k)) is not None for stage in stages)]
+        # What a stage asks, and what its column of "primary" holds, are told where stages differ in them.
+        tasks = {"task": "task", "primary_metric": "metric"}
+        tasks = {k: head for k, head in tasks.items() if len({str(stage.get(k) or "") for stage in stages}) > 1}
         rows = [
             [
                 str(s + 1),
                 text.clean(stage.get("name") or ""),
+                *(text.clean(stage.get(k) or "") for k in tasks),
                 *((text.moment if k in ("start", "end") else text.count)(stage.get(k)) for k in keys),
                 *(text.count(stage.get(k)) for k in others),
             ]
             for s, stage in enumerate(stages)
         ]
-        heads = ["#", "name", *(text.STAGE_COLUMNS[k] for k in keys), *(k.replace("_", " ") for k in others)]
+        heads = ["#", "name", *tasks.values(), *(text.STAGE_COLUMNS[k] for k in keys), *(k.replace("_", " ") for k in others)]
         note = "train, valid and test count targets; cold ones are test targets whose user or item is not trained on."
-        return f'<p class="note">{note}</p>{_table(heads, rows, left=(0, 1), wide=True)}'
+        return f'<p class="note">{note}</p>{_table(heads, rows, left=tuple(range(2 + len(tasks))), wide=True)}'
 
     def matrix(self) -> str:
         """Returns the heat maps, each with its numbers as a table."""

@@ -73,13 +73,14 @@ def squared_gradients(
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     sums = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in parameters.items()}
     size = sum(p.numel() for p in parameters.values())
-    chunk = chunk or max(1, min(128, ELEMENTS // max(size, 1)))
+    chunk = chunk or max(1, min(32, ELEMENTS // max(size, 1)))
     loss = _SampleLoss(model)
     modes = [(module, module.training) for module in model.modules()]
     count, together = 0, True
     model.eval()
     try:
-        with ModelRandomness(0).owned():
+        # RecBole's SINE switches anomaly detection on for the whole process when it is imported: ten times slower here.
+        with ModelRandomness(0).owned(), torch.autograd.set_detect_anomaly(False):
             for batch in batches:
                 count += len(batch)
                 for rows in _chunks(batch.to(next(iter(parameters.values())).device), chunk):

@@ -7,7 +7,7 @@ same remaining batches.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,10 +16,10 @@ from recbole.data.interaction import Interaction
 from recbole.data.transform import construct_transform
 from recbole.utils import InputType, KGDataLoaderState, ModelType
 
-from recbole_cl.errors import ConfigError
+from recbole_cl.errors import ConfigError, DataError
 from recbole_cl.rng import numpy_generator, torch_generator
 from recbole_cl.stream.batch import POSITION, STAGE, TASK, TIMESTAMP, Batcher, Windows
-from recbole_cl.stream.sampler import NegativeSampler
+from recbole_cl.stream.sampler import REMEDY, NegativeSampler
 from recbole_cl.stream.stage import Targets
 
 USER_BATCH_MODELS = {
@@ -296,10 +296,14 @@ class KnowledgeStageLoader:
         return len(self.general)
 
     def _triples(self) -> Iterator[Interaction]:
+        # The order is drawn here, not at the first batch: an epoch that is resumed behind its last batch draws it, too.
         self._order_start = self.generator.get_state().clone()
         order = torch.randperm(len(self.view.kg_feat), generator=self.generator)
         self._done, self._skip = self._skip, 0
-        for index in order.split(self.batch_size)[self._done :]:
+        return self._batches(order.split(self.batch_size)[self._done :])
+
+    def _batches(self, indices: Sequence[torch.Tensor]) -> Iterator[Interaction]:
+        for index in indices:
             self._done += 1
             rows = {name: column[index] for name, column in self.view.kg_feat.interaction.items()}
             drawn = self.sampler.sample(rows[self.head].numpy(), 1, rows[self.tail].numpy())
@@ -392,6 +396,14 @@ def make_loader(ctx: Any, targets: Targets, name: str) -> StageLoader | Knowledg
         generator = numpy_generator(seed, ctx.index, f"negatives/{name}")
         sampler = make_sampler(config, ctx.stream, ctx.index, batcher.n_items, generator)
     repeatable = batcher.sequential or config.repeatable_items
+    if sampler is not None and not repeatable:
+        full = sampler.exhausted(targets.user)
+        if len(full):
+            names = ctx.stream.dataset.field2id_token[batcher.uid][full[:3]]
+            raise DataError(
+                f"train_neg_sample_args: at stage {ctx.index}, {len(full)} users ({', '.join(map(str, names))}, ...) "
+                f"have interacted with every item that can be drawn as a negative; {REMEDY}"
+            )
     negatives = Negatives(batcher, config, sampler, repeatable)
     order_generator = torch_generator(seed, ctx.index, f"order/{name}")
     loader = StageLoader(

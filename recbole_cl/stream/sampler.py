@@ -8,6 +8,7 @@ from recbole_cl.errors import DataError
 
 MAX_ROUNDS = 20
 """Rounds of drawing again before what is left is drawn from the exact set of allowed items."""
+REMEDY = "leave such users out with user_inter_num_interval, use distribution: uniform, or a loss without negatives"
 
 
 class NegativeSampler:
@@ -106,13 +107,26 @@ class NegativeSampler:
             )
         return out
 
-    def _draw_one(self, user: int | None, positive: int | None) -> int:
-        """Draws from the exact set of allowed items, for rows that have few of them."""
+    def _weights(self) -> np.ndarray:
+        """Returns the weight of each id, shape ``[n_items]``; 0 where it is never drawn."""
         weight = np.zeros(self.n_items)
         if self.pool is not None:
             np.add.at(weight, self.pool, 1.0)
         else:
             weight[1:] = 1.0 if self.cumulative is None else np.diff(self.cumulative, prepend=0.0)
+        return weight
+
+    def exhausted(self, user: np.ndarray) -> np.ndarray:
+        """Returns those of the given users, each once, who have interacted with every item that could be drawn."""
+        chance = self._weights() > 0
+        owner, item = self.used // self.n_items, self.used % self.n_items
+        users = np.unique(user)
+        counts = np.bincount(owner[chance[item]], minlength=int(users.max(initial=0)) + 1)
+        return users[counts[users] >= chance.sum()]
+
+    def _draw_one(self, user: int | None, positive: int | None) -> int:
+        """Draws from the exact set of allowed items, for rows that have few of them."""
+        weight = self._weights()
         if user is not None:
             start, end = np.searchsorted(self.used, [user * self.n_items, (user + 1) * self.n_items])
             weight[self.used[start:end] - user * self.n_items] = 0.0
@@ -123,7 +137,6 @@ class NegativeSampler:
             whose = f"user id {user}" if user is not None else f"the target {positive}"
             raise DataError(
                 f"negative sampling: no item can be drawn for {whose}: of the {self.n_items - 1} known items every one "
-                f"that has a chance is excluded; leave such users out with user_inter_num_interval, use distribution: "
-                f"uniform, or a loss without negatives"
+                f"that has a chance is excluded; {REMEDY}"
             )
         return int(np.searchsorted(reached, self.generator.random() * reached[-1], side="right"))

@@ -80,8 +80,8 @@ class Targets:
         return len(self.position)
 
     def __getitem__(self, index: Any) -> Targets:
-        columns = (getattr(self, name)[index] for name in ("position", "user", "lo", "hi", "label"))
-        return Targets(*columns, task=None if self.task is None else self.task[index])
+        task = None if self.task is None else self.task[index]
+        return Targets(self.position[index], self.user[index], self.lo[index], self.hi[index], self.label[index], task)
 
     @classmethod
     def next_items(cls, table: InteractionTable, positions: np.ndarray, history: str = "all") -> Targets:
@@ -93,12 +93,14 @@ class Targets:
     @classmethod
     def concat(cls, parts: Sequence[Targets]) -> Targets:
         """Returns all targets of ``parts``, in order."""
-        names = ("position", "user", "lo", "hi", "label")
         if not parts:
-            return cls(*(np.empty(0, dtype=np.int64) for _ in names))
+            return cls(*(np.empty(0, dtype=np.int64) for _ in range(5)))
         tasks = [part.task for part in parts if part.task is not None]
-        task = np.concatenate(tasks) if len(tasks) == len(parts) else None
-        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in names), task=task)
+        joined = {
+            name: np.concatenate([getattr(part, name) for part in parts])
+            for name in ("position", "user", "lo", "hi", "label")
+        }
+        return cls(**joined, task=np.concatenate(tasks) if len(tasks) == len(parts) else None)
 
 
 @dataclass
@@ -185,7 +187,7 @@ class Stream:
         return len(self.stages)
 
     def trained_targets(self, stage: int, scope: str) -> Targets:
-        """Returns training targets: ``stage`` (of this one) or ``so_far`` (of all up to it whose task is of its kind)."""
+        """Returns training targets: ``stage`` (of this one) or ``so_far`` (of all up to it with a task of its kind)."""
         if scope == "stage":
             return self.stages[stage].train
         parts = [s.train for s in self.stages[: stage + 1] if s.task.kind == self.stages[stage].task.kind]

@@ -1,0 +1,200 @@
+"""Loaders: orders, negatives, and a resumed epoch that goes on with the very same batches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from recbole.data.interaction import Interaction
+from recbole.utils import KGDataLoaderState
+from stream_helpers import configure, random_rows, stage_context, stream_of, write
+
+from recbole_cl.config import CLConfig
+from recbole_cl.stream.build import build_stream
+from recbole_cl.stream.loader import KnowledgeStageLoader, make_loader
+from recbole_cl.stream.stage import Stream
+
+UNIFORM = {"distribution": "uniform", "sample_num": 2}
+CASES: dict[str, dict[str, Any]] = {
+    "rows": {"model": "SASRec", "train_positions": "last"},
+    "rows with negatives": {"model": "GRU4Rec", "train_positions": "last", "loss_type": "BPR", "train_neg_sample_args": UNIFORM},
+    "windows": {"model": "SASRec", "window": 6, "window_stride": 2},
+    "windows with negatives": {"model": "SASRec", "window": 6, "loss_type": "BPR", "train_neg_sample_args": UNIFORM},
+    "pairs": {"model": "BPR"},
+    "points": {"model": "NeuMF", "train_neg_sample_args": UNIFORM},
+    "users": {"model": "MultiVAE", "train_batch_size": 10},
+}
+
+
+def equal(a: Interaction, b: Interaction) -> bool:
+    return set(a.interaction) == set(b.interaction) and all(torch.equal(a[name], b[name]) for name in a.interaction)
+
+
+def same(left: list[Interaction], right: list[Interaction]) -> bool:
+    return len(left) == len(right) and all(equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+@pytest.fixture(params=list(CASES))
+def fresh(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
+    """Returns a function that makes the same loader anew."""
+    write(tmp_path, random_rows(500, users=40, items=150))
+    config, stream = stream_of(tmp_path, **{"train_batch_size": 48, **CASES[request.param]})
+    model = SimpleNamespace(trains_all_positions="windows" in request.param)
+    return lambda name="train": make_loader(stage_context(config, stream, 1, model), stream.stages[1].train, name)
+
+
+def test_two_loaders_of_a_seed_agree_and_epochs_differ(fresh: Any) -> None:
+    one, two = fresh(), fresh()
+    first = list(one)
+    assert len(first) > 2
+    assert same(first, list(two))
+    second = list(one)
+    assert not same(first, second) and same(second, list(two))
+    other = list(fresh("another pass"))
+    assert not same(first, other)
+    # Orders differ, the targets are the same (negatives aside).
+    for batches in (second, other):
+        assert sorted(p for b in batches for p in b["_position"].tolist()) == sorted(p for b in first for p in b["_position"].tolist())
+
+
+@pytest.mark.parametrize("epochs", [0, 1])
+def test_a_resumed_epoch_has_the_same_batches(fresh: Any, epochs: int) -> None:
+    loader = fresh()
+    for _ in range(epochs):
+        list(loader)
+    states, batches = [loader.state_dict()], []
+    for batch in loader:
+        batches.append(batch)
+        states.append(loader.state_dict())
+    following = list(loader)
+    for done, state in enumerate(states):
+        resumed = fresh()
+        resumed.load_state_dict(state)
+        resumed.load_state_dict(resumed.state_dict())  # a state that was put back can be asked for again
+        assert same(list(resumed), batches[done:])
+        assert same(list(resumed), following)
+    # A loader whose epoch was broken off takes a state, too.
+    loader.load_state_dict(states[1])
+    next(iter(loader))
+    loader.load_state_dict(states[-1])
+    assert loader.state_dict()["done"] == len(batches)
+
+
+def test_batches_hold_the_targets_they_promise(tmp_path: Path) -> None:
+    write(tmp_path, random_rows(500))
+    for case, times in (("rows", 1), ("rows with negatives", 2), ("pairs", 1), ("points", 3)):
+        config, stream = stream_of(tmp_path, train_batch_size=48, **CASES[case])
+        loader = make_loader(stage_context(config, stream, 0), stream.stages[0].train, "train")
+        sizes = [len(batch) for batch in loader]
+        assert len(sizes) == len(loader) and set(sizes[:-1]) == {48 // times * times}
+        assert sum(sizes) == len(stream.stages[0].train) * times
+    config, stream = stream_of(tmp_path, train_batch_size=48, shuffle=False, **CASES["rows"])
+    loader = make_loader(stage_context(config, stream, 0), stream.stages[0].train, "train")
+    assert [p for b in loader for p in b["_position"].tolist()] == stream.stages[0].train.position.tolist()
+
+
+def test_windows_fill_batches_with_targets(tmp_path: Path) -> None:
+    write(tmp_path, random_rows(900, users=30))
+    config, stream = stream_of(tmp_path, train_batch_size=64, window=5)
+    loader = make_loader(stage_context(config, stream, 0, SimpleNamespace(trains_all_positions=True)), stream.stages[0].train, "t")
+    counts = [int((batch["_targets"] > 0).sum()) for batch in loader]
+    assert sum(counts) == loader.n_targets == len(stream.stages[0].train)
+    assert all(abs(count - 64) < 5 for count in counts[:-1]) and counts[-1] <= 64 + 5
+
+
+def test_negatives_are_laid_out_as_in_recbole(tmp_path: Path) -> None:
+    write(tmp_path, random_rows(500, users=30, items=120))
+    config, stream = stream_of(tmp_path, train_batch_size=40, **CASES["points"])
+    for batch in make_loader(stage_context(config, stream, 0), stream.stages[0].train, "train"):
+        n = len(batch) // 3
+        assert batch["label"].tolist() == [1.0] * n + [0.0] * 2 * n
+        assert batch["user_id"].tolist() == batch["user_id"][:n].tolist() * 3
+        assert batch["_position"].tolist() == batch["_position"][:n].tolist() * 3
+        assert batch["item_id"][:n].tolist() == stream.table.item[batch["_position"][:n]].tolist()
+    more = {"model": "BPR", "train_neg_sample_args": UNIFORM}
+    config, stream = stream_of(tmp_path, train_batch_size=40, **more)
+    for batch in make_loader(stage_context(config, stream, 0), stream.stages[0].train, "train"):
+        n = len(batch) // 2
+        assert batch["item_id"].tolist() == batch["item_id"][:n].tolist() * 2 and len(batch["neg_item_id"]) == 2 * n
+
+
+def test_dynamic_negatives_are_the_hardest_candidates(tmp_path: Path) -> None:
+    write(tmp_path, random_rows(300, users=30, items=120))
+    args = {"distribution": "uniform", "sample_num": 1, "dynamic": True, "candidate_num": 5}
+    config, stream = stream_of(tmp_path, model="BPR", train_neg_sample_args=args)
+
+    class Largest(torch.nn.Module):
+        device = torch.device("cpu")
+
+        def predict(self, interaction: Interaction) -> torch.Tensor:
+            return interaction["item_id"].float()
+
+    loader = make_loader(stage_context(config, stream, 0), stream.stages[0].train, "train")
+    loader.get_model(Largest())
+    hard = np.mean([float(b["neg_item_id"].float().mean()) for b in loader])
+    assert hard > 0.7 * stream.stages[0].n_items  # the largest of five, on average 5/6 of the way
+    assert loader.negatives.model.training
+
+
+@pytest.fixture(scope="module")
+def cke() -> tuple[CLConfig, Stream]:
+    config = configure(None, model="CKE", dataset="ml-100k", n_stages=6, train_batch_size=1024)
+    return config, build_stream(config)
+
+
+@pytest.mark.parametrize("state", list(KGDataLoaderState))
+def test_knowledge_loaders_resume(cke: tuple[CLConfig, Stream], state: KGDataLoaderState) -> None:
+    config, stream = cke
+
+    def fresh() -> KnowledgeStageLoader:
+        loader = make_loader(stage_context(config, stream, 1), stream.stages[1].train, "train")
+        assert isinstance(loader, KnowledgeStageLoader)
+        loader.set_mode(state)
+        return loader
+
+    loader = fresh()
+    list(loader)
+    states, batches = [loader.state_dict()], []
+    for batch in loader:
+        batches.append(batch)
+        states.append(loader.state_dict())
+    assert len(batches) == len(loader) > 3
+    following = list(loader)
+    assert not same(batches, following)
+    ends = {0, 1, len(batches) // 2, len(batches) - 1, len(batches)}
+    for done in ends:
+        resumed = fresh()
+        resumed.load_state_dict(states[done])
+        if done not in (0, len(batches)):
+            resumed.load_state_dict(resumed.state_dict())
+        assert same(list(resumed), batches[done:]) and same(list(resumed), following)
+    fields = set(batches[0].interaction)
+    assert ("head_id" in fields) == (state != KGDataLoaderState.RS)
+    assert ("user_id" in fields) == (state != KGDataLoaderState.KG)
+    if state == KGDataLoaderState.KG:
+        assert sum(map(len, batches)) == len(loader.view.kg_feat)
+
+
+def test_more_interactions_than_triples(tmp_path: Path) -> None:
+    rows = random_rows(400, users=12, items=40)
+    write(tmp_path, rows)
+    items = sorted({r[1] for r in rows})
+    write(tmp_path, [(i, f"m{i}") for i in items], "item_id:token\tentity_id:token", "link")
+    triples = [(f"m{i}", "is", f"g{k % 3}") for k, i in enumerate(items)]
+    write(tmp_path, triples, "head_id:token\trelation_id:token\ttail_id:token", "kg")
+    load = {"inter": ["user_id", "item_id", "timestamp"], "kg": "*", "link": "*"}
+    config, stream = stream_of(tmp_path, model="CKE", load_col=load, train_batch_size=16)
+    loader = make_loader(stage_context(config, stream, 2), stream.stages[2].train, "train")
+    batches, states = [], []
+    for batch in loader:
+        batches.append(batch)
+        states.append(loader.state_dict())
+    assert len(batches) * 16 > 2 * len(loader.view.kg_feat)
+    for done in range(1, len(batches)):
+        resumed = make_loader(stage_context(config, stream, 2), stream.stages[2].train, "train")
+        resumed.load_state_dict(states[done - 1])
+        assert same(list(resumed), batches[done:])
