@@ -143,6 +143,22 @@ def evaluator_counts() -> None:
     Collector.get_data_struct = get_data_struct
 
 
+def anomaly_mode_off() -> None:
+    """Turns off autograd's anomaly mode, which RecBole turns on for the whole process by importing one model.
+
+    ``recbole/model/sequential_recommender/sine.py:25`` calls ``torch.autograd.set_detect_anomaly(True)`` when it is
+    imported, and importing any sequential model imports them all: every backward pass then records and checks each
+    operation, about three times slower. Called by :mod:`recbole_cl.config` once the model is imported; does nothing
+    where that module is not loaded, so that a mode the caller chose for a model of his own stays.
+    """
+    import sys
+
+    if "recbole.model.sequential_recommender.sine" in sys.modules:
+        import torch
+
+        torch.autograd.set_detect_anomaly(False)
+
+
 def silence_deprecations() -> None:
     """Hides the warnings that RecBole's own lines provoke at every epoch and that its users cannot act on.
 

@@ -474,6 +474,7 @@ class CLConfig(Config):
 
         self._overall = read_properties(properties_dir() / "overall.yaml")
         self.model, self.model_class, self.dataset = self._get_model_and_dataset(model, dataset)
+        compat.anomaly_mode_off()
         self._find_components()
         self._load_internal_config_dict(self.model, self.model_class, self.dataset)
         self._check_unknown()

@@ -180,3 +180,17 @@ def test_the_package_is_light_to_import(tmp_path: Path) -> None:
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_anomaly_mode_that_recbole_turns_on_is_turned_off(tmp_path: Path) -> None:
+    code = (
+        "import recbole_cl, torch\n"
+        "import recbole.model.sequential_recommender\n"
+        "assert torch.is_anomaly_enabled(), 'RecBole no longer turns it on: the shim can go'\n"
+        "from recbole_cl.config import CLConfig\n"
+        "CLConfig('SASRec', 'ml-100k')\n"
+        "assert not torch.is_anomaly_enabled()\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

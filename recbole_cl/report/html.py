@@ -279,7 +279,8 @@ class _Page:
             ]
             for s, stage in enumerate(stages)
         ]
-        heads = ["#", "name", *tasks.values(), *(text.STAGE_COLUMNS[k] for k in keys), *(k.replace("_", " ") for k in others)]
+        heads = ["#", "name", *tasks.values(), *(text.STAGE_COLUMNS[k] for k in keys)]
+        heads += [k.replace("_", " ") for k in others]
         note = "train, valid and test count targets; cold ones are test targets whose user or item is not trained on."
         return f'<p class="note">{note}</p>{_table(heads, rows, left=tuple(range(2 + len(tasks))), wide=True)}'
 

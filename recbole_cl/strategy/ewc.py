@@ -38,7 +38,7 @@ class EWC(Strategy):
     """
 
     prefix = "ewc"
-    defaults = {"lambda": 100.0, "samples": 1000}
+    defaults = {"lambda": 100.0, "samples": 2000}
     neutral = {"lambda": 0.0}
     needs = frozenset({"gradient"})
 

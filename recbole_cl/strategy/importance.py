@@ -79,7 +79,7 @@ def squared_gradients(
     count, together = 0, True
     model.eval()
     try:
-        # RecBole's SINE switches anomaly detection on for the whole process when it is imported: ten times slower here.
+        # RecBole's SINE switches anomaly detection on for the whole process when it is imported: several times slower.
         with ModelRandomness(0).owned(), torch.autograd.set_detect_anomaly(False):
             for batch in batches:
                 count += len(batch)

@@ -23,7 +23,7 @@ from recbole.utils import FeatureType, ModelType
 
 from recbole_cl.errors import DataError, RecBoleCLError
 from recbole_cl.registry import schedulers
-from recbole_cl.stream.quality import check_timestamps
+from recbole_cl.stream.quality import check_timestamps, number
 from recbole_cl.stream.schedulers.base import Log, Scheduler, parse_time
 from recbole_cl.stream.split import roles, vocabulary_phase
 from recbole_cl.stream.table import InteractionTable
@@ -179,7 +179,8 @@ class StreamDatasetMixin(_Mixed):
         keep = (time >= low) & (time <= high)
         if not keep.any():
             raise DataError(
-                f"time_range: no interaction lies in {list(limits)!r}; the log spans {time.min():g} to {time.max():g}"
+                f"time_range: no interaction lies in {list(limits)!r}; the log spans "
+                f"{number(time.min())} to {number(time.max())}"
             )
         if not keep.all():
             self.stream_warnings.append(f"time_range: {int((~keep).sum())} of {len(keep)} interactions are left out")

@@ -8,7 +8,8 @@ moments and the tensors of strategies.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -156,9 +157,8 @@ def infer_axes(
         if name in declared:
             axes[name] = [_declared(kind, size) for kind, size in zip(declared[name], before[name].shape, strict=True)]
             continue
-        owner = name.rpartition(".")[0]
         axes[name] = [
-            _infer(name, a, b, n_users, n_items, _fields(modules, owner, a, b) if dim == 0 else None)
+            _infer(name, a, b, n_users, n_items, list(_fields(modules, name, a, b)) if dim == 0 else [], dim)
             for dim, (a, b) in enumerate(zip(before[name].shape, tensor.shape, strict=True))
         ]
     return axes
@@ -170,14 +170,28 @@ def _declared(kind: Any, size: int) -> Axis:
     return ((kind, 0),) if isinstance(kind, str) else tuple(kind)
 
 
-def _fields(modules: Mapping[str, tuple[nn.Module, Any]], owner: str, a: int, b: int) -> list[tuple[int, int]] | None:
-    """Sizes (before, after) of the fields of a table with ``offsets``: its owner or the owner's parent has them."""
-    for name in (owner, owner.rpartition(".")[0]):
-        old, new = modules.get(name, (None, None))
-        offsets = getattr(old, "offsets", None)
-        if new is not None and offsets is not None and len(offsets) > 1:
-            return list(zip(np.diff(np.r_[offsets, a]), np.diff(np.r_[new.offsets, b]), strict=True))
-    return None
+Fields = list[tuple[int, int]]
+MOST_EXTRA = (2, 1024)
+"""Special rows (mask, end) that a table may end with; inputs that may follow those of the items (DiffRec's clock)."""
+
+
+def _fields(modules: Mapping[str, tuple[nn.Module, Any]], name: str, a: int, b: int) -> Iterator[tuple[bool, Fields]]:
+    """Yields what the sizes (before, after) of the fields of a table could be, from the offsets that modules keep.
+
+    The flag tells whether the offsets are the table's own: RecBole's ``FMEmbedding`` has ``offsets`` and the table, a
+    field-aware machine keeps ``token_offsets`` further up, beside tables that they do not concern.
+    """
+    owner, level = name, 0
+    while owner:
+        owner, level = owner.rpartition(".")[0], level + 1
+        old, new = modules.get(owner, (None, None))
+        for key, offsets in vars(old).items() if old is not None and new is not None else ():
+            later = vars(new).get(key)
+            if not key.endswith("offsets") or not isinstance(offsets, np.ndarray | list | tuple) or later is None:
+                continue
+            x, y = np.diff(np.r_[offsets, a]), np.diff(np.r_[later, b])
+            if len(x) == len(y) > 1 and (x > 0).all() and (y >= x).all():
+                yield key == "offsets" and level <= 2, list(zip(x.tolist(), y.tolist(), strict=True))
 
 
 def _infer(
@@ -186,28 +200,37 @@ def _infer(
     b: int,
     n_users: tuple[int, int],
     n_items: tuple[int, int],
-    fields: list[tuple[int, int]] | None,
+    candidates: Sequence[tuple[bool, Fields]] = (),
+    dim: int = 0,
 ) -> Axis:
     if a == b:  # ids are never taken away, so no field inside has grown either
         return fixed_axis(a)
-    if fields is not None:
-        return tuple(segment for x, y in fields for segment in _infer(name, int(x), int(y), n_users, n_items, None))
+
+    def joined(fields: Fields) -> Axis:
+        return tuple(segment for x, y in fields for segment in _infer(name, x, y, n_users, n_items))
+
+    for own, fields in candidates:
+        if own:
+            return joined(fields)
     fits: list[Axis] = []
-    for extra in (0, 1, 2):
+    if (a, b) == (n_users[0] + n_items[0], n_users[1] + n_items[1]):
+        fits.append((("user", 0), ("item", 0)))
+    for extra in range(MOST_EXTRA[min(dim, 1)] + 1):
         if (a, b) == (n_items[0] + extra, n_items[1] + extra):
             fits.append(item_axis(extra))
         if (a, b) == (n_users[0] + extra, n_users[1] + extra):
             fits.append(user_axis(extra))
-    if (a, b) == (n_users[0] + n_items[0], n_users[1] + n_items[1]):
-        fits.append((("user", 0), ("item", 0)))
     if len(fits) > 1:  # as many users as items, before and after: the name decides
         fits = [axis for axis in fits if axis[0][0] in name.lower()] or fits
-    if not fits:
-        raise ConfigError(
-            f"growth_axes: {name!r} went from {a} to {b} rows, which neither users {n_users} nor items {n_items} "
-            f"explain; declare growth_axes on the model, or set vocabulary: global"
-        )
-    return fits[0]
+    if fits:
+        return fits[0]
+    for _, fields in candidates:
+        with contextlib.suppress(ConfigError):
+            return joined(fields)
+    raise ConfigError(
+        f"growth_axes: {name!r} went from {a} to {b} rows, which neither users {n_users} nor items {n_items} explain; "
+        f"declare growth_axes on the model, or set vocabulary: global"
+    )
 
 
 def carry(old: Mapping[str, torch.Tensor], new: nn.Module, growth: Growth, new_rows: str = "random") -> list[str]:

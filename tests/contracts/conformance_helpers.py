@@ -8,6 +8,7 @@ import os
 import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -218,8 +219,8 @@ def matrix(walk: Walk, metric: str) -> np.ndarray:
 def assert_grows(walk: Walk) -> None:
     """Asserts that users and items appear from stage to stage, and that the last model has rows for those known."""
     stages = walk.runner.stream.stages
-    assert all(a.n_items < b.n_items for a, b in zip(stages, stages[1:], strict=False))
-    assert all(a.n_users <= b.n_users for a, b in zip(stages, stages[1:], strict=False))
+    assert all(a.n_items < b.n_items for a, b in pairwise(stages))
+    assert all(a.n_users <= b.n_users for a, b in pairwise(stages))
     assert stages[0].n_users < stages[-1].n_users
     tables = [t for name, t in walk.runner.model.state_dict().items() if "item_embedding" in name]
     assert tables and all(len(table) == stages[-1].n_items for table in tables)

@@ -227,7 +227,7 @@ def test_replayed_rows_keep_their_task(job: Job, tmp_path: Path) -> None:
 
 
 def test_it_grows_resumes_and_reports(job: Job, whole: Walk, tmp_path: Path) -> None:
-    """What first occurs among held-out targets of task 1 has a row in task 2; a killed walk resumes to the same bits."""
+    """What first occurs among held-out targets of task 1 has a row in task 2; a killed walk gives the same bits."""
     assert_grows(whole)
     epochs = len([c for c in whole.result["curves"] if c["stage"] == 0])
     steps = epochs * -(-len(whole.runner.stream.stages[0].train) // SETTINGS["train_batch_size"]) + 3

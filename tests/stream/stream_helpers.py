@@ -27,7 +27,9 @@ class Plain(dict):
         return None
 
 
-def write(folder: Path, rows: Sequence[Sequence[Any]], header: str = INTER, suffix: str = "inter", name: str = "log") -> Path:
+def write(
+    folder: Path, rows: Sequence[Sequence[Any]], header: str = INTER, suffix: str = "inter", name: str = "log"
+) -> Path:
     """Writes an atomic file ``folder/name/name.suffix``."""
     target = folder / name
     target.mkdir(parents=True, exist_ok=True)
@@ -36,7 +38,9 @@ def write(folder: Path, rows: Sequence[Sequence[Any]], header: str = INTER, suff
     return folder
 
 
-def random_rows(n: int = 400, users: int = 25, items: int = 60, span: int = 5000, seed: int = 0) -> list[tuple[str, str, int]]:
+def random_rows(
+    n: int = 400, users: int = 25, items: int = 60, span: int = 5000, seed: int = 0
+) -> list[tuple[str, str, int]]:
     """Rows in no order, with ties and repeats, whose users and items appear little by little."""
     rng = np.random.default_rng(seed)
     time = rng.integers(0, span, n)
@@ -66,7 +70,13 @@ def stage_context(config: CLConfig, stream: Stream, index: int, model: Any = Non
     stage, view = stream.stages[index], stream.view(index, config["graph"])
     batcher = Batcher(config, stream, view, stage.n_users, stage.n_items)
     return SimpleNamespace(
-        config=config, stream=stream, index=index, stage=stage, view=view, batcher=batcher, model=model or SimpleNamespace()
+        config=config,
+        stream=stream,
+        index=index,
+        stage=stage,
+        view=view,
+        batcher=batcher,
+        model=model or SimpleNamespace(),
     )
 
 

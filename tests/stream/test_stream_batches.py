@@ -38,7 +38,11 @@ tables = st.lists(st.tuples(st.integers(0, 2), st.integers(1, 5), st.integers(1,
 def test_histories_equal_a_plain_loop(table: InteractionTable, scope: str) -> None:
     targets = Targets.next_items(table, np.arange(len(table)), scope)
     for p in range(len(table)):
-        before = [q for q in range(p) if table.user[q] == table.user[p] and (scope == "all" or table.stage[q] == table.stage[p])]
+        before = [
+            q
+            for q in range(p)
+            if table.user[q] == table.user[p] and (scope == "all" or table.stage[q] == table.stage[p])
+        ]
         assert table.seq[targets.lo[p] : targets.hi[p]].tolist() == before
         assert table.seq[table.at[p]] == p and targets.label[p] == table.item[p]
     for user in range(table.n_users):
@@ -52,7 +56,9 @@ def test_a_table_must_be_sorted_by_stage() -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(tables, st.sampled_from(["all", "stage"]), st.integers(1, 9), st.data())
-def test_windows_supervise_each_target_once(table: InteractionTable, scope: str, size: int, data: st.DataObject) -> None:
+def test_windows_supervise_each_target_once(
+    table: InteractionTable, scope: str, size: int, data: st.DataObject
+) -> None:
     stride = data.draw(st.integers(1, size))
     chosen = data.draw(st.sets(st.integers(0, len(table) - 1)))
     targets = Targets.next_items(table, np.array(sorted(chosen), dtype=np.int64), scope)
@@ -96,7 +102,10 @@ def test_windows_of_the_docstring() -> None:
     supervised = np.zeros(9, dtype=bool)
     supervised[targets.hi] = True
     windows = Windows(targets, supervised, 4, 2)
-    got = [(table.item[table.seq[lo:last]].tolist(), table.item[table.seq[first : last + 1]].tolist()) for lo, first, last in zip(windows.lo, windows.first, windows.last, strict=True)]
+    got = [
+        (table.item[table.seq[lo:last]].tolist(), table.item[table.seq[first : last + 1]].tolist())
+        for lo, first, last in zip(windows.lo, windows.first, windows.last, strict=True)
+    ]
     assert got == [([2, 3, 4, 5], [5, 6]), ([4, 5, 6, 7], [7, 8])]
     with pytest.raises(ConfigError, match="window_stride: 5 is more than the window of 4"):
         Windows(targets, supervised, 4, 5)
@@ -162,7 +171,13 @@ def test_evaluation_rows_know_no_unknown_ids(tmp_path: Path) -> None:
         recent = table.item[table.seq[max(targets.lo[r], targets.hi[r] - 6) : targets.hi[r]]]
         kept = [int(i) for i in recent if i < n_items]
         assert rows["item_id_list"][r].tolist() == kept + [0] * (6 - len(kept)) and rows["item_length"][r] == len(kept)
-        times = [int(t) for t, i in zip(table.timestamp[table.seq[max(targets.lo[r], targets.hi[r] - 6) : targets.hi[r]]], recent, strict=True) if i < n_items]
+        times = [
+            int(t)
+            for t, i in zip(
+                table.timestamp[table.seq[max(targets.lo[r], targets.hi[r] - 6) : targets.hi[r]]], recent, strict=True
+            )
+            if i < n_items
+        ]
         assert rows["timestamp_list"][r].tolist() == times + [0] * (6 - len(kept))
         assert rows["user_id"][r] == (targets.user[r] if targets.user[r] < n_users else 0)
         assert rows["item_id"][r] == (targets.label[r] if targets.label[r] < n_items else 0)
@@ -177,7 +192,9 @@ def test_rows_join_features_of_users_and_items(tmp_path: Path) -> None:
     write(tmp_path, [(f"u{k}", f"c{k % 3}") for k in range(25)], "user_id:token\tcountry:token", "user")
     load: dict[str, Any] = {"inter": ["user_id", "item_id", "timestamp"], "item": "*", "user": "*"}
     config, stream = stream_of(tmp_path, model="BPR", load_col=load)
-    batch = Batcher(config, stream, stream.dataset, stream.table.n_users, stream.table.n_items).rows(stream.stages[1].train)
+    batch = Batcher(config, stream, stream.dataset, stream.table.n_users, stream.table.n_items).rows(
+        stream.stages[1].train
+    )
     names = stream.dataset.field2id_token
     for r in range(len(batch)):
         assert batch["price"][r] == int(names["item_id"][batch["item_id"][r]][1:]) / 4

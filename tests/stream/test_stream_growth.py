@@ -25,7 +25,7 @@ class Table(nn.Module):
 
     def __init__(self, name: str, *shape: int, growth_axes: dict[str, Any] | None = None) -> None:
         super().__init__()
-        self.register_parameter(name, nn.Parameter(torch.randn(*shape)))
+        self.register_parameter(name, nn.Parameter(torch.randn(shape)))
         if growth_axes is not None:
             self.growth_axes = growth_axes
 
@@ -41,6 +41,7 @@ def test_axes_follow_from_what_grew() -> None:
     assert axes_of("all_nodes", (9, 3), (14, 3)) == [(("user", 0), ("item", 0)), fixed_axis(3)]
     assert axes_of("matrix", (4, 5), (6, 8)) == [user_axis(), item_axis()]
     assert axes_of("scale", (), ()) == []
+    assert axes_of("layer", (3, 15), (3, 18)) == [fixed_axis(3), item_axis(10)]  # DiffRec: items and its clock
     # A width that happens to equal the number of items is not one, since it did not grow.
     assert axes_of("weight", (5, 5), (5, 8)) == [fixed_axis(5), item_axis()]
 
@@ -68,7 +69,9 @@ def test_declared_axes_win() -> None:
 
 
 def test_what_nothing_explains_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"growth_axes: 'w' went from 10 to 11 rows.*declare growth_axes .*vocabulary: global"):
+    with pytest.raises(
+        ConfigError, match=r"growth_axes: 'w' went from 10 to 11 rows.*declare growth_axes .*vocabulary: global"
+    ):
         axes_of("w", (10, 2), (11, 2))
     with pytest.raises(ConfigError, match="'w' has 1 dimensions before and 2 after"):
         axes_of("w", (5,), (8, 1))
@@ -153,6 +156,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "NeuMF": {},
     "BPR": {},
     "MultiVAE": {},
+    "DiffRec": {},
     "CKE": {},
     "DeepFM": CONTEXT,
     "FFM": CONTEXT,
@@ -218,7 +222,7 @@ def test_the_mask_of_bert4rec_moves_to_the_end(streams: dict[str, tuple[CLConfig
 
 @pytest.mark.parametrize("name", ["DeepFM", "FFM", "xDeepFM"])
 def test_tables_with_offsets_keep_each_field(name: str, streams: dict[str, tuple[CLConfig, Stream]]) -> None:
-    config, stream, old, new = models_of(name, streams)
+    _, stream, old, new = models_of(name, streams)
     users, items = counts(stream)
     carry(old.state_dict(), new, Growth(users, items, infer_axes(old, new, users, items)))
     checked = 0

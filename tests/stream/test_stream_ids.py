@@ -19,7 +19,9 @@ from recbole_cl.stream.table import TRAIN, VALID
 SPLITS = ("tail", "user_tail", "leave_one_out", "next_stage")
 
 
-def known_sets(stream: Stream, field: str, column: np.ndarray, early: np.ndarray) -> tuple[list[set[str]], list[set[str]]]:
+def known_sets(
+    stream: Stream, field: str, column: np.ndarray, early: np.ndarray
+) -> tuple[list[set[str]], list[set[str]]]:
     """For each slice, the tokens seen before its held-out targets, and by its end: plain loops over the table."""
     names = tokens(stream, field, column)
     trained, ended = [], []

@@ -36,7 +36,9 @@ def write_log(folder: Path) -> None:
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_histories_precede_their_targets(tmp_path: Path, scheduler: str, split: str) -> None:
     write_log(tmp_path)
-    config, stream = stream_of(tmp_path, scheduler=scheduler, stage_split=split, valid_split="random", **SCHEDULERS[scheduler])
+    config, stream = stream_of(
+        tmp_path, scheduler=scheduler, stage_split=split, valid_split="random", **SCHEDULERS[scheduler]
+    )
     assert config["history"] == ("stage" if scheduler in ("UserDisjoint", "Domains") else "all")
     assert not any("history: all" in told for told in stream.warnings)
     table, checked = stream.table, 0
@@ -58,7 +60,8 @@ def test_looking_ahead_is_counted(tmp_path: Path, scheduler: str) -> None:
     _, stream = stream_of(tmp_path, scheduler=scheduler, period_field="shop", n_stages=None, history="all")
     table = stream.table
     steps = sum(
-        int((np.diff(table.timestamp[table.seq[table.ptr[u] : table.ptr[u + 1]]]) < 0).sum()) for u in range(table.n_users)
+        int((np.diff(table.timestamp[table.seq[table.ptr[u] : table.ptr[u + 1]]]) < 0).sum())
+        for u in range(table.n_users)
     )
     assert steps > 0 and any(f"({steps} such steps)" in told for told in stream.warnings)
 
@@ -100,7 +103,9 @@ def test_no_batch_holds_an_id_of_the_future(tmp_path: Path, model: str, more: di
 @pytest.mark.parametrize("loss", ["CE", "BPR"])
 def test_no_window_holds_an_id_of_the_future(tmp_path: Path, loss: str) -> None:
     write_log(tmp_path)
-    more: dict[str, Any] = {"train_neg_sample_args": {"distribution": "uniform", "sample_num": 1}} if loss == "BPR" else {}
+    more: dict[str, Any] = (
+        {"train_neg_sample_args": {"distribution": "uniform", "sample_num": 1}} if loss == "BPR" else {}
+    )
     config, stream = stream_of(tmp_path, loss_type=loss, window=7, window_stride=3, train_batch_size=32, **more)
     held = {p for s in stream.stages for name in ("valid", "test") for p in s.split(name).position.tolist()}
     for stage in stream.stages:
@@ -144,7 +149,15 @@ def test_views_hold_the_past_only(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def cke() -> tuple[CLConfig, Stream]:
-    config = configure(None, model="CKE", dataset="ml-100k", scheduler="BaseThenIncrements", base_ratio=0.3, n_stages=3, train_batch_size=4096)
+    config = configure(
+        None,
+        model="CKE",
+        dataset="ml-100k",
+        scheduler="BaseThenIncrements",
+        base_ratio=0.3,
+        n_stages=3,
+        train_batch_size=4096,
+    )
     return config, build_stream(config)
 
 
@@ -173,9 +186,14 @@ def test_no_triple_of_the_future(cke: tuple[CLConfig, Stream]) -> None:
 
 def featured(folder: Path, **properties: Any) -> Stream:
     """A log of two halves whose second one has much larger numbers."""
-    rows = [(f"u{k % 4}", f"i{k % 5 + 5 * (k >= 20)}", k, (k % 3) + 100 * (k >= 20) if k != 35 else "", 3) for k in range(40)]
+    rows = [
+        (f"u{k % 4}", f"i{k % 5 + 5 * (k >= 20)}", k, (k % 3) + 100 * (k >= 20) if k != 35 else "", 3)
+        for k in range(40)
+    ]
     write(folder, rows, "user_id:token\titem_id:token\ttimestamp:float\tdepth:float\tflat:float")
-    prices = [(f"i{k}", "" if k in (4, 9) else k + 1000 * (k >= 5), " ".join(str(k * j) for j in range(3))) for k in range(10)]
+    prices = [
+        (f"i{k}", "" if k in (4, 9) else k + 1000 * (k >= 5), " ".join(str(k * j) for j in range(3))) for k in range(10)
+    ]
     write(folder, prices, "item_id:token\tprice:float\tsizes:float_seq", "item")
     load = {"inter": ["user_id", "item_id", "timestamp", "depth", "flat"], "item": "*"}
     return stream_of(folder, model="BPR", load_col=load, n_stages=2, **properties)[1]

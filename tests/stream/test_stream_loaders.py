@@ -21,7 +21,12 @@ from recbole_cl.stream.stage import Stream
 UNIFORM = {"distribution": "uniform", "sample_num": 2}
 CASES: dict[str, dict[str, Any]] = {
     "rows": {"model": "SASRec", "train_positions": "last"},
-    "rows with negatives": {"model": "GRU4Rec", "train_positions": "last", "loss_type": "BPR", "train_neg_sample_args": UNIFORM},
+    "rows with negatives": {
+        "model": "GRU4Rec",
+        "train_positions": "last",
+        "loss_type": "BPR",
+        "train_neg_sample_args": UNIFORM,
+    },
     "windows": {"model": "SASRec", "window": 6, "window_stride": 2},
     "windows with negatives": {"model": "SASRec", "window": 6, "loss_type": "BPR", "train_neg_sample_args": UNIFORM},
     "pairs": {"model": "BPR"},
@@ -58,7 +63,9 @@ def test_two_loaders_of_a_seed_agree_and_epochs_differ(fresh: Any) -> None:
     assert not same(first, other)
     # Orders differ, the targets are the same (negatives aside).
     for batches in (second, other):
-        assert sorted(p for b in batches for p in b["_position"].tolist()) == sorted(p for b in first for p in b["_position"].tolist())
+        assert sorted(p for b in batches for p in b["_position"].tolist()) == sorted(
+            p for b in first for p in b["_position"].tolist()
+        )
 
 
 @pytest.mark.parametrize("epochs", [0, 1])
@@ -100,7 +107,9 @@ def test_batches_hold_the_targets_they_promise(tmp_path: Path) -> None:
 def test_windows_fill_batches_with_targets(tmp_path: Path) -> None:
     write(tmp_path, random_rows(900, users=30))
     config, stream = stream_of(tmp_path, train_batch_size=64, window=5)
-    loader = make_loader(stage_context(config, stream, 0, SimpleNamespace(trains_all_positions=True)), stream.stages[0].train, "t")
+    loader = make_loader(
+        stage_context(config, stream, 0, SimpleNamespace(trains_all_positions=True)), stream.stages[0].train, "t"
+    )
     counts = [int((batch["_targets"] > 0).sum()) for batch in loader]
     assert sum(counts) == loader.n_targets == len(stream.stages[0].train)
     assert all(abs(count - 64) < 5 for count in counts[:-1]) and counts[-1] <= 64 + 5

@@ -99,7 +99,9 @@ def test_errors_name_who_and_what() -> None:
     assert set(everything.sample(np.full(50, 2), 1).tolist()) == {1, 2, 3, 4}  # the others are not concerned
     with pytest.raises(DataError, match=r"user id 1: of the 4 known items .* user_inter_num_interval"):
         everything.sample(np.array([2, 1]), 1)
-    assert everything.sample_repeatable(3, np.array([1, 2])).shape == (6,)  # a repeatable scene has negatives all the same
+    assert everything.sample_repeatable(3, np.array([1, 2])).shape == (
+        6,
+    )  # a repeatable scene has negatives all the same
     one = NegativeSampler(np.array([1]), np.array([3]), 5, rng(), "popularity")
     with pytest.raises(DataError, match="for the target 3"):
         one.sample_repeatable(1, np.array([3]))

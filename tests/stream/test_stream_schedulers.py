@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def test_boundaries_and_n_stages_may_not_contradict() -> None:
     with pytest.raises(ConfigError, match="which make 1 stages"):
         cut("Boundaries", range(5), boundaries=[2], n_stages=2, stage_split="next_stage")
     assert cut("Boundaries", range(5), boundaries=[2], n_stages=2).stage.max() == 1
-    with pytest.raises(ConfigError, match="boundaries: .* needs a list"):
+    with pytest.raises(ConfigError, match=r"boundaries: .* needs a list"):
         cut("Boundaries", range(5), boundaries=None)
 
 
@@ -120,7 +121,7 @@ def test_periods_left_out_are_counted(tmp_path: Path) -> None:
 def test_period_field_missing_or_with_gaps(scheduler: str) -> None:
     with pytest.raises(ConfigError, match=f"period_field: the scheduler {scheduler} needs the column"):
         cut(scheduler, range(3))
-    with pytest.raises(ConfigError, match="period_field: 'weak' is no column .*week.* load_col"):
+    with pytest.raises(ConfigError, match=r"period_field: 'weak' is no column .*week.* load_col"):
         cut(scheduler, range(3), frame={"week": [1, 2, 3]}, period_field="weak")
     with pytest.raises(DataError, match="period_field: 2 interactions have no 'week'"):
         cut(scheduler, range(3), frame={"week": [1, np.nan, np.nan]}, period_field="week")
@@ -131,13 +132,24 @@ def test_domains_in_the_order_of_first_appearance() -> None:
     slices = cut("Domains", [5, 4, 3, 9, 1], frame=frame, period_field="shop")
     assert slices.names == ["a", "b", "c"]  # a at time 1, b at 3, c at 9
     assert slices.stage.tolist() == [1, 0, 1, 2, 0]
-    assert cut("Domains", [5, 4, 3, 9, 1], frame=frame, period_field="shop", n_stages=2).stage.tolist() == [1, 0, 1, -1, 0]
+    assert cut("Domains", [5, 4, 3, 9, 1], frame=frame, period_field="shop", n_stages=2).stage.tolist() == [
+        1,
+        0,
+        1,
+        -1,
+        0,
+    ]
 
 
 def test_domains_by_a_column_of_the_item_file(tmp_path: Path) -> None:
     rows = [(f"u{k % 5}", f"i{k % 8}", k) for k in range(80)]
     write(tmp_path, rows)
-    write(tmp_path, [(f"i{k}", "toys games" if k % 2 else "books") for k in range(8)], "item_id:token\tkind:token_seq", "item")
+    write(
+        tmp_path,
+        [(f"i{k}", "toys games" if k % 2 else "books") for k in range(8)],
+        "item_id:token\tkind:token_seq",
+        "item",
+    )
     load = {"inter": ["user_id", "item_id", "timestamp"], "item": ["item_id", "kind"]}
     config = configure(tmp_path, scheduler="Domains", n_stages=None, load_col=load)
     config["period_field"] = "kind"
@@ -190,7 +202,7 @@ def test_every_scheduler_partitions_the_log(
                 continue
             # Nothing later before something earlier, and equal times together: stages are separated strictly.
             order = np.argsort(slices.stage, kind="stable")
-            for a, b in zip(order[:-1], order[1:], strict=True):
+            for a, b in itertools.pairwise(order):
                 if slices.stage[a] != slices.stage[b]:
                     assert time[slices.stage == slices.stage[a]].max() < time[slices.stage == slices.stage[b]].min()
     edges = sorted(data.draw(st.sets(st.integers(-4, 13), min_size=1, max_size=4)))
@@ -198,13 +210,18 @@ def test_every_scheduler_partitions_the_log(
     assert stage.tolist() == [sum(t >= edge for edge in edges) for t in time]
     for scheduler in ("Periods", "Domains"):
         slices = cut(scheduler, time, user, frame={"part": user}, period_field="part")
-        assert [slices.names[s] for s in slices.stage] == [f"period {u}" if scheduler == "Periods" else str(u) for u in user]
+        assert [slices.names[s] for s in slices.stage] == [
+            f"period {u}" if scheduler == "Periods" else str(u) for u in user
+        ]
         assert sorted(set(slices.stage.tolist())) == list(range(len(set(user.tolist()))))
 
 
 def test_rows_of_the_stream_are_sorted_and_complete(tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
-    rows = [(f"u{u}", f"i{k}", t) for k, (u, t) in enumerate(zip(rng.integers(0, 9, 200), rng.integers(0, 50, 200), strict=True))]
+    rows = [
+        (f"u{u}", f"i{k}", t)
+        for k, (u, t) in enumerate(zip(rng.integers(0, 9, 200), rng.integers(0, 50, 200), strict=True))
+    ]
     write(tmp_path, rows)
     for scheduler in ("TimeSlices", "BaseThenIncrements", "UserDisjoint"):
         _, stream = stream_of(tmp_path, scheduler=scheduler)
@@ -212,9 +229,23 @@ def test_rows_of_the_stream_are_sorted_and_complete(tmp_path: Path) -> None:
         assert (np.diff(table.stage) >= 0).all()
         for stage in range(3):
             assert (np.diff(table.timestamp[table.stage == stage]) >= 0).all()
-        told = sorted(zip(tokens(stream, "user_id", table.user), tokens(stream, "item_id", table.item), table.timestamp.tolist(), strict=True))
+        told = sorted(
+            zip(
+                tokens(stream, "user_id", table.user),
+                tokens(stream, "item_id", table.item),
+                table.timestamp.tolist(),
+                strict=True,
+            )
+        )
         assert told == sorted(rows)
         # Equal times keep the file's order; items are numbered by line here.
         for stage in range(3):
-            here = [(t, int(i[1:])) for t, i in zip(table.timestamp[table.stage == stage], tokens(stream, "item_id", table.item[table.stage == stage]), strict=True)]
+            here = [
+                (t, int(i[1:]))
+                for t, i in zip(
+                    table.timestamp[table.stage == stage],
+                    tokens(stream, "item_id", table.item[table.stage == stage]),
+                    strict=True,
+                )
+            ]
             assert here == sorted(here)

@@ -34,7 +34,11 @@ def reference(user: list[int], time: list[int], stage: list[int], config: Plain)
     out = [NONE] * len(user)
     for s in sorted(set(stage)):
         rows = [k for k in range(len(user)) if stage[k] == s]
-        rows = [k for k in rows if sum(user[j] == user[k] and stage[j] == s for j in range(len(user))) >= config["min_user_inter"]]
+        rows = [
+            k
+            for k in rows
+            if sum(user[j] == user[k] and stage[j] == s for j in range(len(user))) >= config["min_user_inter"]
+        ]
         if config["stage_split"] in ("tail", "next_stage"):
             cuts = []
             for upto in (share[0], share[0] + share[1]):
@@ -78,7 +82,12 @@ def test_user_tail_and_leave_one_out_by_hand() -> None:
     half = roles(properties(stage_split="user_tail", stage_ratios=[0.5, 0.0, 0.5]), user, zero, zero)
     assert half.tolist() == [TRAIN, TRAIN, TEST, TEST, TRAIN, TEST, TRAIN]
     # 100 * 0.29 is 28.999... in floating point
-    many = roles(properties(stage_split="user_tail", stage_ratios=[0.71, 0, 0.29]), np.zeros(100, int), np.arange(100), np.zeros(100, int))
+    many = roles(
+        properties(stage_split="user_tail", stage_ratios=[0.71, 0, 0.29]),
+        np.zeros(100, int),
+        np.arange(100),
+        np.zeros(100, int),
+    )
     assert (many == TEST).sum() == 29
 
 
