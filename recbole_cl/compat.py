@@ -1,8 +1,8 @@
 """What RecBole 1.2.1 needs to run on today's numpy, scipy and torch.
 
-Each shim is one small function whose docstring names the RecBole line that breaks and the symptom. All of them are
-additive: they bring back a name that a newer library has dropped and never replace one that exists, so that code
-beside RecBole sees its libraries unchanged. :func:`apply` runs them once, on ``import recbole_cl``.
+Each shim is one small function whose docstring names the RecBole line that breaks and the symptom. Those on numpy and
+scipy are additive: they bring back a name that a newer version has dropped and never replace one that exists, so that
+code beside RecBole sees its libraries unchanged. :func:`apply` runs them once, on ``import recbole_cl``.
 
 ``recbole.quick_start`` is never imported by this package: it imports ray, which does not start on this stack. RecBole's
 config, data, trainer, evaluator, model and utils packages load without it.

@@ -22,14 +22,14 @@ def reset_peak(device: torch.device) -> None:
 
 
 def peak_megabytes(device: torch.device) -> float:
-    """Returns the peak since :func:`reset_peak` in MiB: of the GPU's allocator, or of the process's resident set."""
+    """Returns the peak since :func:`reset_peak` in MB (10^6 bytes): of the GPU's allocator, or of the process's resident set."""
     if device.type == "cuda":
-        return float(torch.cuda.max_memory_allocated(device) / 2**20)
+        return float(torch.cuda.max_memory_allocated(device) / 1e6)
     try:
         for line in _STATUS.read_text().splitlines():
             if line.startswith("VmHWM"):
-                return int(line.split()[1]) / 1024
+                return int(line.split()[1]) * 1024 / 1e6
     except OSError:
         pass
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1024 if sys.platform != "darwin" else peak / 2**20
+    return peak * (1024 if sys.platform != "darwin" else 1) / 1e6

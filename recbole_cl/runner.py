@@ -64,6 +64,7 @@ class _Progress:
     targets: int = 0  # training targets seen in this stage
     seconds: float = 0.0
     step: int = 0
+    epoch_start: int = 0  # step at which the running epoch began
     partial_loss: Any = None  # loss of the batches of an unfinished epoch
     terms: dict[str, list[float]] = field(default_factory=dict)
 
@@ -120,6 +121,8 @@ class Runner:
         """
         self._open_folder()
         LOGGER.info("loading %s", self.config["dataset"])
+        if self.config["reproducibility"]:
+            torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
         construct_transform(self.config)  # RecBole's transforms name their fields in the configuration; models read them
         self.stream = build_stream(self.config)
         self._data = self.stream.fingerprint()
@@ -366,7 +369,7 @@ class Runner:
         while progress.epoch < epochs and not progress.stopped:
             ctx.epoch = progress.epoch
             if progress.partial_loss is None:
-                ctx.terms = {}
+                ctx.terms, progress.epoch_start = {}, ctx.step
             told = f"stage {ctx.index + 1}/{len(self.stream)} {plan.name} epoch {progress.epoch}"
             watched = Watched(loader, None if config["show_progress"] else True, told)
             with randomness.owned():
@@ -451,7 +454,9 @@ class Runner:
                         "strategy": clone_tree(self.strategy.state_dict()),
                     }
                     progress.best_targets = progress.targets
-        train_loss = float(sum(loss)) if isinstance(loss, tuple) else (None if loss is None else float(loss))
+        # RecBole sums over the batches of an epoch; the curve tells the mean, as it does for the strategies' terms.
+        batches = max(ctx.step - progress.epoch_start, 1)
+        train_loss = None if loss is None else float(sum(loss) if isinstance(loss, tuple) else loss) / batches
         point = {
             "stage": ctx.index,
             "pass": plan.name,

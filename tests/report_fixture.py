@@ -119,7 +119,7 @@ def make_result(stages: int = 5, seed: int = 2020, metrics: dict[str, float] | N
         "config": {
             "model": "SASRec",
             "dataset": "online-retail",
-            "strategy": {"EWC": {"lambda": 10.0}},
+            "strategy": [["EWC", {"lambda": 10.0}]],
             "scheduler": "BaseThenIncrements",
             "n_stages": stages,
             "base_ratio": 0.6,

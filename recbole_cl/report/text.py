@@ -208,6 +208,8 @@ def short(value: Any) -> str:
     if isinstance(value, Mapping):
         return " + ".join(clean(key) for key in value)
     if isinstance(value, Sequence) and not isinstance(value, str):
+        if len(value) == 2 and isinstance(value[0], str) and isinstance(value[1], Mapping):
+            return clean(value[0])  # a strategy and its own parameters, as result.json writes them
         return " + ".join(short(part) for part in value)
     return clean(value)
 

@@ -141,7 +141,7 @@ def _check(config: Any, stream: Stream, dataset: StreamDatasetMixin) -> None:
             f"{later} items of the future"
         )
     if config["candidates"] == "all":
-        stream.warnings.append("candidates: all ranks over every item of the log, items of the future included")
+        stream.warnings.append("candidates: all ranks over every item that the model has a row for, trained or not")
     if config["history"] == "all":  # checked on the data: a column of periods need not follow the clock
         table = stream.table
         time, seq = table.timestamp[table.seq], table.user[table.seq]

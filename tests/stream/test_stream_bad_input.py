@@ -111,6 +111,13 @@ def test_far_off_times(tmp_path: Path) -> None:
     assert not any("far outside" in told for told in stream.warnings[1:])
 
 
+def test_far_off_begins_two_spans_beyond_the_bulk() -> None:
+    bulk = np.arange(1000.0)  # 1st to 99th percentile: about 980
+    for outside, told in ((2500.0, False), (3100.0, True), (-1500.0, False), (-2100.0, True)):
+        _, warnings = check_timestamps(pd.DataFrame({"t": np.r_[bulk, outside]}), "t")
+        assert any("1 of 1001 timestamps lie far outside" in text for text in warnings) == told, outside
+
+
 def test_time_range_by_dates_is_closed(tmp_path: Path) -> None:
     day = 86400
     write(tmp_path, [("u1", f"i{k % 4}", k * day) for k in range(30)] + [("u2", "i1", 3)])

@@ -56,6 +56,19 @@ def test_as_many_users_as_items_is_decided_by_the_name() -> None:
     assert axes_of("item_table", (6, 2), (9, 2), **near)[0] == item_axis(1)
 
 
+def test_a_table_of_fields_is_judged_by_its_offsets() -> None:
+    class Fields(nn.Module):
+        """As RecBole's FMEmbedding: two rows of a gender, then the items. All in all as many rows as items and two."""
+
+        def __init__(self, items: int) -> None:
+            super().__init__()
+            self.offsets = np.array([0, 2])
+            self.embedding = nn.Embedding(2 + items, 1)
+
+    axes = infer_axes(Fields(5), Fields(8), USERS, ITEMS)["embedding.weight"]
+    assert axes == [(*fixed_axis(2), *item_axis()), fixed_axis(1)]
+
+
 def test_declared_axes_win() -> None:
     declared = {"table": ["user", None]}
     assert axes_of("table", (5, 2), (8, 2), (5, 8), (5, 8), declared) == [user_axis(), fixed_axis(2)]

@@ -121,9 +121,12 @@ def raw_triples() -> set[tuple[str, str, str]]:
 @pytest.mark.parametrize("case", ["all files", "interactions", "time_range"])
 def test_knowledge_models_keep_the_order_of_first_appearance(case: str) -> None:
     properties: dict[str, Any] = {"model": "CKE", "dataset": "ml-100k"}
-    if case != "all files":  # no .item file that would hold the items which time_range leaves out
-        kg = {"kg": ["head_id", "relation_id", "tail_id"], "link": ["item_id", "entity_id"]}
-        properties["load_col"] = {"inter": ["user_id", "item_id", "rating", "timestamp"], **kg}
+    kg = {"kg": ["head_id", "relation_id", "tail_id"], "link": ["item_id", "entity_id"]}
+    inter = {"inter": ["user_id", "item_id", "rating", "timestamp"]}
+    if case == "all files":  # .item holds items without a link, too
+        properties["load_col"] = {**inter, **kg, "item": ["item_id", "release_year"]}
+    else:  # no .item file that would hold the items which time_range leaves out
+        properties["load_col"] = {**inter, **kg}
     if case == "time_range":
         properties["time_range"] = ["1997-09-01", 882000000]
     config = configure(None, **properties)
