@@ -22,7 +22,7 @@ def reset_peak(device: torch.device) -> None:
 
 
 def peak_megabytes(device: torch.device) -> float:
-    """Returns the peak since :func:`reset_peak` in MB (10^6 bytes): of the GPU's allocator, or of the process's resident set."""
+    """Returns the peak since :func:`reset_peak` in MB (10^6 bytes): of the GPU's allocator, or the resident set."""
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device) / 1e6)
     try:

@@ -123,7 +123,7 @@ class Runner:
         LOGGER.info("loading %s", self.config["dataset"])
         if self.config["reproducibility"]:
             torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
-        construct_transform(self.config)  # RecBole's transforms name their fields in the configuration; models read them
+        construct_transform(self.config)  # it names its fields in the configuration, where models read them
         self.stream = build_stream(self.config)
         self._data = self.stream.fingerprint()
         self.evaluator = Evaluator(self.config, self.stream, self.strategy)
@@ -432,6 +432,9 @@ class Runner:
         if ctx.stage.task.kind == "value" and self.config["LABEL_FIELD"] in columns:
             labels = columns[self.config["LABEL_FIELD"]].numpy()[targets.position]
         self.known.learn(self.stream.table, targets, sequential, labels)
+        if self.config["valid_split"] == "random":
+            # Randomly drawn validation targets lie inside the training period: what occurs there has been seen (ADER).
+            self.known.learn(self.stream.table, ctx.stage.valid, sequential, None)
 
     def _end_epoch(
         self, ctx: StageContext, plan: Pass, progress: _Progress, loss: Any, clock: Callable[[], float]

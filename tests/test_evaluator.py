@@ -33,7 +33,9 @@ def prepared(tmp_path: Path, model: str, trained: int, **properties: Any) -> tup
     return config, stream, net, ctx, known
 
 
-def brute(config: Any, stream: Any, net: Any, ctx: Any, known: Known, s: int, scope: str, drop: bool) -> dict[str, float]:
+def brute(
+    config: Any, stream: Any, net: Any, ctx: Any, known: Known, s: int, scope: str, drop: bool
+) -> dict[str, float]:
     """NDCG@5 and Recall@5 by loops over users (general) or targets (sequential)."""
     stage, table = stream.stages[s], stream.table
     sequential = config["MODEL_TYPE"].name == "SEQUENTIAL"
@@ -64,9 +66,8 @@ def brute(config: Any, stream: Any, net: Any, ctx: Any, known: Known, s: int, sc
         positives = sorted({int(table.item[p]) for p in positions})
         if not sequential:
             for p in before:
-                if int(table.item[p]) not in positives:
-                    if table.item[p] < len(scores):
-                        scores[table.item[p]] = -np.inf
+                if int(table.item[p]) not in positives and table.item[p] < len(scores):
+                    scores[table.item[p]] = -np.inf
         cold = {i for i in positives if cold_user or i >= len(scores) or not known.items[i]}
         if drop:
             positives = [i for i in positives if i not in cold]
@@ -165,7 +166,9 @@ def test_strata_split_the_targets(tmp_path: Path) -> None:
     assert set(result["strata"]["ndcg@10"]) == {"known", "warm_user", "new_user", "warm_item", "new_item"}
 
 
-@pytest.mark.parametrize("metric", ["ItemCoverage", "AveragePopularity", "ShannonEntropy", "GiniIndex", "TailPercentage", "GAUC", "MAP"])
+@pytest.mark.parametrize(
+    "metric", ["ItemCoverage", "AveragePopularity", "ShannonEntropy", "GiniIndex", "TailPercentage", "GAUC", "MAP"]
+)
 def test_other_metrics_of_recbole_compute(tmp_path: Path, metric: str) -> None:
     _, result = run(toy(tmp_path), tmp_path / "run", "BPR", epochs=1, metrics=[metric, "NDCG"], valid_metric="NDCG@10")
     found = [m for m in result["matrix"] if m.startswith(metric.lower())]

@@ -17,8 +17,8 @@ from recbole_cl.runner import Runner
 from recbole_cl.testing.toy import PlantedDrift
 
 KEYS = {
-    "config", "versions", "stages", "matrix", "summary", "formulas", "reasons", "curves", "disparity", "cost", "warnings",
-    "reference", "strata", "steps_to_95", "primary_metric",
+    "config", "versions", "stages", "matrix", "summary", "formulas", "reasons", "curves", "disparity", "cost",
+    "warnings", "reference", "strata", "steps_to_95", "primary_metric",
 }  # fmt: skip
 STAGE_KEYS = {
     "name", "start", "end", "n_train", "n_valid", "n_test", "n_users", "n_items", "n_new_users", "n_new_items",
@@ -144,7 +144,8 @@ def test_an_earlier_run_in_the_folder_is_kept(log: PlantedDrift, tmp_path: Path)
 
 def test_python_call_takes_recboles_arguments(log: PlantedDrift, tmp_path: Path) -> None:
     config = configure(log, tmp_path / "a", "BPR")
-    given = {**log.settings(), "epochs": 1, "embedding_size": 8, "show_progress": False, "output_dir": str(tmp_path / "b")}
+    small = {"epochs": 1, "embedding_size": 8, "show_progress": False, "output_dir": str(tmp_path / "b")}
+    given = {**log.settings(), **small}
     before = json.dumps(given)
     result = run_recbole_cl(model="BPR", dataset=log.name, config_dict=given, args=["--strategy=Pretrain"])
     assert json.dumps(given) == before and config["seed"] == result["seed"]

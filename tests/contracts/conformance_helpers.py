@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from recbole_cl import checkpoint
+from recbole_cl import checkpoint, registry
 from recbole_cl.config import CLConfig
 from recbole_cl.model.state import owned_state, tree_hash
 from recbole_cl.runner import Runner
@@ -130,11 +131,27 @@ class Job:
         model: The model's class; it must be importable, for the walk that is killed runs in another process.
         data: Folder of the log.
         settings: Properties; ``{folder}`` in a text stands for the walk's folder.
+        components: Strategies and schedulers of the test, by the name of their registry. They are registered while a
+            walk runs and not after: other tests ask what the package registers.
     """
 
     model: type
     data: Path
     settings: Mapping[str, Any] = field(default_factory=dict)
+    components: Mapping[str, type] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def registered(self) -> Iterator[None]:
+        """A context in which the test's components answer to their names."""
+        for kind, component in self.components.items():
+            getattr(registry, kind).register()(component)
+        try:
+            yield
+        finally:
+            for kind, component in self.components.items():
+                members = getattr(registry, kind)
+                for table in (members._members, members._names):
+                    table.pop(component.__name__.lower())
 
     def config(self, folder: Path, **changed: Any) -> CLConfig:
         """Returns the configuration of a walk."""
@@ -146,9 +163,10 @@ class Job:
 
     def walk(self, folder: Path, **changed: Any) -> Walk:
         """Walks to the end."""
-        runner = Runner(self.config(folder, **changed))
         before = FUSE.ticks
-        result = runner.run()
+        with self.registered():
+            runner = Runner(self.config(folder, **changed))
+            result = runner.run()
         return Walk(runner, result, FUSE.ticks - before)
 
     def killed(self, folder: Path, step: int) -> dict[str, Any]:

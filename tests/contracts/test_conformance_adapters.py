@@ -31,7 +31,6 @@ from torch.nn import functional as F
 
 from recbole_cl import checkpoint
 from recbole_cl.errors import CheckpointError
-from recbole_cl.registry import strategies
 from recbole_cl.strategy.base import StageContext, Strategy
 
 WIDTH, HIDDEN = 16, 1024
@@ -83,7 +82,6 @@ class FrozenBase(SequentialRecommender):
         return self.output(self.forward(batch))
 
 
-@strategies.register()
 class AdapterPerStage(Strategy):
     """One adapter for each stage so far, of which the newest trains; items stay near their last embedding."""
 
@@ -118,7 +116,8 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     """The model over its base."""
     log = write_log(tmp_path_factory.mktemp("log"))
     base = write_base(log.folder / "base.safetensors")
-    return Job(FrozenBase, log.folder, {"strategy": "AdapterPerStage", "base_file": str(base), "checkpoint_keep": 100})
+    settings = {"strategy": "AdapterPerStage", "base_file": str(base), "checkpoint_keep": 100}
+    return Job(FrozenBase, log.folder, settings, {"strategies": AdapterPerStage})
 
 
 @pytest.fixture(scope="module")

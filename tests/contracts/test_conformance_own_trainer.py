@@ -19,7 +19,6 @@ from torch.nn import functional as F
 
 from recbole_cl import checkpoint
 from recbole_cl.errors import ConfigError
-from recbole_cl.registry import strategies
 from recbole_cl.strategy.base import StageContext, Strategy
 
 BATCHES_A_ROUND = 3
@@ -130,7 +129,6 @@ class PromptedUsers(GeneralRecommender):
         return self.logits(self.prompts[batch[self.USER_ID]])
 
 
-@strategies.register()
 class Audited(Strategy):
     """Writes a line at the end of each stage to a store of its own; takes no part in steps."""
 
@@ -149,7 +147,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     """The model over a log, its stores beside the run's folder."""
     stores = {"ledger_file": "{folder}/ledger.jsonl", "strategy": "Audited", "audited_file": "{folder}/audit.jsonl"}
     settings = {**stores, "train_batch_size": 32, "learning_rate": 0.5, "epochs": 7, "checkpoint_keep": 100}
-    return Job(PromptedUsers, write_log(tmp_path_factory.mktemp("log")).folder, settings)
+    return Job(PromptedUsers, write_log(tmp_path_factory.mktemp("log")).folder, settings, {"strategies": Audited})
 
 
 @pytest.fixture(scope="module")
@@ -229,4 +227,4 @@ def test_a_strategy_of_steps_is_refused(job: Job, tmp_path: Path) -> None:
         capabilities = ("gradient", "per_sample_loss")
 
     with pytest.raises(ConfigError, match=r"EWC cannot serve the model WithGradient.*trains its stages by itself"):
-        Job(WithGradient, job.data, {**job.settings, "strategy": "EWC"}).walk(tmp_path)
+        Job(WithGradient, job.data, {**job.settings, "strategy": "EWC"}, job.components).walk(tmp_path)

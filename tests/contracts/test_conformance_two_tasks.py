@@ -15,7 +15,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from recbole_cl.errors import ConfigError
-from recbole_cl.registry import schedulers
 from recbole_cl.stream.schedulers.base import Log, Scheduler, Slices
 from recbole_cl.stream.stage import Stage, Targets, Task
 
@@ -30,7 +29,6 @@ GROUP = Task(
 )
 
 
-@schedulers.register()
 class NextItemThenGroup(Scheduler):
     """Stage 0 is next-item prediction over the whole log, stage 1 the group of the same users; not slices of time."""
 
@@ -124,7 +122,7 @@ SETTINGS = {
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     """The model over a log whose users have groups."""
-    return Job(TwoHeads, write_log(tmp_path_factory.mktemp("log")).folder, SETTINGS)
+    return Job(TwoHeads, write_log(tmp_path_factory.mktemp("log")).folder, SETTINGS, {"schedulers": NextItemThenGroup})
 
 
 @pytest.fixture(scope="module")

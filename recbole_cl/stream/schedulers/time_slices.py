@@ -38,4 +38,4 @@ class TimeSlices(Scheduler):
         else:
             order = log.order
             stage = keep_ties_together(by_count(order, np.full(n, 1 / n)), log.time, order)
-        return Slices(stage, [f"slice {k}" for k in range(n)])
+        return Slices(stage, [f"slice {k + 1}" for k in range(n)])
