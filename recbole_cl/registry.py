@@ -71,7 +71,14 @@ class Registry:
             for module in pkgutil.iter_modules(package.__path__):
                 importlib.import_module(f"{self.package}.{module.name}")
         for point in entry_points(group=self.group):
-            self._add(point.name, point.load())
+            try:
+                component = point.load()
+            except Exception as error:  # whatever another package's import may raise
+                raise ConfigError(
+                    f"the {self.kind} {point.name!r} of the entry point {point.value!r} cannot be imported: "
+                    f"{type(error).__name__}: {error}; mend or uninstall the package that declares it"
+                ) from error
+            self._add(point.name, component)
 
     def get(self, name: str) -> Any:
         """Returns the component called ``name``, whatever its case.

@@ -192,7 +192,7 @@ def test_stages_without_targets_are_told(tmp_path: Path) -> None:
     for k in range(3):
         warned(stream, f"stage {k} (slice {k}) has no test target", "null")
     _, stream = stream_of(tmp_path, model="BPR", stage_ratios=[0.9, 0, 0.1])
-    warned(stream, "stage 0 (slice 0) has no validation target", "all epochs run")
+    warned(stream, "stage 0 (slice 1) has no validation target", "all epochs run")
     _, stream = stream_of(tmp_path, model="BPR")
     assert stream.warnings == []
 

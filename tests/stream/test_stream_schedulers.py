@@ -30,7 +30,7 @@ def cut(scheduler: str, time: Any, user: Any = None, frame: Any = None, **proper
 def test_time_slices_by_count_cuts_at_rounded_shares() -> None:
     slices = cut("TimeSlices", range(10), n_stages=3)
     assert slices.stage.tolist() == [0, 0, 0, 1, 1, 1, 1, 2, 2, 2]  # cuts at round(3.33) and round(6.67)
-    assert slices.names == ["slice 0", "slice 1", "slice 2"]
+    assert slices.names == ["slice 1", "slice 2", "slice 3"]
     # The file's order does not matter, the time does.
     assert cut("TimeSlices", range(9, -1, -1), n_stages=2).stage.tolist() == [1] * 5 + [0] * 5
 
