@@ -765,7 +765,7 @@ class CLConfig(Config):
         for key, field in zip(("USER_ID_FIELD", "ITEM_ID_FIELD"), fields, strict=True):
             self._check_columns(key, [field])
         if "period_field" in self.external_config_dict:
-            self._check_columns("period_field", [final["period_field"]])
+            self._settle_period_field()
         if "threshold" in self.external_config_dict:
             self._check_columns("threshold", list(final["threshold"] or ()))
         needed = [final["TIME_FIELD"], final.get("period_field"), *(final.get("threshold") or {})]
@@ -786,6 +786,29 @@ class CLConfig(Config):
                         f"model {self.model!r} learns from a knowledge graph, but dataset {self.dataset!r} has no file "
                         f"{self.dataset}.{suffix}; use another model or add the file"
                     )
+
+    def _settle_period_field(self) -> None:
+        """Lets a stage be named by a column of the interactions or, for Domains, of the items, which is then loaded."""
+        final = self.final_config_dict
+        field = final["period_field"]
+        items = self._folder / f"{self.dataset}.item"
+        if field in self._columns or not items.is_file():
+            self._check_columns("period_field", [field])
+            return
+        with items.open(encoding=final.get("encoding") or "utf-8") as lines:
+            header = lines.readline().rstrip("\r\n").split(final["field_separator"])
+        columns = [column.partition(":")[0] for column in header]
+        if field not in columns:
+            known = [*self._columns, *columns]
+            hint = nearest(field, known) or f". They have {', '.join(known)}"
+            raise ConfigError(
+                f"property 'period_field' names {field!r}, which is no column of {self.dataset}.inter or .item{hint}"
+            )
+        load = final.get("load_col")
+        if load is not None:
+            asked = load.get("item") or []
+            wanted = "*" if asked == "*" else list(dict.fromkeys([final["ITEM_ID_FIELD"], *asked, field]))
+            final["load_col"] = {**load, "item": wanted}
 
     def _check_columns(self, key: str, fields: Any) -> None:
         """Checks that columns which were asked for are in the interaction file; RecBole's defaults need not be."""

@@ -21,6 +21,7 @@ from recbole.utils import EvaluatorType, ModelType
 from torch import nn
 
 from recbole_cl.errors import ConfigError, TrainingError, nearest
+from recbole_cl.model.capabilities import capabilities
 from recbole_cl.rng import ModelRandomness, derive, numpy_generator
 from recbole_cl.strategy.base import Composite, StageContext
 from recbole_cl.stream.sampler import NegativeSampler
@@ -28,6 +29,7 @@ from recbole_cl.stream.stage import CLASSIFICATION_METRICS, Stage, Stream, Targe
 from recbole_cl.stream.table import InteractionTable
 
 SCORES_AT_ONCE = 1 << 24
+PAIRS_AT_ONCE = 1 << 15
 INPUTS_AT_ONCE = 1 << 14
 """Sequence positions a forward pass holds: activations that stay in the cache are faster and a tenth of the memory."""
 CACHES = ("restore_user_e", "restore_item_e", "restore_entity_e", "restore_user_emb", "restore_item_emb")
@@ -350,12 +352,13 @@ class Evaluator:
             batch.interaction[self.config["ITEM_LIST_LENGTH_FIELD"]] = lengths.clamp(min=1)
         batch = batch.to(ctx.device)
         n, model = ctx.batcher.n_items, ctx.model
-        if not full and hasattr(model, "scores"):
+        if not full and ("scores" in (offers := capabilities(model)) or "full_sort_predict" not in offers):
             assert rows.candidates is not None
             inside = np.where(rows.candidates[index] < n, rows.candidates[index], 0)
             items = torch.from_numpy(inside).to(ctx.device)
+            given = model.scores(batch, items) if "scores" in offers else pair_scores(model, batch, items, ctx)
             scores = torch.full((len(index), n), -torch.inf, device=ctx.device)
-            scores.scatter_(1, items, model.scores(batch, items).to(scores.dtype))
+            scores.scatter_(1, items, given.to(scores.dtype))
         else:
             scores = full_scores(model, batch, n, ctx)
         return self.strategy.adjust_scores(ctx, batch, scores)
@@ -582,21 +585,35 @@ def _auc(scores: torch.Tensor, row: np.ndarray, item: np.ndarray, n_items: int) 
 
 def full_scores(model: Any, batch: Interaction, n_items: int, ctx: StageContext) -> torch.Tensor:
     """Returns scores of all items, shape ``[B, n_items]``; models without ``full_sort_predict`` score pair by pair."""
-    try:
+    if "full_sort_predict" in capabilities(model):
         return model.full_sort_predict(batch).view(len(batch), -1)[:, :n_items]
-    except NotImplementedError:
-        pass
-    out = []
-    size = max(1, int(ctx.config["eval_batch_size"]) // n_items)
-    items = torch.arange(n_items)
-    for start in range(0, len(batch), size):
-        part = batch[slice(start, start + size)].to("cpu")
-        n = len(part)
-        pairs = part.repeat_interleave(n_items)
-        pairs.interaction[ctx.batcher.iid] = items.repeat(n)
-        pairs = ctx.batcher.join(pairs)
-        out.append(model.predict(pairs.to(ctx.device)).view(n, n_items))
-    return torch.cat(out)
+    return pair_scores(model, batch, torch.arange(n_items).expand(len(batch), -1), ctx)
+
+
+def pair_scores(model: Any, batch: Interaction, items: torch.Tensor, ctx: StageContext) -> torch.Tensor:
+    """Returns ``model.predict`` of given pairs, -inf where the item is padding.
+
+    Args:
+        model: The model.
+        batch: One row a user or target, ``B`` of them.
+        items: Item ids, shape ``[B, C]``.
+        ctx: Its batcher adds the items' features.
+
+    Returns:
+        Scores, shape ``[B, C]``.
+    """
+    rows, columns = torch.nonzero(items.cpu() > 0, as_tuple=True)
+    ids = items.cpu()[rows, columns]
+    batch = batch.to("cpu")
+    out = torch.full(items.shape, -torch.inf, device=ctx.device)
+    size = max(int(ctx.config["eval_batch_size"]), PAIRS_AT_ONCE)
+    for start in range(0, len(rows), size):
+        part = slice(start, start + size)
+        pairs = Interaction({name: column[rows[part]] for name, column in batch.interaction.items()})
+        pairs.interaction[ctx.batcher.iid] = ids[part]
+        scores = model.predict(ctx.batcher.join(pairs).to(ctx.device)).flatten()
+        out[rows[part].to(ctx.device), columns[part].to(ctx.device)] = scores.to(out.dtype)
+    return out
 
 
 def computed_metrics(config: Any, task: Task | None = None) -> list[str]:

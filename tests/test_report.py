@@ -94,7 +94,7 @@ def test_page_is_one_file_with_all_sections(tmp_path: Path) -> None:
     ):
         assert told in said, told
     assert "Exp_g = (share of the recommended slots" in said
-    assert "{&quot;" not in said and '{"EWC": {"lambda": 10.0}}' in said
+    assert "{&quot;" not in said and '[["EWC", {"lambda": 10.0}]]' in said
     options = [a["value"] for a in read.all("option")]
     assert options == list(METRICS), "the primary metric comes first"
     shown = [a for a in read.all("div") if "data-metric" in a and "hidden" not in a]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import math
+import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -175,7 +176,7 @@ def stage_names(result: Mapping[str, Any], longest: int = 18) -> list[str]:
     names = []
     for s in range(stage_count(result)):
         name = clean(stages[s].get("name") or "") if s < len(stages) else ""
-        plain = name.lower().replace("stage", "").strip(" _-#")
+        plain = re.sub("stage|slice", "", name.lower()).strip(" _-#")
         # Names that only count ("stage 0", "3") would stand beside our own count from 1 and contradict it.
         names.append(str(s + 1) if not plain or plain.isdigit() else cut(f"{s + 1} {name}", longest))
     return names
