@@ -7,18 +7,14 @@ resumed, the bits of one that was not.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from recbole.data.transform import construct_transform
 from recbole.utils import ModelType, early_stopping
@@ -26,12 +22,10 @@ from torch import nn
 from tqdm import tqdm
 
 from recbole_cl import checkpoint
-from recbole_cl.errors import CheckpointError, ConfigError, TrainingError
-from recbole_cl.evaluation.exposure import exposure_disparity, head_mask
-from recbole_cl.evaluation.matrix import smaller_is_better, summarise_all
+from recbole_cl.errors import CheckpointError, ConfigError
 from recbole_cl.evaluation.records import Records
-from recbole_cl.evaluation.steps import stage_curve, steps_to_95
-from recbole_cl.evaluator import Evaluator, Known, Outcome, clear_caches, computed_metrics
+from recbole_cl.evaluator import Evaluator, Known, clear_caches, computed_metrics
+from recbole_cl.journal import Journal, open_folder, run_folder, settings
 from recbole_cl.memory import peak_megabytes, reset_peak
 from recbole_cl.model.state import clone_tree, count_parameters, grow_model, load_owned_state, owned_state, tree_hash
 from recbole_cl.registry import strategies
@@ -45,9 +39,6 @@ from recbole_cl.stream.vocabulary import grow_optimizer
 from recbole_cl.trainer import HookedTrainer, Watched, load_optimizer_by_name, make_trainer, optimizer_by_name
 
 LOGGER = logging.getLogger("recbole_cl")
-PRIMARY = "primary"
-"""Name of the matrix whose columns each hold their task's own primary metric, where those differ."""
-PACKAGES = ("recbole-cl", "recbole", "torch", "numpy", "pandas", "scipy", "peft", "transformers", "faiss-cpu")
 
 
 @dataclass
@@ -89,7 +80,7 @@ class Runner:
         model: The model as the last stage left it, after :meth:`run`.
         strategy: The strategies, with their state.
         stream: The stream.
-        records: Every result.
+        journal: Results, curves, costs and warnings so far.
         folder: The run's folder.
     """
 
@@ -98,14 +89,8 @@ class Runner:
         self.strategy = Composite(strategies.get(name)(params) for name, params in config.strategy_specs())
         self.stream: Stream
         self.model: nn.Module
-        self.folder = self._folder()
-        self.records = Records()
-        self.curves: list[dict[str, Any]] = []
-        self.costs: list[dict[str, Any]] = []
-        self.disparity: list[dict[str, Any]] = []
-        self.cold: list[dict[str, Any]] = []
-        self.scratch: dict[str, list[float | None]] = {}
-        self.warnings: list[str] = []
+        self.folder = run_folder(config)
+        self.journal: Journal
         self.known: Known
         self._number = 0
         self._previous: dict[str, Any] | None = None
@@ -119,13 +104,14 @@ class Runner:
         Raises:
             RecBoleCLError: For everything a user can mend; the message names it.
         """
-        self._open_folder()
+        open_folder(self.folder, self.config["resume"])
         LOGGER.info("loading %s", self.config["dataset"])
         if self.config["reproducibility"]:
             torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
         construct_transform(self.config)  # it names its fields in the configuration, where models read them
         self.stream = build_stream(self.config)
         self._data = self.stream.fingerprint()
+        self.journal = Journal(self.config, self.stream)
         self.evaluator = Evaluator(self.config, self.stream, self.strategy)
         self.known = Known.nothing(self.stream.table)
         state = self._load() if self.config["resume"] else None
@@ -137,9 +123,12 @@ class Runner:
             self._stage(index, resumed)
         if first == len(self.stream) and state is not None:
             LOGGER.info("nothing is left to do: the run in %s is complete", self.folder)
-        result = self.result()
-        self._write(result)
-        return result
+        return self.journal.write(self.folder)
+
+    @property
+    def records(self) -> Records:
+        """Every result of an evaluation."""
+        return self.journal.records
 
     def _stage(self, index: int, resumed: dict[str, Any] | None) -> None:
         stage = self.stream.stages[index]
@@ -185,7 +174,7 @@ class Runner:
         scratch_seconds = self._scratch(index) if self.config["scratch"] else 0.0
         self._previous = {"stage": index, "model": clone_tree(owned_state(ctx.model))}
         trainable, parameters, size = count_parameters(ctx.model)
-        self.costs.append(
+        self.journal.costs.append(
             {
                 "stage": index,
                 "seconds": seconds + time.perf_counter() - trained,
@@ -199,14 +188,9 @@ class Runner:
             }
         )
         self._save(ctx, "done", None, None, stage_start)
-        primary = self._primary(stage)
-        row = (
-            self.records.matrix(primary, n_stages=len(self.stream))[index] if primary in self.records.metrics() else []
-        )
-        shown = " ".join("  -   " if np.isnan(v) else f"{v:.4f}" for v in row)
         LOGGER.info(
-            "stage %d/%d done in %.1f s; %s on stages 1..%d: %s",
-            index + 1, len(self.stream), time.perf_counter() - started, primary, len(self.stream), shown,
+            "stage %d/%d done in %.1f s; %s",
+            index + 1, len(self.stream), time.perf_counter() - started, self.journal.row(stage),
         )  # fmt: skip
 
     # -- entering a stage -----------------------------------------------------------------------------------------
@@ -256,7 +240,7 @@ class Runner:
                 else:
                     growth, lost = grow_model(old, model, users, items, self.config["new_rows"])
             if lost:
-                self._warn(f"stage {index}: {', '.join(lost)} of the stage before have no place in the model")
+                self.journal.warn(f"stage {index}: {', '.join(lost)} of the stage before have no place in the model")
             if not growth.identity:
                 self.strategy.grow(growth)
                 self._carried = grow_optimizer(self._carried, growth)
@@ -281,7 +265,7 @@ class Runner:
     def _check_tasks(self, model: Any) -> None:
         """Refuses a stage whose task the model cannot answer, or whose primary metric nobody computes."""
         for stage in self.stream.stages:
-            computed, primary = computed_metrics(self.config, stage.task), self._primary(stage)
+            computed, primary = computed_metrics(self.config, stage.task), self.journal.primary(stage)
             if primary not in computed:
                 raise ConfigError(
                     f"stage {stage.index} ({stage.name}): its primary metric {primary!r} is not computed; the task "
@@ -293,13 +277,8 @@ class Runner:
                     f"{stage.task.name!r} (classification) of stage {stage.index} needs"
                 )
 
-    def _bigger(self, stage: Stage) -> bool:
-        """Tells whether more of the stage's primary metric is better."""
-        primary, valid_metric = self._primary(stage), str(self.config["valid_metric"]).lower()
-        return bool(self.config["valid_metric_bigger"]) if primary == valid_metric else not smaller_is_better(primary)
-
     def _worst(self, stage: Stage) -> float:
-        return -math.inf if self._bigger(stage) else math.inf
+        return -math.inf if self.journal.bigger(stage) else math.inf
 
     # -- one pass -------------------------------------------------------------------------------------------------
 
@@ -317,10 +296,10 @@ class Runner:
         config = self.config
         if plan.graph is not None and plan.graph != config["graph"]:
             ctx = self._with_view(ctx, plan.graph)
+        targets = plan.data if isinstance(plan.data, Targets) else self.stream.trained_targets(ctx.index, plan.data)
         if resumed is None:
             self._initialise(ctx, plan, progress.number, randomness, fresh, stage_start)
-        targets = plan.data if isinstance(plan.data, Targets) else self.stream.trained_targets(ctx.index, plan.data)
-        self._learn(ctx, targets)
+            self._learn(ctx, targets)  # a checkpoint holds what was learnt
         ctx.pass_, ctx.epoch, ctx.step = plan, progress.epoch, progress.step
         ctx.loader = loader = make_loader(ctx, targets, f"{progress.number}/{plan.name}")
         scale = config["stage_lr_scale"]
@@ -440,7 +419,7 @@ class Runner:
         self, ctx: StageContext, plan: Pass, progress: _Progress, loss: Any, clock: Callable[[], float]
     ) -> None:
         """Validates, keeps the best snapshot, decides on stopping, writes the curve."""
-        config, metric = self.config, self._primary(ctx.stage)
+        config, metric = self.config, self.journal.primary(ctx.stage)
         valid: dict[str, float] | None = None
         improved = False
         wanted = plan.early_stopping and config["eval_step"] > 0 and progress.epoch % config["eval_step"] == 0
@@ -449,7 +428,7 @@ class Runner:
             score = valid.get(metric)
             if score is not None:
                 progress.best_score, progress.waited, progress.stopped, improved = early_stopping(
-                    score, progress.best_score, progress.waited, config["stopping_step"], self._bigger(ctx.stage)
+                    score, progress.best_score, progress.waited, config["stopping_step"], self.journal.bigger(ctx.stage)
                 )
                 if improved:
                     progress.best = {
@@ -471,7 +450,7 @@ class Runner:
             "valid": valid or None,
             "best": improved,
         }
-        self.curves.append(point)
+        self.journal.curves.append(point)
         told = "" if not valid else f", {metric} {valid.get(metric, float('nan')):.4f}{' *' if improved else ''}"
         LOGGER.info(
             "  %s epoch %d: loss %s%s",
@@ -482,9 +461,6 @@ class Runner:
         )
 
     # -- evaluation -----------------------------------------------------------------------------------------------
-
-    def _primary(self, stage: Stage) -> str:
-        return stage.task.primary_metric(str(self.config["valid_metric"]))
 
     def _evaluate_all(self, ctx: StageContext) -> None:
         """Fills row t of the matrix; asserts by a hash that evaluation changed nothing."""
@@ -499,54 +475,12 @@ class Runner:
             outcome = self.evaluator.evaluate(ctx, self.known, stage)
             if kept is not None:
                 self.strategy.load_state_dict(clone_tree(kept))
-            self._record(outcome, ctx.index, stage)
+            mode = self.evaluator.mode("test") if stage.task.kind != "classification" else "labeled"
+            self.journal.record(outcome, ctx.index, stage, mode)
             if stage.index == ctx.index:
-                self._expose(outcome, ctx, stage)
+                self.journal.record_exposure(outcome, stage)
         if tree_hash(owned_state(ctx.model), self.strategy.state_dict()) != before:
             raise RuntimeError(f"stage {ctx.index}: evaluation changed the model or the strategy; it must be pure")
-
-    def _record(self, outcome: Outcome, t: int, stage: Stage) -> None:
-        mode = self.evaluator.mode("test") if stage.task.kind != "classification" else "labeled"
-        for stratum, (metrics, n) in {"all": (outcome.metrics, outcome.n), **outcome.strata}.items():
-            for metric, value in self._with_primary(metrics, stage).items():
-                # The columns of "primary" differ in how they were scored; as a matrix they are one.
-                how = PRIMARY if metric == PRIMARY else mode
-                self.records.add(metric=metric, t=t, s=stage.index, value=value, n=n, mode=how, stratum=stratum)
-        self.cold.append({"t": t, "s": stage.index, "n": outcome.n, "n_cold": outcome.n_cold})
-
-    def _with_primary(self, metrics: dict[str, float], stage: Stage) -> dict[str, float]:
-        """Adds the column's primary metric under one name where the stream's tasks differ in theirs.
-
-        There is no such matrix where less is better in some column: its summaries would have no direction.
-        """
-        names = {self._primary(s) for s in self.stream.stages}
-        if len(names) == 1 or any(smaller_is_better(name) for name in names):
-            return metrics
-        value = metrics.get(self._primary(stage))
-        return metrics if value is None else {**metrics, PRIMARY: value}
-
-    def _expose(self, outcome: Outcome, ctx: StageContext, stage: Stage) -> None:
-        if outcome.recommended is None or outcome.users is None:
-            return
-        table = self.stream.table
-        past = np.concatenate([s.train.position for s in self.stream.stages[: ctx.index + 1]])
-        ratio = self.config["head_ratio"]
-        counts = np.bincount(table.item[past], minlength=table.n_items)
-        activity = np.bincount(table.user[past], minlength=table.n_users)
-        catalogue = np.arange(table.n_items) > 0
-        if self.config["candidates"] == "seen":
-            catalogue[stage.catalogue :] = False
-        active = head_mask(activity, ratio)
-        users = np.unique(outcome.users, return_inverse=True)[1]
-        entry = exposure_disparity(
-            outcome.recommended,
-            head_mask(counts, ratio),
-            catalogue,
-            outcome.utility,
-            active[outcome.users] if outcome.utility is not None else None,
-            users,
-        )
-        self.disparity.append({"stage": stage.index, **entry})
 
     def _reference(self, index: int, view: Any) -> None:
         """Scores an untrained model on the next stage: b[s] of forward transfer."""
@@ -563,9 +497,7 @@ class Runner:
         self._prepare(ctx, randomness)
         plain = Evaluator(self.config, self.stream, Composite([]))
         known = Known.everything(self.stream.table, ctx.batcher.n_users, ctx.batcher.n_items)
-        outcome = plain.evaluate(ctx, known, following)
-        for metric, value in self._with_primary(outcome.metrics, following).items():
-            self.records.add(metric=metric, t=-1, s=following.index, value=value, n=outcome.n, mode="reference")
+        self.journal.record_reference(plain.evaluate(ctx, known, following), following)
 
     def _scratch(self, index: int) -> float:
         """Trains a model on the stage alone and keeps its scores on the stage."""
@@ -574,7 +506,8 @@ class Runner:
         inner.__dict__.update(self.__dict__)
         inner.strategy = Composite([])
         inner.known = Known.nothing(self.stream.table)
-        inner.curves, inner._carried, inner._save = [], {}, lambda *a, **k: None  # type: ignore[method-assign]
+        inner.journal = Journal(self.config, self.stream)  # its curves are nobody's
+        inner._carried, inner._save = {}, lambda *a, **k: None  # type: ignore[method-assign]
         randomness = ModelRandomness(derive(self.config["seed"], index, "scratch"))
         view = self.stream.view(index, "stage")
         ctx = inner._context(index, inner.build_model(view, randomness), view)
@@ -585,8 +518,7 @@ class Runner:
         stage = self.stream.stages[index]
         if stage.evaluable(index):
             outcome = Evaluator(self.config, self.stream, Composite([])).evaluate(ctx, inner.known, stage)
-            for metric, value in self._with_primary(outcome.metrics, stage).items():
-                self.scratch.setdefault(metric, [None] * len(self.stream))[index] = value
+            self.journal.record_scratch(outcome, stage)
         return time.perf_counter() - begun
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
@@ -623,7 +555,7 @@ class Runner:
             return
         self._number += 1
         state = {
-            "config": self._settings(),
+            "config": settings(self.config),
             "data": self._data,
             "stage": ctx.index,
             "phase": phase,
@@ -634,13 +566,7 @@ class Runner:
             "previous": self._previous,
             "carried": self._carried,
             "known": self.known.state_dict(),
-            "records": self.records.state_dict(),
-            "curves": self.curves,
-            "costs": self.costs,
-            "disparity": self.disparity,
-            "cold": self.cold,
-            "scratch": self.scratch,
-            "warnings": self.warnings,
+            "journal": self.journal.state_dict(),
         }
         if progress is not None:
             state |= {"progress": progress.state_dict(), "trainer": trainer_state, "stage_start": stage_start}
@@ -655,25 +581,20 @@ class Runner:
             raise ConfigError(f"side_stores: a strategy and the model both name a store {twice[0]!r}; rename one")
         return {**stores, **own}
 
-    def _settings(self) -> dict[str, Any]:
-        settings: dict[str, Any] = json.loads(json.dumps(self.config.fingerprint()))
-        return settings
-
     def _load(self) -> dict[str, Any] | None:
         state, self._number, warnings = checkpoint.newest(self.folder / "checkpoints")
         for warning in warnings:
-            self._warn(warning)
+            self.journal.warn(warning)
         if state is None:
             LOGGER.warning("resume: there is no checkpoint in %s; the run starts from the beginning", self.folder)
             return None
         self._compare(state)
         for name, path in state["side_stores"].items():
             if not Path(path).exists():
-                self._warn(f"resume: the store {name!r} at {path}, which the checkpoint names, is not there any more")
-        self.records.load_state_dict(state["records"])
-        self.curves, self.costs, self.disparity = state["curves"], state["costs"], state["disparity"]
-        self.cold, self.scratch = state["cold"], state["scratch"]
-        self.warnings = list(dict.fromkeys([*state["warnings"], *self.warnings]))
+                self.journal.warn(
+                    f"resume: the store {name!r} at {path}, which the checkpoint names, is not there any more"
+                )
+        self.journal.load_state_dict(state["journal"])
         self._previous, self._carried = state["previous"], state["carried"]
         self.known.load_state_dict(state["known"])
         index = state["stage"]
@@ -690,7 +611,7 @@ class Runner:
 
     def _compare(self, state: dict[str, Any]) -> None:
         free = self.config.RESUME_MAY_CHANGE
-        now, then = self._settings(), state["config"]
+        now, then = settings(self.config), state["config"]
         changed = [
             k for k in sorted(set(now) | set(then)) if k not in free and k != "device" and now.get(k) != then.get(k)
         ]
@@ -707,136 +628,5 @@ class Runner:
                 "another output_dir"
             )
 
-    # -- results --------------------------------------------------------------------------------------------------
 
-    def result(self) -> dict[str, Any]:
-        """Returns what ``result.json`` holds."""
-        size = len(self.stream)
-        names = [m for m in self.records.metrics()]
-        matrices = {m: self.records.matrix(m, n_stages=size) for m in names}
-        primary = PRIMARY if PRIMARY in names else self._primary(self.stream.stages[0])
-        if self.config["fwt_reference"] == "stage_only":
-            found = {m: np.array([np.nan if v is None else v for v in row]) for m, row in self.scratch.items()}
-            reference = {m: found.get(m) for m in names}
-        else:
-            reference = {m: self.records.reference(m, n_stages=size) for m in names}
-        strata = {
-            m: {
-                stratum: _lists(self.records.matrix(m, stratum=stratum, n_stages=size))
-                for stratum in self.records.strata()
-                if stratum != "all"
-            }
-            for m in names
-        }
-        stages = []
-        for stage in self.stream.stages:
-            row = stage.describe()
-            own = [c for c in self.cold if c["t"] == stage.index and c["s"] == stage.index]
-            row["n_cold_targets"] = own[0]["n_cold"] if own else None
-            row["primary_metric"] = self._primary(stage)
-            stages.append(row)
-        steps = [
-            steps_to_95(self._last_pass(s.index), smaller_is_better=not self._bigger(s)) for s in self.stream.stages
-        ]
-        return {
-            "name": f"{self.config['model']} on {self.config['dataset']}: {self.config.strategy_name}",
-            "config": self._settings(),
-            "versions": _versions(),
-            "seed": self.config["seed"],
-            "output_dir": str(self.folder),
-            "primary_metric": primary,
-            "stages": stages,
-            "matrix": {m: _lists(v) for m, v in matrices.items()},
-            **summarise_all(matrices, reference),
-            "fwt_reference": self.config["fwt_reference"],
-            "reference": {m: None if v is None else _list(v) for m, v in reference.items()},
-            "scratch": self.scratch or None,
-            "curves": self.curves,
-            "steps_to_95": steps,
-            "strata": strata,
-            "disparity": self.disparity,
-            "cold": self.cold,
-            "cost": self.costs,
-            "warnings": list(dict.fromkeys([*self.config.warnings, *self.stream.warnings, *self.warnings])),
-        }
-
-    def _last_pass(self, stage: int) -> list[tuple[int, float | None]]:
-        own = [c["pass"] for c in self.curves if c["stage"] == stage]
-        return stage_curve(self.curves, stage, self._primary(self.stream.stages[stage]), own[-1]) if own else []
-
-    def _write(self, result: dict[str, Any]) -> None:
-        from recbole_cl.report import write_report
-
-        with checkpoint.explained(self.folder):
-            checkpoint.write_atomically(self.folder / "result.json", json.dumps(result, indent=1, allow_nan=False))
-            self.records.to_csv(self.folder / "records.csv")
-            write_report(result, self.folder)
-
-    # -- the folder -----------------------------------------------------------------------------------------------
-
-    def _folder(self) -> Path:
-        config = self.config
-        if config["output_dir"]:
-            return Path(config["output_dir"]).expanduser()
-        name = "-".join(
-            [
-                config["model"],
-                config["dataset"],
-                config.strategy_name,
-                str(config["scheduler"]),
-                f"seed{config['seed']}",
-            ]
-        )
-        return Path("runs") / name
-
-    def _open_folder(self) -> None:
-        """Makes sure before any work that the folder can be written; what lies there from an earlier run is kept."""
-        with checkpoint.explained(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            probe = self.folder / ".probe"
-            probe.write_bytes(b"0" * 4096)
-            probe.unlink()
-            if self.config["resume"]:
-                return
-            old = [
-                n for n in ("result.json", "records.csv", "report.html", "checkpoints") if (self.folder / n).exists()
-            ]
-            if not old:
-                return
-            number = 1
-            while (self.folder / f"earlier-{number}").exists():
-                number += 1
-            aside = self.folder / f"earlier-{number}"
-            aside.mkdir()
-            for name in old:
-                (self.folder / name).rename(aside / name)
-            LOGGER.warning("output_dir: the results of an earlier run were moved to %s", aside)
-
-    def _warn(self, message: str) -> None:
-        LOGGER.warning(message)
-        self.warnings.append(message)
-
-
-def _list(values: np.ndarray) -> list[float | None]:
-    return [None if np.isnan(v) else float(v) for v in values]
-
-
-def _lists(values: np.ndarray) -> list[list[float | None]]:
-    return [_list(row) for row in values]
-
-
-def _versions() -> dict[str, str]:
-    found = {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "threads": str(torch.get_num_threads()),
-    }
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except Exception:
-            continue
-    return found
-
-
-__all__ = ["Runner", "TrainingError"]
+__all__ = ["Runner"]
