@@ -303,7 +303,7 @@ class Evaluator:
             scores = self._score(ctx, stage, rows, index, full).cpu()
             if torch.isnan(scores).any():
                 raise TrainingError(
-                    f"stage {ctx.index}: the model's scores on stage {stage.index} ({split}) contain NaN"
+                    f"stage {ctx.index + 1}: the model's scores on stage {stage.index + 1} ({split}) contain NaN"
                 )
             scores[:, ~allowed] = -torch.inf
             if not full:
@@ -486,7 +486,7 @@ class Evaluator:
             score[warm[start : start + size]] = predicted.double().cpu().numpy()
         if np.isnan(score).any():
             raise TrainingError(
-                f"stage {ctx.index}: the model's predictions on stage {stage.index} ({split}) contain NaN"
+                f"stage {ctx.index + 1}: the model's predictions on stage {stage.index + 1} ({split}) contain NaN"
             )
         used = ~cold if self.config["cold_targets"] == "drop" else np.ones(len(item), dtype=bool)
         new_user, new_item = user >= stage.first_new_user, item >= stage.first_new_item

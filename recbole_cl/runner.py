@@ -240,7 +240,7 @@ class Runner:
                 else:
                     growth, lost = grow_model(old, model, users, items, self.config["new_rows"])
             if lost:
-                self.journal.warn(f"stage {index}: {', '.join(lost)} of the stage before have no place in the model")
+                self.journal.warn(f"stage {index + 1}: {', '.join(lost)} of the one before have no place in the model")
             if not growth.identity:
                 self.strategy.grow(growth)
                 self._carried = grow_optimizer(self._carried, growth)
@@ -268,13 +268,13 @@ class Runner:
             computed, primary = computed_metrics(self.config, stage.task), self.journal.primary(stage)
             if primary not in computed:
                 raise ConfigError(
-                    f"stage {stage.index} ({stage.name}): its primary metric {primary!r} is not computed; the task "
+                    f"stage {stage.index + 1} ({stage.name}): its primary metric {primary!r} is not computed; the task "
                     f"{stage.task.name!r} has {', '.join(computed)}"
                 )
             if stage.task.kind == "classification" and not hasattr(model, "predict_task"):
                 raise ConfigError(
                     f"model: {self.config['model']} has no predict_task(batch, task), which the task "
-                    f"{stage.task.name!r} (classification) of stage {stage.index} needs"
+                    f"{stage.task.name!r} (classification) of stage {stage.index + 1} needs"
                 )
 
     def _worst(self, stage: Stage) -> float:
@@ -480,7 +480,7 @@ class Runner:
             if stage.index == ctx.index:
                 self.journal.record_exposure(outcome, stage)
         if tree_hash(owned_state(ctx.model), self.strategy.state_dict()) != before:
-            raise RuntimeError(f"stage {ctx.index}: evaluation changed the model or the strategy; it must be pure")
+            raise RuntimeError(f"stage {ctx.index + 1}: evaluation changed the model or the strategy; it must be pure")
 
     def _reference(self, index: int, view: Any) -> None:
         """Scores an untrained model on the next stage: b[s] of forward transfer."""

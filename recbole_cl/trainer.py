@@ -106,7 +106,7 @@ class HookedTrainer(recbole_trainer.Trainer):
         """Raises a :class:`TrainingError` naming stage, epoch, batch and term where a loss is NaN or infinite."""
         if not torch.isfinite(value).all():
             raise TrainingError(
-                f"stage {self.ctx.index}, pass {self.ctx.pass_.name!r}, epoch {self.ctx.epoch}, "
+                f"stage {self.ctx.index + 1}, pass {self.ctx.pass_.name!r}, epoch {self.ctx.epoch}, "
                 f"batch {self.batch_number}: the term {term!r} is {float(value.detach().float().sum())}; lower "
                 f"learning_rate (now {self.ctx.learning_rate:g}) or the strategy's weight, or set "
                 f"clip_grad_norm: {{max_norm: 5.0}}"

@@ -87,7 +87,7 @@ def test_the_strategy_of_the_page_acts(toy: PlantedDrift, tmp_path: Path) -> Non
     weights = [list(runner.model.parameters()) for runner in (plain, neutral, held)]
     assert all(torch.equal(a, b) for a, b in zip(weights[0], weights[1], strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(weights[0], weights[2], strict=True))
-    logged = [point["terms"].get("L2Anchor/penalty", 0.0) for point in held.curves]
+    logged = [point["terms"].get("L2Anchor/penalty", 0.0) for point in held.journal.curves]
     assert logged[0] == 0.0 and logged[-1] > 0.0
     state = held.strategy.state_dict()["L2Anchor"]
     shapes = {name: p.shape for name, p in held.model.named_parameters()}

@@ -169,7 +169,7 @@ def test_a_loss_that_is_not_finite_names_stage_epoch_batch_and_term(log: Planted
 
     broken = type("DivergingBPR", (Diverging, BPR), {})
     for extra in ({}, {"checkpoint_steps": 1000}):
-        with pytest.raises(TrainingError, match=r"stage 0, pass 'train', epoch \d+, batch \d+: the term 'data' is nan"):
+        with pytest.raises(TrainingError, match=r"stage 1, pass 'train', epoch \d+, batch \d+: the term 'data' is nan"):
             run(log, tmp_path / "run", broken, epochs=30, stopping_step=30, **extra)
 
 

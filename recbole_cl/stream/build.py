@@ -85,7 +85,7 @@ def stages_of_slices(
         rows = np.flatnonzero(table.stage == k)
         if not len(rows):
             raise DataError(
-                f"scheduler: stage {k} ({dataset.slice_names[k]}) holds no interaction; {dataset._scheduler.remedy}"
+                f"scheduler: stage {k + 1} ({dataset.slice_names[k]}) holds no interaction; {dataset._scheduler.remedy}"
             )
         last = k + 1 if next_stage else k
         stages.append(
@@ -123,21 +123,21 @@ def _check(config: Any, stream: Stream, dataset: StreamDatasetMixin) -> None:
     for stage in stream.stages:
         if not len(stage.train):
             raise DataError(
-                f"stage {stage.index} ({stage.name}) has no training target; lower n_stages or min_user_inter, or "
+                f"stage {stage.index + 1} ({stage.name}) has no training target; lower n_stages or min_user_inter, or "
                 f"raise the first of stage_ratios"
             )
         if not len(stage.valid):
             stream.warnings.append(
-                f"stage {stage.index} ({stage.name}) has no validation target: no early stopping there, all epochs run"
+                f"stage {stage.index + 1} ({stage.name}) has no validation target: no early stopping, all epochs run"
             )
         if not len(stage.test):
             stream.warnings.append(
-                f"stage {stage.index} ({stage.name}) has no test target or user: its column of the matrix is null"
+                f"stage {stage.index + 1} ({stage.name}) has no test target or user: its column of the matrix is null"
             )
     if config["vocabulary"] == "global":
         later = stream.table.n_items - stream.stages[0].catalogue
         stream.warnings.append(
-            f"vocabulary: global gives rows to all users and items from the start: a full softmax at stage 0 ranks "
+            f"vocabulary: global gives rows to all users and items from the start: a full softmax at stage 1 ranks "
             f"{later} items of the future"
         )
     if config["candidates"] == "all":

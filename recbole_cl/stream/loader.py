@@ -401,8 +401,8 @@ def make_loader(ctx: Any, targets: Targets, name: str) -> StageLoader | Knowledg
         if len(full):
             names = ctx.stream.dataset.field2id_token[batcher.uid][full[:3]]
             raise DataError(
-                f"train_neg_sample_args: at stage {ctx.index}, {len(full)} users ({', '.join(map(str, names))}, ...) "
-                f"have interacted with every item that can be drawn as a negative; {REMEDY}"
+                f"train_neg_sample_args: at stage {ctx.index + 1}, {len(full)} users ({', '.join(map(str, names))}, "
+                f"...) have interacted with every item that can be drawn as a negative; {REMEDY}"
             )
     negatives = Negatives(batcher, config, sampler, repeatable)
     order_generator = torch_generator(seed, ctx.index, f"order/{name}")

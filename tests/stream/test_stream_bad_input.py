@@ -103,7 +103,7 @@ def test_far_off_times(tmp_path: Path) -> None:
         "1957-04-29",
         "time_range: [1000000000, 1000999000]",
     )
-    with pytest.raises(DataError, match=r"stage 1 \(slice 1\) holds no interaction; .*stage_by: count.*time_range"):
+    with pytest.raises(DataError, match=r"stage 2 \(slice 2\) holds no interaction; .*stage_by: count.*time_range"):
         stream_of(tmp_path, model="BPR", stage_by="time", n_stages=5)
     _, stream = stream_of(tmp_path, model="BPR", stage_by="time", time_range=[1000000000, 1000999000])  # as advised
     assert len(stream.table) == 1000 and len(stream) == 3
@@ -151,16 +151,16 @@ def test_more_stages_than_the_log_allows(tmp_path: Path) -> None:
     refused(
         tmp_path, ROWS, "n_stages: 61 slices were asked of 60 interactions; lower n_stages to at most 6", n_stages=61
     )
-    refused(tmp_path, at(dict.fromkeys(range(50), 4)), r"stage 1 \(slice 1\) holds no interaction; lower n_stages")
+    refused(tmp_path, at(dict.fromkeys(range(50), 4)), r"stage 2 \(slice 2\) holds no interaction; lower n_stages")
     refused(
-        tmp_path, ROWS, r"stage 0 \(before 10\) holds no interaction; move the boundaries",
+        tmp_path, ROWS, r"stage 1 \(before 10\) holds no interaction; move the boundaries",
         scheduler="Boundaries", boundaries=[10, 120], n_stages=None,
     )  # fmt: skip
     whale = [("whale", f"i{k % 9}", k) for k in range(55)] + [(f"u{k}", "i1", 60 + k) for k in range(5)]
     refused(
         tmp_path,
         whale,
-        r"stage 0 \(users 0\) holds no interaction; .*one of them may fill it",
+        r"stage 1 \(users 1\) holds no interaction; .*one of them may fill it",
         scheduler="UserDisjoint",
         base_ratio=0.2,
     )
@@ -189,10 +189,10 @@ def test_errors_of_a_scheduler_keep_their_kind(tmp_path: Path) -> None:
 def test_stages_without_targets_are_told(tmp_path: Path) -> None:
     write(tmp_path, ROWS)
     _, stream = stream_of(tmp_path, model="BPR", stage_ratios=[0.9, 0.1, 0])
-    for k in range(3):
+    for k in (1, 2, 3):
         warned(stream, f"stage {k} (slice {k}) has no test target", "null")
     _, stream = stream_of(tmp_path, model="BPR", stage_ratios=[0.9, 0, 0.1])
-    warned(stream, "stage 0 (slice 1) has no validation target", "all epochs run")
+    warned(stream, "stage 1 (slice 1) has no validation target", "all epochs run")
     _, stream = stream_of(tmp_path, model="BPR")
     assert stream.warnings == []
 

@@ -76,7 +76,7 @@ def test_lastfm_has_four_rows_of_another_century() -> None:
     assert "4 of 71064" in told and "1956-06-01" in told and "1979-05-01" in told
     assert "time_range: [1122854400, 1304899200]" in told
     assert any("3 of 71064 values of 'timestamp' are negative" in told for told in stream.warnings)
-    with pytest.raises(DataError, match=r"stage 1 \(slice 1\) holds no interaction; .*time_range"):
+    with pytest.raises(DataError, match=r"stage 2 \(slice 2\) holds no interaction; .*time_range"):
         stream_of(None, dataset="lastfm-tags", model="BPR", stage_by="time", n_stages=5)
     _, stream = stream_of(
         None, dataset="lastfm-tags", model="BPR", stage_by="time", n_stages=5, time_range=[1122854400, 1304899200]

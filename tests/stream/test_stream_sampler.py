@@ -134,7 +134,7 @@ def test_users_without_negatives_are_told_before_training(tmp_path: Path) -> Non
     rows = [("greedy", f"i{k % 6}", k) for k in range(30)] + [("modest", "i1", 7), ("modest", "i2", 9)]
     write(tmp_path, sorted(rows, key=lambda row: row[2]))
     config, stream = stream_of(tmp_path, model="BPR", n_stages=1)
-    with pytest.raises(DataError, match=r"at stage 0, 1 users \(greedy, \.\.\.\) have interacted with every item"):
+    with pytest.raises(DataError, match=r"at stage 1, 1 users \(greedy, \.\.\.\) have interacted with every item"):
         make_loader(stage_context(config, stream, 0), stream.stages[0].train, "train")
     config, stream = stream_of(tmp_path, model="GRU4Rec", n_stages=1, loss_type="BPR", train_positions="last")
     for batch in make_loader(stage_context(config, stream, 0), stream.stages[0].train, "train"):

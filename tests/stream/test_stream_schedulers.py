@@ -162,7 +162,7 @@ def test_user_disjoint_by_first_interaction() -> None:
     slices = cut("UserDisjoint", range(10), user=user, n_stages=3, base_ratio=0.5)
     # cuts at 5 and 7.5; middles a 1.5, b 3.5, c 4.5, d 6, e 8, f 9.5
     assert slices.stage.tolist() == [0, 0, 0, 0, 0, 1, 1, 2, 2, 2]
-    assert slices.names == ["users 0", "users 1", "users 2"]
+    assert slices.names == ["users 1", "users 2", "users 3"]
 
 
 def test_fewer_interactions_than_slices() -> None:

@@ -37,4 +37,4 @@ class UserDisjoint(Scheduler):
         middle = np.cumsum(counts) - counts / 2
         stage_of = np.empty(int(users.max()) + 1, dtype=np.int64)
         stage_of[by_first] = np.searchsorted(cuts, middle, side="right")
-        return Slices(stage_of[log.user], [f"users {k}" for k in range(self.n_slices)])
+        return Slices(stage_of[log.user], [f"users {k + 1}" for k in range(self.n_slices)])
