@@ -81,3 +81,18 @@ def test_train_positions_last_is_recboles_path(tmp_path: Path) -> None:
         counts[how] = sorted(seen)
         assert loader.n_targets == len(stage.train)
     assert counts["all"] == counts["last"] == sorted(stage.train.label.tolist())
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("model", ["SASRec", "GRU4Rec"])
+def test_scores_without_gradients_are_recboles(tmp_path: Path, model: str, layers: int) -> None:
+    config = configure(toy(tmp_path), tmp_path / "run", model, n_layers=layers, num_layers=layers)
+    stream = build_stream(config)
+    net = Runner(config).build_model(stream.view(2), ModelRandomness(1)).eval()
+    stage = stream.stages[2]
+    rows = Batcher(config, stream, stream.view(2), stage.n_users, stage.n_items).rows(stage.test)
+    assert rows["item_length"].min() < rows["item_length"].max(), "histories of several lengths"
+    slow = net.full_sort_predict(rows).detach()  # gradients on: RecBole's own pass
+    with torch.no_grad():
+        fast = net.full_sort_predict(rows)
+    torch.testing.assert_close(fast, slow, rtol=1e-5, atol=1e-6)
