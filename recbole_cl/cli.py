@@ -78,9 +78,19 @@ def _parser() -> _Parser:
         "such as --strategy=EWC --ewc_lambda=10 --n_stages=5.",
         allow_abbrev=False,
     )
-    run.add_argument("--model", "-m", help="name of the model (default: SASRec)")
-    run.add_argument("--dataset", "-d", help="name of the dataset (default: ml-100k)")
-    run.add_argument("--config_files", "-c", help="YAML files with properties, separated by spaces; later ones win")
+    compare = commands.add_parser(
+        "compare",
+        help="train a model with RecBole and with RecBole-CL, and lay the results side by side",
+        description="Train a model on one stage with RecBole itself and with RecBole-CL (parity: recbole), and print "
+        "losses and metrics side by side. Any property is set with --name=value.",
+        allow_abbrev=False,
+    )
+    for command in (run, compare):
+        command.add_argument("--model", "-m", help="name of the model (default: SASRec)")
+        command.add_argument("--dataset", "-d", help="name of the dataset (default: ml-100k)")
+        command.add_argument(
+            "--config_files", "-c", help="YAML files with properties, separated by spaces; later ones win"
+        )
     listing = commands.add_parser("list", help="list names, one a line", allow_abbrev=False)
     listing.add_argument("what", choices=_LISTS)
     report = commands.add_parser("report", help="render the report of a run again", allow_abbrev=False)
@@ -103,7 +113,8 @@ def _names(what: str) -> list[str]:
     return config.list_metrics()
 
 
-def _run(options: argparse.Namespace, properties: list[str]) -> None:
+def _configured(options: argparse.Namespace, properties: list[str]) -> Any:
+    """Returns the configuration of a command line, with the log at the level it asks for."""
     from recbole_cl.config import CLConfig, parse_arguments, read_properties
 
     # Known before anything else, so that everything else can be told at the right level.
@@ -122,13 +133,27 @@ def _run(options: argparse.Namespace, properties: list[str]) -> None:
     config = CLConfig(
         model=names["model"], dataset=names["dataset"] or "ml-100k", config_file_list=files, args=properties
     )
+    config["saved"] = asked.get("saved", True) is not False
+    return config
+
+
+def _run(options: argparse.Namespace, properties: list[str]) -> None:
+    config = _configured(options, properties)
     from recbole_cl.runner import Runner
 
-    config["saved"] = asked.get("saved", True) is not False
     result = Runner(config).run()
     from recbole_cl.report import terminal_summary
 
     print(terminal_summary(result))
+
+
+def _compare(options: argparse.Namespace, properties: list[str]) -> None:
+    if not any(argument.startswith("--parity=") for argument in properties):
+        properties = [*properties, "--parity=recbole"]
+    config = _configured(options, properties)
+    from recbole_cl.parity import compare, comparison_table
+
+    print(comparison_table(compare(config)))
 
 
 def _report(folder: str) -> None:
@@ -160,6 +185,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         options, properties = _parser().parse_known_args(arguments)
         if options.command == "run":
             _run(options, properties)
+        elif options.command == "compare":
+            _compare(options, properties)
         elif properties:
             raise ConfigError(f"cannot read the argument {properties[0]!r}; '{PROGRAM} --help' tells what there is")
         elif options.command == "list":

@@ -33,7 +33,7 @@ from recbole.evaluator import metric_types
 from recbole.model.abstract_recommender import AbstractRecommender
 from recbole.utils import EvaluatorType, ModelType, argument_list
 
-from recbole_cl import compat, schema
+from recbole_cl import compat, parity, schema
 from recbole_cl.errors import ConfigError, nearest
 from recbole_cl.registry import Registry, models, schedulers, strategies
 
@@ -484,6 +484,7 @@ class CLConfig(Config):
         self._settle_dataset()
         self._settle_repeats()
         self._settle_task()
+        parity.settle(self)
         self._check_metrics()
         try:
             self._set_default_parameters()

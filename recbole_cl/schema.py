@@ -175,6 +175,7 @@ SCHEMA: dict[str, Rule] = {
         ("auto",),
     ),
     "task_id": choice("given", "latest"),
+    "parity": choice("recbole").optional(),
     "head_ratio": share(),
     # Where it is kept
     "output_dir": text().optional(),

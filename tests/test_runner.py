@@ -179,7 +179,10 @@ def test_strategies_that_cannot_serve_a_model_are_refused(log: PlantedDrift, tmp
             Runner(configure(log, tmp_path / model, model, strategy=strategy)).run()
 
 
-@pytest.mark.parametrize("model", ["Pop", "ItemKNN", "MultiVAE", "DeepFM", "FM", "NARM", "BERT4Rec", "GRU4Rec", "HGN"])
+FAMILIES = ("Pop", "ItemKNN", "MultiVAE", "DeepFM", "FM", "NFM", "NARM", "BERT4Rec", "GRU4Rec", "HGN")
+
+
+@pytest.mark.parametrize("model", FAMILIES)
 def test_model_families_walk_a_growing_stream(log: PlantedDrift, tmp_path: Path, model: str) -> None:
     more: dict[str, Any] = {"transform": "mask_itemseq"} if model == "BERT4Rec" else {}
     _, result = run(log, tmp_path / model, model, epochs=1, **more)

@@ -13,8 +13,8 @@ from recbole_cl.registry import models
 class GRU4Rec(AllPositions, RecBoleGRU4Rec):
     """RecBole's GRU4Rec (Hidasi et al. 2016; Tan et al. 2016) with one pass over all positions of a window.
 
-    Parameters, initialisation, ``predict`` and ``full_sort_predict`` are RecBole's; without gradients the padding behind
-    the longest history is cut off first.
+    Parameters, initialisation, ``predict`` and ``full_sort_predict`` are RecBole's; without gradients the padding
+    behind the longest history is cut off first.
     """
 
     def encode(self, item_seq: torch.Tensor) -> torch.Tensor:

@@ -122,7 +122,7 @@ def tree_hash(*trees: Any) -> str:
         if isinstance(value, torch.Tensor):
             value = value.detach().to("cpu").contiguous()
             digest.update(str(value.dtype).encode())
-            digest.update(value.view(torch.uint8).numpy().tobytes() if value.numel() else b"")
+            digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b"")
         elif isinstance(value, np.ndarray):
             digest.update(
                 np.ascontiguousarray(value).tobytes() if value.dtype != object else repr(value.tolist()).encode()

@@ -134,7 +134,7 @@ class StreamDatasetMixin(_Mixed):
             )
         self._sort_into_stream()
         if isinstance(self, KnowledgeBasedDataset):
-            if self.item_feat is not None:
+            if self.item_feat is not None and not self.config["parity"]:
                 # RecBole puts items without a link before all others; they never occur in the stream.
                 self.item_feat = self.item_feat[self.item_feat[self.iid_field].isin(self.item2entity.keys())]
             # Its merging of items and entities counts on every linked item being there, also after time_range.
@@ -214,6 +214,8 @@ class StreamDatasetMixin(_Mixed):
 
     def _base_rows(self, feat: pd.DataFrame) -> np.ndarray:
         """Rows of a feature table that the base stage may know; statistics are fitted on them."""
+        if self.config["parity"]:
+            return np.ones(len(feat), dtype=bool)
         if feat is self.inter_feat:
             return (self.raw_stage == self.raw_stage[0]) & (self.raw_phase == 0)
         base = self.inter_feat[(self.raw_stage == self.raw_stage[0]) & (self.raw_phase == 0)]
@@ -315,6 +317,10 @@ class StageView:
     def of(stream: Any, index: int, graph: str = "all") -> Any:
         """Returns the view of ``stream.dataset`` at stage ``index``."""
         stage, base = stream.stages[index], stream.dataset
+        if base.config["parity"]:
+            from recbole_cl.parity import recbole_view
+
+            return recbole_view(stream)
         view = copy.copy(base)
         view.field2type, view.field2source, view.field2seqlen = (
             dict(base.field2type),
@@ -341,8 +347,8 @@ def select(feat: Interaction, rows: torch.Tensor) -> Interaction:
     return Interaction({name: column[rows] for name, column in feat.interaction.items()})
 
 
-def dataset_class(config: Any) -> type:
-    """Returns RecBole's dataset class for the configured model, with :class:`StreamDatasetMixin` in front."""
+def plain_class(config: Any) -> type:
+    """Returns RecBole's dataset class for the configured model."""
     by_type = {
         ModelType.SEQUENTIAL: recbole_datasets.SequentialDataset,
         ModelType.KNOWLEDGE: recbole_datasets.KnowledgeBasedDataset,
@@ -350,6 +356,12 @@ def dataset_class(config: Any) -> type:
     base = getattr(importlib.import_module("recbole.data.dataset"), f"{config['model']}Dataset", None)
     if base is None or config["model"] == "DIEN":  # DIEN's only adds negative lists, which the loader draws
         base = by_type.get(config["MODEL_TYPE"], recbole_datasets.Dataset)
+    return base
+
+
+def dataset_class(config: Any) -> type:
+    """Returns RecBole's dataset class for the configured model, with :class:`StreamDatasetMixin` in front."""
+    base = plain_class(config)
     return type(f"Stream{base.__name__}", (StreamDatasetMixin, base), {})
 
 

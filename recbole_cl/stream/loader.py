@@ -375,6 +375,8 @@ def make_loader(ctx: Any, targets: Targets, name: str) -> StageLoader | Knowledg
         name: Name of the pass; its generators are derived from it.
     """
     config, batcher, seed = ctx.config, ctx.batcher, ctx.config["seed"]
+    if config["parity"]:
+        return ctx.view.parity_loader  # type: ignore[no-any-return]
     units: Targets | Windows | tuple[np.ndarray, np.ndarray] = targets
     next_item = ctx.stage.task.kind == "next_item"
     if next_item and getattr(ctx.model, "trains_all_positions", False) and config["train_positions"] == "all":

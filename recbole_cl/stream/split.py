@@ -38,6 +38,10 @@ def roles(config: Any, user: np.ndarray, time: np.ndarray, stage: np.ndarray) ->
     Returns:
         int8 array of TRAIN, VALID, TEST or NONE (no target: its user has too few interactions in the stage).
     """
+    if config["parity"]:
+        from recbole_cl.parity import recbole_roles
+
+        return recbole_roles(config, user)
     shares = np.asarray(config["stage_ratios"], dtype=np.float64)
     shares = shares / shares.sum()
     how = config["stage_split"]
@@ -98,6 +102,8 @@ def vocabulary_phase(config: Any, role: np.ndarray) -> np.ndarray:
     an item that occurs first among a stage's held-out targets gets its row with the next stage. Randomly drawn
     validation targets lie between training targets and are history of later ones, hence phase 0.
     """
+    if config["parity"]:  # RecBole gives ids before it splits
+        return np.zeros(len(role), dtype=np.int8)
     early = role == TRAIN
     if config["valid_split"] == "random":
         early |= role == VALID

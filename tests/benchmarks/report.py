@@ -39,7 +39,8 @@ def main() -> None:
         print(row(f"FineTune epoch against bare _train_epoch, {model}", found, ">= 0.9x"), flush=True)
     peak, rows = cases.memory_of_windows()
     print(
-        f"\n{memory} Table and windows of {rows:,} interactions: peak {peak:.0f} MB, {peak * 1e6 / rows:.0f} bytes a row."
+        f"\n{memory} Table and windows of {rows:,} interactions: peak {peak:.0f} MB, "
+        f"{peak * 1e6 / rows:.0f} bytes a row."
     )
     print(
         f"One thread of {os.cpu_count()} cores ({platform.machine()}), Python {platform.python_version()}, torch "
