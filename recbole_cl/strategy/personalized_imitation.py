@@ -1,0 +1,135 @@
+"""Distillation of users, as strongly as each user's interests have stayed the same."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from recbole.data.interaction import Interaction
+from torch import nn
+from torch.nn import functional as F
+
+from recbole_cl.errors import ConfigError
+from recbole_cl.registry import strategies
+from recbole_cl.rng import torch_generator
+from recbole_cl.strategy.base import StageContext, Strategy, require
+from recbole_cl.strategy.outputs import has_vectors, second_forward, vectors
+
+NAMES = ("centers", "maps", "hidden_weight", "hidden_bias", "out_weight", "out_bias")
+
+
+@strategies.register()
+class PersonalizedImitation(Strategy):
+    """Holds users' vectors near the old model's, with a weight for each user that is learnt from the user's shift.
+
+    Wang et al. 2023, "Structure aware incremental learning with personalized imitation weights for recommender
+    systems" (SAIL-PIW), its weights. With K item centres ``c_k`` and maps ``W_k`` (d x d)::
+
+        g_u = softmax_k(c_k W_k e_u)                          a user's distribution over centres, shape [K]
+        s_u = (g_u_old - g_u)^2                               elementwise
+        w_u = softplus(MLP(s_u)) / mean over the batch's users
+        L(theta) + lambda * mean_u w_u |e_u - e_u_old|^2 + cluster * KL(P || Q)
+
+    The last term is DEC (Xie et al. 2016) over the batch's items: ``q_ik ~ 1 / (1 + |e_i - c_k|^2)``,
+    ``p_ik ~ q_ik^2 / sum_i q_ik`` held fixed, a mean over items. The users are the different users of a batch that the
+    old model knows; ``e`` is the embedding (BPR) or the propagated row (LightGCN and its kin).
+
+    Our reading where the text leaves it open: the paper weights the user side of several distillations, here it is the
+    squared distance; both distributions use today's centres and maps, so a user who did not move has s = 0; e is a
+    constant in w and in DEC, so the model can neither buy a small weight by moving a user nor is drawn into clusters.
+    Centres, maps and MLP are trained with the model by its optimiser, from the first stage on.
+
+    Known mistakes elsewhere: weights without normalisation, which training sends to zero.
+    """
+
+    prefix = "piw"
+    defaults = {"lambda": 1.0, "centers": 10, "cluster": 0.1, "hidden": 16}
+    neutral = {"lambda": 0.0}
+    needs = frozenset({"gradient", "batch_rows", "pairwise"})
+
+    def __init__(self, parameters: Mapping[str, Any] | None = None) -> None:
+        super().__init__(parameters)
+        self.own: dict[str, nn.Parameter] = {}
+
+    def check(self, config: Any, model: nn.Module) -> None:
+        if not has_vectors(model):
+            raise ConfigError(
+                f"strategy: {self.name} cannot serve the model {config['model']}: it needs vectors of users and items, "
+                f"by get_user_embedding(user) and get_item_embedding(item) or by a forward() of all; use BPR, LightGCN "
+                f"or another strategy (LwF)"
+            )
+        for key, least in (("centers", 2), ("hidden", 1)):
+            if self.params[key] < least:
+                raise ConfigError(f"piw_{key}: {self.params[key]} is too small; it must be at least {least}")
+
+    def prepare_model(self, ctx: StageContext) -> None:
+        """Makes its own parameters once; they do not depend on the numbers of users and items."""
+        if self.own:
+            return
+        self.check(ctx.config, ctx.model)  # the run checks later
+        device, first = ctx.device, torch.zeros(1, dtype=torch.int64, device=ctx.device)
+        with second_forward(ctx, f"{self.name}/size"), torch.no_grad():
+            d = vectors(ctx.model, first, first)[0].size(1)
+        k, h = int(self.params["centers"]), int(self.params["hidden"])
+        generator = torch_generator(ctx.config["seed"], 0, self.name)
+        values = {
+            "centers": torch.randn(k, d, generator=generator) / d**0.5,
+            "maps": torch.eye(d).repeat(k, 1, 1),  # at first g is the softmax of products with the centres
+            "hidden_weight": torch.randn(h, k, generator=generator) / k**0.5,
+            "hidden_bias": torch.zeros(h),
+            "out_weight": torch.randn(1, h, generator=generator) / h**0.5,
+            "out_bias": torch.zeros(1),
+        }
+        self.own = {name: nn.Parameter(value.to(device)) for name, value in values.items()}
+
+    def distribution(self, users: torch.Tensor) -> torch.Tensor:
+        """Returns g, shape ``[B, K]``, of users' vectors ``[B, d]``."""
+        projected = torch.einsum("kd,kde->ke", self.own["centers"], self.own["maps"])
+        return torch.softmax(users @ projected.T, dim=-1)
+
+    def weights(self, new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+        """Returns w, shape ``[B]``, with mean 1, of vectors ``[B, d]``."""
+        shift = (self.distribution(old) - self.distribution(new)).square()
+        hidden = torch.relu(F.linear(shift, self.own["hidden_weight"], self.own["hidden_bias"]))
+        raw = F.softplus(F.linear(hidden, self.own["out_weight"], self.own["out_bias"])).squeeze(-1)
+        return raw / raw.mean()
+
+    def clustering(self, items: torch.Tensor) -> torch.Tensor:
+        """Returns DEC's KL(P || Q), a mean over items ``[I, d]``."""
+        q = 1 / (1 + (items.unsqueeze(1) - self.own["centers"]).square().sum(-1))
+        q = q / q.sum(dim=1, keepdim=True)
+        p = q.detach().square() / q.detach().sum(dim=0)
+        p = p / p.sum(dim=1, keepdim=True)
+        return (p * (p.log() - q.log())).sum(dim=1).mean()
+
+    def loss_terms(self, ctx: StageContext, batch: Interaction) -> dict[str, torch.Tensor]:
+        model, teacher = ctx.model, ctx.previous_model
+        items, users = torch.unique(batch[ctx.batcher.iid]), torch.unique(batch[ctx.batcher.uid])
+        if teacher is not None:
+            users = users[users < ctx.stream.stages[ctx.index - 1].n_users]
+        with second_forward(ctx, self.name), torch.set_grad_enabled(teacher is not None):
+            new, item_vectors = vectors(model, users, items)
+        terms = {f"{self.name}/clusters": float(self.params["cluster"]) * self.clustering(item_vectors.detach())}
+        if teacher is None or not len(users):
+            return terms
+        with torch.no_grad():
+            old = vectors(teacher, users, users[:0])[0]
+        distance = (new - old).square().sum(-1)
+        strength = float(self.params["lambda"])
+        terms[f"{self.name}/distillation"] = strength * (self.weights(new.detach(), old) * distance).mean()
+        return terms
+
+    def parameters(self) -> list[nn.Parameter]:
+        return list(self.own.values())
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: p.detach().clone() for name, p in self.own.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        require(state, *NAMES)
+        for name in NAMES:
+            if name not in self.own:
+                self.own[name] = nn.Parameter(state[name].clone())
+            else:  # in place: the optimiser holds the parameters
+                self.own[name].data.copy_(state[name])
