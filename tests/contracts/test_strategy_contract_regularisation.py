@@ -26,7 +26,9 @@ class Contract(StrategyContract):
         def runner(resume: bool) -> Runner:
             given = {**SMALL, **toy.settings(), "strategy": self.active(), "output_dir": str(tmp_path / "run")}
             given |= {"checkpoint_steps": 2, "resume": resume}
-            return Runner(CLConfig(model=backbone, dataset=toy.name, config_dict=given))
+            config = CLConfig(model=backbone, dataset=toy.name, config_dict=given)
+            config["saved"] = True  # without it no checkpoint is written and "resume" starts over
+            return Runner(config)
 
         def stop(member: Any, ctx: StageContext) -> None:
             if ctx.index == 1 and ctx.step == 5:
@@ -35,6 +37,7 @@ class Contract(StrategyContract):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(self.cls, "after_step", stop)
             runner(resume=False).run()
+        assert list((tmp_path / "run" / "checkpoints").glob("0*")), "there must be something to resume from"
         again, whole = runner(resume=True), known(backbone, self.active())
         again.run()
         assert_same(whole.model.state_dict(), again.model.state_dict())
