@@ -554,7 +554,7 @@ class Runner:
         trainer_state: dict[str, Any] | None,
         stage_start: dict[str, Any],
     ) -> None:
-        if not self.config["saved"]:
+        if self.config["saved"] is False:  # unset counts as wanted: a run without checkpoints is asked for
             return
         self._number += 1
         state = {

@@ -111,7 +111,9 @@ class StrategyContract:
         def run(backbone: str, strategy: Any, **settings: Any) -> Runner:
             given = {**SMALL, **toy.settings(), **self.settings, **settings}
             given |= {"strategy": strategy, "output_dir": str(tmp_path / f"run{next(numbers)}")}
-            runner = Runner(CLConfig(model=backbone, dataset=toy.name, config_dict=given))
+            config = CLConfig(model=backbone, dataset=toy.name, config_dict=given)
+            config["saved"] = False
+            runner = Runner(config)
             runner.run()
             return runner
 
@@ -254,6 +256,34 @@ class StrategyContract:
         monkeypatch.setattr(self.cls, "after_step", swap)
         again = run(backbone, self.active())
         assert swapped, "the stage has fewer than three steps"
+        assert_same(whole.model.state_dict(), again.model.state_dict())
+        assert_same(self._live(whole).state_dict(), self._live(again).state_dict())
+
+    def test_an_interrupted_run_goes_on_with_the_same_bits(
+        self,
+        backbone: str,
+        toy: PlantedDrift,
+        known: Callable[..., Runner],
+        monkeypatch: pytest.MonkeyPatch,
+        tmp_path: Path,
+    ) -> None:
+        """A run that breaks off in the middle of an epoch ends, resumed by another runner, with the same bits."""
+
+        def runner(resume: bool) -> Runner:
+            given = {**SMALL, **toy.settings(), **self.settings, "strategy": self.active()}
+            given |= {"output_dir": str(tmp_path / "run"), "checkpoint_steps": 2, "resume": resume}
+            return Runner(CLConfig(model=backbone, dataset=toy.name, config_dict=given))
+
+        def stop(member: Strategy, ctx: StageContext) -> None:
+            if ctx.index == 1 and ctx.step == 5:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            self._before(patch, "after_step", stop)
+            runner(resume=False).run()
+        assert list((tmp_path / "run" / "checkpoints").glob("0*")), "there must be something to resume from"
+        again, whole = runner(resume=True), known(backbone, self.active())
+        again.run()
         assert_same(whole.model.state_dict(), again.model.state_dict())
         assert_same(self._live(whole).state_dict(), self._live(again).state_dict())
 

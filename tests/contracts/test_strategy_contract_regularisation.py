@@ -8,61 +8,30 @@ from typing import Any
 
 import pytest
 
-from recbole_cl.config import CLConfig
 from recbole_cl.runner import Runner
 from recbole_cl.strategy.base import StageContext
-from recbole_cl.testing.contract import SMALL, StrategyContract, assert_same, through_disk
-from recbole_cl.testing.toy import PlantedDrift
+from recbole_cl.testing.contract import StrategyContract, assert_same, through_disk
 
 
-class Contract(StrategyContract):
-    """The contract, and a run that breaks off in the middle of an epoch."""
-
-    def test_an_interrupted_run_goes_on_with_the_same_bits(
-        self, backbone: str, toy: PlantedDrift, known: Callable[..., Runner], monkeypatch: Any, tmp_path: Path
-    ) -> None:
-        """State, generators, own parameters and their moments come back in another runner."""
-
-        def runner(resume: bool) -> Runner:
-            given = {**SMALL, **toy.settings(), "strategy": self.active(), "output_dir": str(tmp_path / "run")}
-            given |= {"checkpoint_steps": 2, "resume": resume}
-            config = CLConfig(model=backbone, dataset=toy.name, config_dict=given)
-            config["saved"] = True  # without it no checkpoint is written and "resume" starts over
-            return Runner(config)
-
-        def stop(member: Any, ctx: StageContext) -> None:
-            if ctx.index == 1 and ctx.step == 5:
-                raise KeyboardInterrupt
-
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(self.cls, "after_step", stop)
-            runner(resume=False).run()
-        assert list((tmp_path / "run" / "checkpoints").glob("0*")), "there must be something to resume from"
-        again, whole = runner(resume=True), known(backbone, self.active())
-        again.run()
-        assert_same(whole.model.state_dict(), again.model.state_dict())
-        assert_same(self._live(whole).state_dict(), self._live(again).state_dict())
-
-
-class TestOnlineEWC(Contract):
+class TestOnlineEWC(StrategyContract):
     strategy = "OnlineEWC"
     strength = "lambda"
     drift_grid = (0.0, 1.0, 10.0, 100.0)
     data_importance = True
 
 
-class TestMAS(Contract):
+class TestMAS(StrategyContract):
     strategy = "MAS"
     strength = "lambda"
     drift_grid = (0.0, 0.1, 1.0, 10.0)
     data_importance = True
 
 
-class TestLwF(Contract):
+class TestLwF(StrategyContract):
     strategy = "LwF"
 
 
-class TestPersonalizedImitation(Contract):
+class TestPersonalizedImitation(StrategyContract):
     strategy = "PersonalizedImitation"
     backbones = ("BPR", "LightGCN")
 
