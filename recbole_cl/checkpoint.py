@@ -21,7 +21,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
+from safetensors.torch import save as tensors_to_bytes
 
 from recbole_cl.errors import CheckpointError, OutputError
 
@@ -169,6 +170,21 @@ def save(folder: Path, number: int, state: Mapping[str, Any], keep: int) -> Path
         for old in numbered(folder)[:-keep]:
             shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def to_bytes(state: Mapping[str, Any]) -> bytes:
+    """Returns a state as bytes, for another process: the length of its JSON, the JSON, the tensors."""
+    tensors: dict[str, torch.Tensor] = {}
+    body = json.dumps(_flatten(state, "", tensors, {}), allow_nan=False).encode()
+    return len(body).to_bytes(8, "little") + body + tensors_to_bytes(tensors)
+
+
+def from_bytes(data: bytes) -> dict[str, Any]:
+    """Returns the state that :func:`to_bytes` was given."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    state = _unflatten(json.loads(data[8:end]), load(data[end:]))
+    assert isinstance(state, dict)
+    return state
 
 
 def numbered(folder: Path) -> list[Path]:

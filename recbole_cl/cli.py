@@ -1,4 +1,4 @@
-"""The command ``recbole-cl``: run a stream, list what there is, render a report again.
+"""The command ``recbole-cl``: run a stream or a study, list what there is, render a report again.
 
 Exit codes: 0 done, 2 what was asked for makes no sense (one line says what and how to mend it), 1 anything else,
 130 interrupted.
@@ -19,7 +19,7 @@ from recbole_cl import __version__
 from recbole_cl.errors import ConfigError, RecBoleCLError, nearest
 
 PROGRAM = "recbole-cl"
-_LISTS = ("strategies", "schedulers", "models", "datasets", "metrics")
+_LISTS = ("strategies", "schedulers", "models", "datasets", "metrics", "studies")
 _LEVELS = ("debug", "info", "warning", "error", "critical")
 _HANDLER = "recbole_cl"
 
@@ -64,7 +64,7 @@ def setup_logging(state: str | None = None) -> None:
     handler.set_name(_HANDLER)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%d %b %H:%M:%S"))
     root.addHandler(handler)
-    root.setLevel(name.upper())
+    root.setLevel(name.upper() if _rank() in (None, 0) else "ERROR")
 
 
 def _parser() -> _Parser:
@@ -91,6 +91,19 @@ def _parser() -> _Parser:
         command.add_argument(
             "--config_files", "-c", help="YAML files with properties, separated by spaces; later ones win"
         )
+    study = commands.add_parser(
+        "study",
+        help="run a table of methods, models, logs and seeds",
+        description="Run every cell of a study that is not done yet, and write its tables. The same command goes on "
+        "after an interruption.",
+        allow_abbrev=False,
+    )
+    study.add_argument("name", metavar="STUDY", help="name of a study ('list studies'), or a .yaml file")
+    study.add_argument("--preset", default="laptop", help="laptop (two cores) or full (a GPU); default: laptop")
+    study.add_argument("--output_dir", help="folder of the study (default: studies/STUDY-PRESET)")
+    study.add_argument("--jobs", type=int, default=1, help="runs at a time, each in a process (default: 1)")
+    study.add_argument("--threads", type=int, default=1, help="threads of each run (default: 1)")
+    study.add_argument("--only_table", action="store_true", help="write the tables of what is done, run nothing")
     listing = commands.add_parser("list", help="list names, one a line", allow_abbrev=False)
     listing.add_argument("what", choices=_LISTS)
     report = commands.add_parser("report", help="render the report of a run again", allow_abbrev=False)
@@ -110,6 +123,10 @@ def _names(what: str) -> list[str]:
         return config.list_models()
     if what == "datasets":
         return config.list_datasets()
+    if what == "studies":
+        from recbole_cl.study import list_studies
+
+        return list_studies()
     return config.list_metrics()
 
 
@@ -144,7 +161,8 @@ def _run(options: argparse.Namespace, properties: list[str]) -> None:
     result = Runner(config).run()
     from recbole_cl.report import terminal_summary
 
-    print(terminal_summary(result))
+    if _rank() in (None, 0):
+        print(terminal_summary(result))
 
 
 def _compare(options: argparse.Namespace, properties: list[str]) -> None:
@@ -154,6 +172,21 @@ def _compare(options: argparse.Namespace, properties: list[str]) -> None:
     from recbole_cl.parity import compare, comparison_table
 
     print(comparison_table(compare(config)))
+
+
+def _study(options: argparse.Namespace) -> None:
+    from recbole_cl.study import read_plan, walk, write_tables
+
+    setup_logging()
+    for name in ("jobs", "threads"):
+        if getattr(options, name) < 1:
+            raise ConfigError(f"--{name}={getattr(options, name)}: give a number from 1 on")
+    plan = read_plan(options.name, options.preset)
+    folder = Path(options.output_dir or f"studies/{plan.name}-{plan.preset}").expanduser()
+    failures = [] if options.only_table else walk(plan, folder, options.jobs, options.threads)
+    print(write_tables(plan, folder), end="")
+    if failures:
+        raise RecBoleCLError(f"{len(failures)} runs failed; the same command tries them again: " + "; ".join(failures))
 
 
 def _report(folder: str) -> None:
@@ -166,8 +199,14 @@ def _report(folder: str) -> None:
         print(summary)
 
 
+def _rank() -> int | None:
+    """Returns the number of this process among several under torchrun, without importing torch."""
+    return int(os.environ["RANK"]) if "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1" else None
+
+
 def _tell(message: str) -> None:
-    print(f"{PROGRAM}: {' '.join(message.split())}", file=sys.stderr)
+    who = PROGRAM if _rank() is None else f"{PROGRAM} (rank {_rank()})"
+    print(f"{who}: {' '.join(message.split())}", file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -189,6 +228,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             _compare(options, properties)
         elif properties:
             raise ConfigError(f"cannot read the argument {properties[0]!r}; '{PROGRAM} --help' tells what there is")
+        elif options.command == "study":
+            _study(options)
         elif options.command == "list":
             print("\n".join(_names(options.what)))
         else:
@@ -201,7 +242,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
-        _tell("interrupted; run the same command with --resume=True to go on from the newest checkpoint")
+        again = "the same command" if arguments[:1] == ["study"] else "the same command with --resume=True"
+        _tell(f"interrupted; run {again} to go on from the newest checkpoint")
         return 130
     except RecBoleCLError as error:
         if debug:

@@ -33,7 +33,7 @@ from recbole.evaluator import metric_types
 from recbole.model.abstract_recommender import AbstractRecommender
 from recbole.utils import EvaluatorType, ModelType, argument_list
 
-from recbole_cl import compat, parity, schema
+from recbole_cl import compat, distributed, parity, schema
 from recbole_cl.errors import ConfigError, nearest
 from recbole_cl.registry import Registry, models, schedulers, strategies
 
@@ -49,6 +49,11 @@ _MODEL_FAMILIES = (
 )
 # RecBole's models that import a package only when constructed or trained, after the data has been read.
 _LATE_IMPORTS = {"KGAT": "dgl", "KGIN": "torch_scatter", "MCCLK": "torch_scatter", "NCL": "faiss"}
+# RecBole's models that cannot be taken through a stream, and why.
+_REFUSED = {
+    "FEARec": "it reads RecBole's table of augmented sequences, which a stream does not make; use SASRec",
+    "RippleNet": "it cannot score a user without training interactions, whom a stream always has; use KGCN",
+}
 # Intervals such as "[5,10]" would read as a YAML list; RecBole wants the text.
 _INTERVALS = (
     "user_inter_num_interval",
@@ -326,8 +331,8 @@ def get_model_class(name: str) -> type:
     """Returns the model called ``name``, whatever its case: ours first, then RecBole's.
 
     Raises:
-        ConfigError: If nobody answers to the name, the model needs a package that is not installed, or it is a
-            decision tree, which is fitted once and cannot go on from stage to stage.
+        ConfigError: If nobody answers to the name, the model needs a package that is not installed or something that
+            streams do not make, or it is a decision tree, which is fitted once and cannot go on from stage to stage.
     """
     if name in models:
         return models.get(name)
@@ -341,6 +346,8 @@ def get_model_class(name: str) -> type:
             f"model {class_name!r} is a decision tree: it is fitted once and cannot be trained in stages; "
             "use a context-aware model such as 'DeepFM'"
         )
+    if class_name in _REFUSED:
+        raise ConfigError(f"model {class_name!r} cannot be trained in stages: {_REFUSED[class_name]}")
     package = _LATE_IMPORTS.get(class_name)
     if package is None or importlib.util.find_spec(package) is not None:
         try:
@@ -593,7 +600,8 @@ class CLConfig(Config):
         self._declared: dict[str, tuple[str, ...]] = {}
         # A subclass of one of RecBole's models starts from that model's file and quick start.
         ancestors = [cls.__name__ for cls in model_class.__mro__[1:] if cls.__module__.startswith("recbole.model.")]
-        yaml_names = [model, *(name for name in ancestors if name.lower() in _recbole_models())]
+        backbone, backbone_defaults = self._backbone(model, model_class)
+        yaml_names = [model, *backbone, *(name for name in ancestors if name.lower() in _recbole_models())]
         base = next((n for n in yaml_names if (RECBOLE / "properties" / "model" / f"{n}.yaml").is_file()), model)
         super()._load_internal_config_dict(base, model_class, dataset)
 
@@ -601,6 +609,8 @@ class CLConfig(Config):
         own_dataset = properties_dir() / "dataset" / f"{dataset}.yaml"
         if own_dataset.is_file():
             self._add_layer(read_properties(own_dataset), schema.declared_types(own_dataset))
+        for layer in backbone_defaults:
+            self._add_layer(*layer)
         self._add_layer(*component_defaults(model_class, model, "model"))
         self._add_layer(*component_defaults(self.scheduler_class, self._scheduler, "stream"))
         self._own_parameters: dict[str, dict[str, str]] = {}
@@ -619,6 +629,17 @@ class CLConfig(Config):
         # RecBole's sequential quick start says True; the choice is ours, in _settle_repeats.
         if "repeatable" not in self._above_quick_start:
             self.internal_config_dict["repeatable"] = self._overall["repeatable"]
+
+    def _backbone(self, model: str, model_class: type) -> tuple[list[str], list[Any]]:
+        """Returns name and own defaults of the model inside a model, which its class names by ``backbone_property``."""
+        key = getattr(model_class, "backbone_property", None)
+        if key is None:
+            return [], []
+        asked = self.external_config_dict.get(key, component_defaults(model_class, model, "model")[0].get(key))
+        inner = get_model_class(str(asked))
+        if getattr(inner, "type", None) != ModelType.SEQUENTIAL or hasattr(inner, "backbone_property"):
+            raise ConfigError(f"{key}: {asked!r} cannot be the backbone of {model}; name a sequential model, as SASRec")
+        return [inner.__name__], [component_defaults(inner, inner.__name__, "model")]
 
     def _add_layer(self, values: Mapping[str, Any], declared: Mapping[str, tuple[str, ...]]) -> None:
         self.internal_config_dict.update(copy.deepcopy(dict(values)))
@@ -780,6 +801,8 @@ class CLConfig(Config):
             if isinstance(columns, list | tuple):
                 wanted = dict.fromkeys([*columns, *(field for field in needed if field)])
                 final["load_col"] = {**final["load_col"], "inter": [c for c in wanted if c in self._columns]}
+        if hasattr(self.scheduler_class, "settle"):  # a scheduler that needs more columns than the stream does
+            self.scheduler_class.settle(self)
         if final["MODEL_TYPE"] == ModelType.KNOWLEDGE:
             for suffix in ("kg", "link"):
                 if not (self._folder / f"{self.dataset}.{suffix}").is_file():
@@ -916,6 +939,13 @@ class CLConfig(Config):
         if not torch.cuda.is_available():
             self.warnings.append("property 'use_gpu' is True, but torch finds no CUDA device: the run uses the CPU")
             return
+        if distributed.launched():  # one GPU a process; CUDA_VISIBLE_DEVICES chooses among them
+            ids = [os.environ["LOCAL_RANK"]]
+            if int(ids[0]) >= torch.cuda.device_count():
+                raise ConfigError(
+                    f"torchrun: process {ids[0]} of this machine has no GPU, there are {torch.cuda.device_count()}; "
+                    f"start as many with --nproc_per_node, or set use_gpu to False"
+                )
         if not ids[0].isdigit() or int(ids[0]) >= torch.cuda.device_count():
             raise ConfigError(
                 f"property 'gpu_id' is {gpu!r}, but the GPUs here are numbered 0 to {torch.cuda.device_count() - 1}"

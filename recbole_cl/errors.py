@@ -44,6 +44,10 @@ class TrainingError(RecBoleCLError, ArithmeticError):
     """Training went wrong: a loss term is NaN or infinite."""
 
 
+class ProcessError(RecBoleCLError, RuntimeError):
+    """Another process of a run under torchrun has failed; the message names it and its reason."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Returns ``"; did you mean 'x'?"`` for the closest known name, or an empty string."""
     table = {k.lower(): k for k in known}

@@ -7,6 +7,7 @@ scored by a random row.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -20,18 +21,25 @@ from recbole.evaluator.register import metric_information, metrics_dict
 from recbole.utils import EvaluatorType, ModelType
 from torch import nn
 
+from recbole_cl import distributed
 from recbole_cl.errors import ConfigError, TrainingError, nearest
 from recbole_cl.model.capabilities import capabilities
+from recbole_cl.model.prefixes import prefix_outputs
+from recbole_cl.model.state import tree_hash
 from recbole_cl.rng import ModelRandomness, derive, numpy_generator
-from recbole_cl.strategy.base import Composite, StageContext
+from recbole_cl.strategy.base import Composite, StageContext, overrides
 from recbole_cl.stream.sampler import NegativeSampler
 from recbole_cl.stream.stage import CLASSIFICATION_METRICS, Stage, Stream, Targets, Task
 from recbole_cl.stream.table import InteractionTable
 
 SCORES_AT_ONCE = 1 << 24
+SCORES_IN_CACHE = 1 << 18
 PAIRS_AT_ONCE = 1 << 15
+PREFIXES_AT_ONCE = 1 << 10
+"""Rows whose histories are looked at together for sequences in common."""
 INPUTS_AT_ONCE = 1 << 14
 """Sequence positions a forward pass holds: activations that stay in the cache are faster and a tenth of the memory."""
+BLOCK = 32
 CACHES = ("restore_user_e", "restore_item_e", "restore_entity_e", "restore_user_emb", "restore_item_emb")
 
 
@@ -131,6 +139,28 @@ class _Rows:
     mask_item: np.ndarray
     candidates: np.ndarray | None  # [n, C] sampled candidates, positives first, 0 where there is none
 
+    @functools.cached_property
+    def positives(self) -> _Grouped:
+        """The positives of ranges of rows."""
+        return _Grouped(self.row, self.item, len(self.targets))
+
+    @functools.cached_property
+    def masked(self) -> _Grouped:
+        """What is not recommended again to ranges of rows."""
+        return _Grouped(self.mask_row, self.mask_item, len(self.targets))
+
+    def hits(self, top: np.ndarray) -> np.ndarray:
+        """Returns which recommended items, shape ``[n, K]``, are positives of their row."""
+        if len(self.row) == len(self.targets) and (np.diff(self.row) == 1).all():  # one a row
+            return (top == self.item[:, None]) & (top > 0)
+        asked = (np.arange(len(top))[:, None] << 32) + top
+        found = np.minimum(np.searchsorted(self._keys, asked), len(self._keys) - 1)
+        return (self._keys[found] == asked) & (top > 0)
+
+    @functools.cached_property
+    def _keys(self) -> np.ndarray:
+        return np.unique(np.r_[-1, (self.row << 32) + self.item])
+
 
 class Evaluator:
     """Evaluates a model of stage t on the targets of stage s.
@@ -147,6 +177,8 @@ class Evaluator:
         self.metrics = [m.lower() for m in config["metrics"]]
         self.topk: list[int] = list(config["topk"])
         self._cache: dict[tuple[int, str], _Rows] = {}
+        self._group = distributed.current()
+        self._in_order = any(overrides(s, "adjust_scores") for s in strategy.members)
 
     # -- the public face ------------------------------------------------------------------------------------------
 
@@ -163,22 +195,49 @@ class Evaluator:
         Raises:
             TrainingError: If a score is NaN.
         """
+        served = self.strategy.serving(ctx, self.stream.stages[self._answers_for(ctx, stage)])
+        if served is not ctx:
+            ctx, known = served, served.known
         model = ctx.model
         was_training = model.training
         model.eval()
         clear_caches(model)
         randomness = ModelRandomness(derive(self.config["seed"], ctx.index, f"evaluate/{stage.index}"))
         try:
-            with randomness.owned():
-                kind = stage.task.kind
-                if kind == "classification":
-                    return self._classification(ctx, known, stage, split)
-                if kind == "value":
-                    return self._value(ctx, known, stage, split)
-                return self._ranking(ctx, known, stage, split)
+            if self._group.size == 1:
+                return self._outcome(ctx, known, stage, split, randomness)
+            return self._shared(ctx, known, stage, split, randomness)
         finally:
             clear_caches(model)
             model.train(was_training)
+
+    def _outcome(
+        self, ctx: StageContext, known: Known, stage: Stage, split: str, randomness: ModelRandomness
+    ) -> Outcome:
+        with randomness.owned():
+            kind = stage.task.kind
+            if kind == "classification":
+                return self._classification(ctx, known, stage, split)
+            if kind == "value":
+                return self._value(ctx, known, stage, split)
+            return self._ranking(ctx, known, stage, split)
+
+    def _shared(
+        self, ctx: StageContext, known: Known, stage: Stage, split: str, randomness: ModelRandomness
+    ) -> Outcome:
+        """Returns the outcome of several processes, the same in each.
+
+        Where the order of batches matters (a strategy adjusts scores, the model draws random numbers to score) all
+        score them all, and the first one's results count.
+        """
+        start = randomness.state_dict()
+        outcome = self._outcome(ctx, known, stage, split, randomness)
+        drew = tree_hash(randomness.state_dict()) != tree_hash(start)
+        if not self._in_order and self._group.any(torch.tensor([drew])).any():
+            self._in_order = True
+            randomness.load_state_dict(start)
+            outcome = self._outcome(ctx, known, stage, split, randomness)
+        return outcome
 
     def mode(self, split: str) -> str:
         """Returns RecBole's evaluation mode of a split (``full``, ``uni100``, ``labeled``)."""
@@ -251,13 +310,16 @@ class Evaluator:
         """Draws the candidates of sampled ranking once, the same for every trained stage."""
         number = int(mode[3:])
         limit = self.stream.table.n_items if self.config["candidates"] == "all" else stage.catalogue
+        by_popularity = mode.startswith("pop")  # of the task's own training targets, hence among its items anyway
+        pool = None if stage.items is None or by_popularity else stage.items[stage.items < limit]
         sampler = NegativeSampler(
             np.r_[row, mask_row],
             np.r_[item, mask_item],
             limit,
             numpy_generator(self.config["seed"], stage.index, f"candidates/{split}"),
+            pool=pool,
         )
-        if mode.startswith("pop"):
+        if by_popularity:
             counts = np.bincount(self.stream.table.item[stage.train.position], minlength=limit)[1:limit].astype(float)
             sampler.cumulative = np.cumsum(counts / counts.sum())
         negatives = sampler.sample(row, number).reshape(number, len(row)).T
@@ -283,6 +345,8 @@ class Evaluator:
             allowed = known.items[:n].copy()
         else:
             allowed[1:] = True
+        if stage.items is not None:
+            allowed &= np.isin(np.arange(n), stage.items)
         allowed[0] = False
         return allowed
 
@@ -293,34 +357,37 @@ class Evaluator:
         cold_row = self._cold_rows(ctx, known, rows.targets, needs_user)
         cold_pos = cold_row[rows.row] | (rows.item >= n)
         cold_pos |= ~known.items[np.minimum(rows.item, len(known.items) - 1)]
-        allowed = torch.from_numpy(self._allowed(ctx, known, stage))
+        banned = torch.from_numpy(np.flatnonzero(~self._allowed(ctx, known, stage))).to(ctx.device)
         top = np.zeros((len(rows.targets), width), dtype=np.int64)
         auc = np.zeros(len(rows.targets))
-        by_row = _Grouped(rows.row, rows.item, len(rows.targets))
-        masked = _Grouped(rows.mask_row, rows.mask_item, len(rows.targets))
         full = rows.candidates is None
-        for index in self._batches(len(rows.targets), n):
-            scores = self._score(ctx, stage, rows, index, full).cpu()
-            if torch.isnan(scores).any():
-                raise TrainingError(
-                    f"stage {ctx.index + 1}: the model's scores on stage {stage.index + 1} ({split}) contain NaN"
-                )
-            scores[:, ~allowed] = -torch.inf
-            if not full:
-                assert rows.candidates is not None
-                kept = torch.zeros_like(scores, dtype=torch.bool)
-                inside = torch.from_numpy(np.where(rows.candidates[index] < n, rows.candidates[index], 0))
-                kept.scatter_(1, inside, True)
-                scores[~kept] = -torch.inf
-            row_index, item_index = masked.of(index)
-            fits = item_index < n
-            scores[row_index[fits], item_index[fits]] = -torch.inf
-            scores[torch.from_numpy(cold_row[index])] = -torch.inf
-            k = min(width, n)
-            values, items = torch.topk(scores, k, dim=1)
-            top[index, :k] = torch.where(torch.isfinite(values), items, 0).numpy()
-            if "gauc" in self._metrics_of(stage):
-                auc[index] = _auc(scores, *by_row.of(index), n)
+        shared = full and self._shares_prefixes(ctx)
+        for batch in self._batches(len(rows.targets), n, shared):
+            for index, scores in self._scored(ctx, stage, rows, batch, full, shared):
+                if torch.isnan(scores.sum()) and torch.isnan(scores).any():  # a sum takes a fraction of the time
+                    raise TrainingError(
+                        f"stage {ctx.index + 1}: the model's scores on stage {stage.index + 1} ({split}) contain NaN"
+                    )
+                scores.index_fill_(1, banned, -torch.inf)
+                if not full:
+                    assert rows.candidates is not None
+                    kept = torch.zeros_like(scores, dtype=torch.bool)
+                    inside = np.where(rows.candidates[index] < n, rows.candidates[index], 0)
+                    kept.scatter_(1, torch.from_numpy(inside).to(ctx.device), True)
+                    scores.masked_fill_(~kept, -torch.inf)
+                row_index, item_index = rows.masked.of(index)
+                fits = item_index < n
+                if fits.any():
+                    pairs = (torch.from_numpy(column[fits]).to(ctx.device) for column in (row_index, item_index))
+                    scores[tuple(pairs)] = -torch.inf
+                if cold_row[index].any():
+                    scores[torch.from_numpy(cold_row[index]).to(ctx.device)] = -torch.inf
+                k = min(width, n)
+                values, items = best(scores, k)
+                top[index, :k] = torch.where(torch.isfinite(values), items, 0).cpu().numpy()
+                if "gauc" in self._metrics_of(stage):
+                    auc[index] = _auc(scores.cpu(), *rows.positives.of(index), n)
+        self._everyones(top, auc)
         return self._ranking_outcome(rows, top, auc, cold_pos, stage, ctx)
 
     def _cold_rows(self, ctx: StageContext, known: Known, targets: Targets, needs_user: bool) -> np.ndarray:
@@ -335,15 +402,52 @@ class Evaluator:
             cold |= seen[targets.hi] == seen[start]
         return cold
 
-    def _batches(self, n_rows: int, n_items: int) -> Iterator[np.ndarray]:
+    def _batches(self, n_rows: int, n_items: int, shared: bool = False) -> Iterator[np.ndarray]:
         size = max(1, min(int(self.config["eval_batch_size"]), SCORES_AT_ONCE // max(n_items, 1)))
-        if self.sequential:
+        if shared:
+            size = max(1, min(int(self.config["eval_batch_size"]), PREFIXES_AT_ONCE))
+        elif self.sequential:
             size = max(1, min(size, INPUTS_AT_ONCE // int(self.config["MAX_ITEM_LIST_LENGTH"])))
-        for start in range(0, n_rows, size):
+        for start in self._mine(n_rows, size):
             yield np.arange(start, min(start + size, n_rows))
+
+    def _mine(self, n: int, size: int) -> range:
+        """Returns where the batches of this process start: all of them, or its share of several processes' work.
+
+        Whole batches are shared, because the last bits of a score may depend on what is scored beside it.
+        """
+        starts = range(0, n, size)
+        return starts if self._in_order else starts[self._group.share(len(starts))]
+
+    def _everyones(self, *arrays: np.ndarray) -> None:
+        """Completes arrays that are 0 in the rows of other processes, exactly: to a number 0 is added."""
+        for array in arrays:
+            if self._in_order and not self._group.main:  # all have scored all rows
+                array[:] = 0
+            self._group.sum(torch.from_numpy(array))
 
     def _answers_for(self, ctx: StageContext, stage: Stage) -> int:
         return stage.index if self.config["task_id"] == "given" else ctx.index
+
+    def _shares_prefixes(self, ctx: StageContext) -> bool:
+        """Tells whether one pass over a sequence may score all its prefixes (no strategy adjusts the scores)."""
+        told = getattr(ctx.model, "shares_prefixes", None)
+        adjusted = any(overrides(s, "adjust_scores") for s in self.strategy.members)
+        return told is not None and not adjusted and bool(told())
+
+    def _scored(
+        self, ctx: StageContext, stage: Stage, rows: _Rows, index: np.ndarray, full: bool, shared: bool
+    ) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+        """Yields rows and their scores of all items, few enough rows at a time that the scores stay in the cache."""
+        if not shared:
+            yield index, self._score(ctx, stage, rows, index, full)
+            return
+        n = ctx.batcher.n_items
+        outputs = prefix_outputs(ctx.model, ctx.batcher, rows.targets[index])
+        size = max(1, (SCORES_IN_CACHE if ctx.device.type == "cpu" else SCORES_AT_ONCE) // n)
+        for start in range(0, len(index), size):
+            part = slice(start, start + size)
+            yield index[part], ctx.model.item_scores(outputs[part])[:, :n]
 
     def _score(self, ctx: StageContext, stage: Stage, rows: _Rows, index: np.ndarray, full: bool) -> torch.Tensor:
         batch = ctx.batcher.rows(rows.targets[index], stage=self._answers_for(ctx, stage), evaluation=True)
@@ -367,10 +471,7 @@ class Evaluator:
         self, rows: _Rows, top: np.ndarray, auc: np.ndarray, cold_pos: np.ndarray, stage: Stage, ctx: StageContext
     ) -> Outcome:
         n_rows = len(rows.targets)
-        width = self.stream.table.n_items
-        positives = np.unique(rows.row * width + rows.item)
-        key = np.arange(n_rows)[:, None] * width + top
-        hit = np.isin(key, positives) & (top > 0)
+        hit = rows.hits(top)
         new_item = rows.item >= stage.first_new_item
         new_user = rows.targets.user >= stage.first_new_user
 
@@ -391,13 +492,22 @@ class Evaluator:
             "new_item": (hit & is_new, count(new_item), every),
         }
         out: dict[str, tuple[dict[str, float], int]] = {}
+        done: list[tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]] = []  # strata that differ in their rows alone
         for name, (hits, length, chosen) in strata.items():
-            chosen = chosen & (length > 0)
-            out[name] = (self._topk(hits[chosen], length[chosen], top[chosen], auc[chosen], stage), int(chosen.sum()))
+            counted = length > 0
+            found = next((f for h, n, f in done if h is hits and np.array_equal(n, length)), None)
+            if found is None:
+                found = self._by_row(hits[counted], length[counted], stage)
+                done.append((hits, length, found))
+            part, chosen = chosen[counted], chosen & counted
+            by_row = {metric: values[part] for metric, values in found.items()}
+            out[name] = (self._topk(by_row, length[chosen], top[chosen], auc[chosen], stage), int(chosen.sum()))
         metrics, n = out.pop("all")
         used = total > 0
         primary = stage.task.primary_metric(str(self.config["valid_metric"]))
-        per_row = self._per_row(hit[used], total[used], primary)
+        per_row = done[0][2].get(primary) if used.any() else None
+        if per_row is None:
+            per_row = self._per_row(hit[used], total[used], primary)
         return Outcome(metrics, out, n, int(cold_pos.sum()), rows.targets.user[used], top[used], per_row)
 
     def _metrics_of(self, stage: Stage) -> list[str]:
@@ -409,17 +519,24 @@ class Evaluator:
             return None
         return np.asarray(_metric_rows(self.config, name, hit, length)[:, int(k) - 1])
 
+    def _by_row(self, hit: np.ndarray, length: np.ndarray, stage: Stage) -> dict[str, np.ndarray]:
+        """Returns the metrics that are means over rows, by name, each of shape ``[n]``."""
+        out: dict[str, np.ndarray] = {}
+        for name in self._metrics_of(stage) if len(hit) else ():
+            if metric_information[name] == ["rec.topk"]:
+                rows = _metric_rows(self.config, name, hit, length)
+                out.update({f"{name}@{k}": np.ascontiguousarray(rows[:, k - 1]) for k in self.topk})
+        return out
+
     def _topk(
-        self, hit: np.ndarray, length: np.ndarray, top: np.ndarray, auc: np.ndarray, stage: Stage
+        self, by_row: dict[str, np.ndarray], length: np.ndarray, top: np.ndarray, auc: np.ndarray, stage: Stage
     ) -> dict[str, float]:
-        if not len(hit):
+        if not len(length):
             return {}
         out: dict[str, float] = {}
         for name in self._metrics_of(stage):
-            needs = metric_information[name]
-            if needs == ["rec.topk"]:
-                rows = _metric_rows(self.config, name, hit, length)
-                out.update({f"{name}@{k}": float(rows[:, k - 1].mean()) for k in self.topk})
+            if metric_information[name] == ["rec.topk"]:
+                out.update({f"{name}@{k}": float(by_row[f"{name}@{k}"].mean()) for k in self.topk})
             elif name == "gauc":
                 out[name] = float((auc * length).sum() / length.sum())
             else:
@@ -476,14 +593,18 @@ class Evaluator:
         score = np.full(len(item), prior)
         warm = np.flatnonzero(~cold)
         size = max(1, int(self.config["eval_batch_size"]))
-        for start in range(0, len(warm), size):
+        predictions = np.zeros(len(warm))
+        for start in self._mine(len(warm), size):
             rows = torch.from_numpy(warm[start : start + size])
             part = Interaction({name: column[rows] for name, column in batch.interaction.items()})
             if self.sequential:
                 field_ = self.config["ITEM_LIST_LENGTH_FIELD"]
                 part.interaction[field_] = part[field_].clamp(min=1)
-            predicted = ctx.model.predict(part.to(ctx.device)).flatten()
-            score[warm[start : start + size]] = predicted.double().cpu().numpy()
+            part = part.to(ctx.device)
+            predicted = self.strategy.adjust_scores(ctx, part, ctx.model.predict(part).flatten())
+            predictions[start : start + size] = predicted.double().cpu().numpy()
+        self._everyones(predictions)
+        score[warm] = predictions
         if np.isnan(score).any():
             raise TrainingError(
                 f"stage {ctx.index + 1}: the model's predictions on stage {stage.index + 1} ({split}) contain NaN"
@@ -514,13 +635,14 @@ class Evaluator:
 
     def _classification(self, ctx: StageContext, known: Known, stage: Stage, split: str) -> Outcome:
         targets = stage.split(split)
-        predicted = np.full(len(targets), -1)
+        predicted = np.zeros(len(targets), dtype=np.int64)
         cold = self._cold_rows(ctx, known, targets, not self.sequential)
         n_labels = stage.task.n_labels or 1
         for index in self._batches(len(targets), n_labels):
             batch = ctx.batcher.rows(targets[index], stage=self._answers_for(ctx, stage), evaluation=True)
             logits = ctx.model.predict_task(batch.to(ctx.device), stage.task)
             predicted[index] = logits.argmax(dim=-1).cpu().numpy()
+        self._everyones(predicted)
         predicted[cold] = -1
         used = ~cold if self.config["cold_targets"] == "drop" else np.ones(len(targets), dtype=bool)
         new = targets.user >= stage.first_new_user
@@ -557,11 +679,34 @@ class _Grouped:
         return self.row[part] - index[0], self.item[part]
 
 
+def best(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the ``k`` largest scores of each row and their columns, falling, shape ``[B, k]`` each.
+
+    In a wide row on a CPU the maxima of blocks say which blocks can hold one of them.
+    """
+    width, blocks = scores.size(1), scores.size(1) // BLOCK
+    if scores.device.type != "cpu" or blocks < 16 * k:
+        found = torch.topk(scores, k, dim=1)
+        return found.values, found.indices
+    peaks = scores[:, : blocks * BLOCK].unflatten(1, (blocks, BLOCK)).amax(dim=2)
+    chosen = torch.topk(peaks, k, dim=1).indices.sort(dim=1).values
+    columns = (chosen.unsqueeze(2) * BLOCK + torch.arange(BLOCK)).flatten(1)
+    rest = torch.arange(blocks * BLOCK, width).expand(len(scores), -1)
+    columns = torch.cat([columns, rest], dim=1)
+    found = torch.topk(scores.gather(1, columns), k, dim=1)
+    return found.values, columns.gather(1, found.indices)
+
+
 def _metric_rows(config: Any, name: str, hit: np.ndarray, length: np.ndarray) -> np.ndarray:
     metric = metrics_dict[name](config)
-    if len(inspect.signature(metric.metric_info).parameters) > 1:
+    if _takes_lengths(metrics_dict[name]):
         return np.asarray(metric.metric_info(hit, length))
     return np.asarray(metric.metric_info(hit))
+
+
+@functools.cache
+def _takes_lengths(metric: Any) -> bool:
+    return len(inspect.signature(metric.metric_info).parameters) > 2  # self, hits, numbers of positives
 
 
 def _auc(scores: torch.Tensor, row: np.ndarray, item: np.ndarray, n_items: int) -> np.ndarray:

@@ -116,5 +116,5 @@ schedulers = Registry("scheduler", "recbole_cl.schedulers", "recbole_cl.stream.s
 models = Registry("model", "recbole_cl.models", "recbole_cl.model")
 llm_clients = Registry("LLM client", "recbole_cl.llm_clients")
 tokenisers = Registry("tokeniser", "recbole_cl.tokenisers")
-encoders = Registry("text encoder", "recbole_cl.encoders")
+encoders = Registry("text encoder", "recbole_cl.encoders", "recbole_cl.llm.encoders")
 aggregators = Registry("aggregator", "recbole_cl.aggregators")

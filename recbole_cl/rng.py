@@ -63,6 +63,19 @@ def _restore(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Runs the body on global generators that start from ``seed``; afterwards they are as before."""
+    outer = _capture()
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        _restore(outer)
+
+
 class ModelRandomness:
     """The random state that model code sees, kept apart from the caller's.
 
@@ -74,7 +87,9 @@ class ModelRandomness:
         outer = _capture()
         random.seed(seed)
         np.random.seed(seed)
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed notes a stack trace for each absent accelerator
+        if torch.cuda.is_available():
+            torch.cuda.manual_seed(seed)
         self._state = _capture()
         _restore(outer)
         self._depth = 0

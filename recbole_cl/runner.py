@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from recbole.utils import ModelType, early_stopping
 from torch import nn
 from tqdm import tqdm
 
-from recbole_cl import checkpoint
+from recbole_cl import checkpoint, distributed
 from recbole_cl.errors import CheckpointError, ConfigError
 from recbole_cl.evaluation.records import Records
 from recbole_cl.evaluator import Evaluator, Known, clear_caches, computed_metrics
@@ -30,11 +30,14 @@ from recbole_cl.memory import peak_megabytes, reset_peak
 from recbole_cl.model.state import clone_tree, count_parameters, grow_model, load_owned_state, owned_state, tree_hash
 from recbole_cl.registry import strategies
 from recbole_cl.rng import ModelRandomness, derive
+from recbole_cl.shares import keep_alike
 from recbole_cl.strategy.base import STEP_HOOKS, Composite, Pass, StageContext, overrides
+from recbole_cl.strategy.trainable import refuse_new_beginnings, with_trainable
 from recbole_cl.stream.batch import Batcher
 from recbole_cl.stream.build import build_stream
 from recbole_cl.stream.loader import make_loader
 from recbole_cl.stream.stage import Stage, Stream, Targets
+from recbole_cl.stream.task_loader import TaskLoader
 from recbole_cl.stream.vocabulary import grow_optimizer
 from recbole_cl.trainer import HookedTrainer, Watched, load_optimizer_by_name, make_trainer, optimizer_by_name
 
@@ -86,7 +89,8 @@ class Runner:
 
     def __init__(self, config: Any) -> None:
         self.config = config
-        self.strategy = Composite(strategies.get(name)(params) for name, params in config.strategy_specs())
+        asked = [strategies.get(name)(params) for name, params in config.strategy_specs()]
+        self.strategy = Composite(with_trainable(config, asked))
         self.stream: Stream
         self.model: nn.Module
         self.folder = run_folder(config)
@@ -104,7 +108,19 @@ class Runner:
         Raises:
             RecBoleCLError: For everything a user can mend; the message names it.
         """
-        open_folder(self.folder, self.config["resume"])
+        group = distributed.start(self.config["device"])
+        with group.announced():
+            if group.size > 1 and self.config["parity"]:
+                raise ConfigError(
+                    f"property 'parity' is {self.config['parity']!r}, which compares with one process of RecBole; "
+                    f"start it without torchrun"
+                )
+            with group.together():
+                if group.main:
+                    open_folder(self.folder, self.config["resume"])
+            return self._run()
+
+    def _run(self) -> dict[str, Any]:
         LOGGER.info("loading %s", self.config["dataset"])
         if self.config["reproducibility"]:
             torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
@@ -123,7 +139,15 @@ class Runner:
             self._stage(index, resumed)
         if first == len(self.stream) and state is not None:
             LOGGER.info("nothing is left to do: the run in %s is complete", self.folder)
-        return self.journal.write(self.folder)
+        result: dict[str, Any] = {}
+        with distributed.current().together():
+            result = self.journal.write(self.folder) if self.main else self.journal.result(self.folder)
+        return result
+
+    @property
+    def main(self) -> bool:
+        """True in the process that writes files and progress bars."""
+        return distributed.current().main
 
     @property
     def records(self) -> Records:
@@ -145,6 +169,7 @@ class Runner:
             load_owned_state(ctx.model, stage_start["model"])
             self.strategy.load_state_dict(clone_tree(stage_start["strategy"]))
         passes = self.strategy.plan_stage(ctx)
+        refuse_new_beginnings(self.strategy.members, passes)
         progress = _Progress(best_score=self._worst(stage))
         if resumed is not None:
             progress = _Progress.of(resumed["progress"])
@@ -162,12 +187,15 @@ class Runner:
                 )
                 resumed = None
             clock = lambda: offset + time.perf_counter() - begun  # noqa: E731
-            ctx = self._pass(ctx, passes[number], progress, randomness, fresh, stage_start, resumed, clock)
+            place = sum(not plan.aside for plan in passes[:number])
+            ctx = self._pass(ctx, passes[number], progress, randomness, fresh, stage_start, resumed, clock, place)
         self.model = ctx.model
         if not passes:
             self._carried = {}
+        ctx.known = self.known
         with randomness.owned():
             self.strategy.end_stage(ctx)
+        keep_alike(ctx, self.strategy, trained=False)
         trained = time.perf_counter()
         seconds = offset + trained - begun
         self._evaluate_all(ctx)
@@ -185,6 +213,8 @@ class Runner:
                 "trainable_parameters": trainable,
                 "parameters": parameters,
                 "model_bytes": size,
+                **(ctx.model.stage_costs() if hasattr(ctx.model, "stage_costs") else {}),
+                **self.strategy.stage_costs(ctx),
             }
         )
         self._save(ctx, "done", None, None, stage_start)
@@ -212,6 +242,7 @@ class Runner:
         batcher = Batcher(self.config, self.stream, view, stage.n_users, stage.n_items)
         ctx = StageContext(self.config, self.stream, index, model, view, batcher, torch.device(self.config["device"]))
         ctx.previous_factory = self._previous_model
+        ctx.model_factory = self._frozen_model
         return ctx
 
     def _enter(
@@ -252,15 +283,19 @@ class Runner:
     def _previous_model(self) -> nn.Module | None:
         if self._previous is None:
             return None
-        index = int(self._previous["stage"])
+        model, _, _ = self._frozen_model(int(self._previous["stage"]), self._previous["model"])
+        return model
+
+    def _frozen_model(self, index: int, state: Mapping[str, Any]) -> tuple[nn.Module, Any, Batcher]:
+        """Returns a model with a stage's numbers of rows and the given weights, frozen; its view and its batcher."""
         view = self.stream.view(index, self.config["graph"])
         randomness = ModelRandomness(derive(self.config["seed"], index, "previous"))
-        model = self.build_model(view, randomness)
-        self._prepare(self._context(index, model, view), randomness)
-        load_owned_state(model, self._previous["model"])
-        for p in model.parameters():
+        ctx = self._context(index, self.build_model(view, randomness), view)
+        self._prepare(ctx, randomness)
+        load_owned_state(ctx.model, state)
+        for p in ctx.model.parameters():
             p.requires_grad_(False)
-        return model.eval()
+        return ctx.model.eval(), view, ctx.batcher
 
     def _check_tasks(self, model: Any) -> None:
         """Refuses a stage whose task the model cannot answer, or whose primary metric nobody computes."""
@@ -292,8 +327,11 @@ class Runner:
         stage_start: dict[str, Any],
         resumed: dict[str, Any] | None,
         clock: Callable[[], float],
+        place: int = 0,
     ) -> StageContext:
-        config = self.config
+        config, stage_randomness = self.config, randomness
+        if plan.aside:
+            randomness = ModelRandomness(derive(config["seed"], ctx.index, f"aside/{plan.name}"))
         if plan.graph is not None and plan.graph != config["graph"]:
             ctx = self._with_view(ctx, plan.graph)
         targets = plan.data if isinstance(plan.data, Targets) else self.stream.trained_targets(ctx.index, plan.data)
@@ -301,7 +339,9 @@ class Runner:
             self._initialise(ctx, plan, progress.number, randomness, fresh, stage_start)
             self._learn(ctx, targets)  # a checkpoint holds what was learnt
         ctx.pass_, ctx.epoch, ctx.step = plan, progress.epoch, progress.step
-        ctx.loader = loader = make_loader(ctx, targets, f"{progress.number}/{plan.name}")
+        self.strategy.begin_pass(ctx)
+        make = TaskLoader.over if plan.mix_tasks else make_loader
+        ctx.loader = loader = make(ctx, targets, f"{'aside' if plan.aside else place}/{plan.name}")
         scale = config["stage_lr_scale"]
         if isinstance(scale, (list, tuple)):
             scale = scale[min(ctx.index, len(scale) - 1)]
@@ -309,6 +349,11 @@ class Runner:
             scale = 1.0
         rate = config["learning_rate"] * scale * plan.lr_scale
         own_trainer = getattr(ctx.model, "stage_trainer", None)
+        if own_trainer is not None and distributed.current().size > 1:
+            raise ConfigError(
+                f"model: {config['model']} cannot be trained by several processes: it trains its stages by itself; "
+                f"start it without torchrun"
+            )
         if own_trainer is not None and self.strategy.steps:
             names = ", ".join(s.name for s in self.strategy.hooked(*STEP_HOOKS))
             raise ConfigError(
@@ -317,7 +362,8 @@ class Runner:
             )
         trainer = own_trainer(ctx, rate) if own_trainer is not None else make_trainer(ctx, self.strategy, rate)
         hooked = trainer if isinstance(trainer, HookedTrainer) else None
-        if resumed is None and hooked is not None and config["stage_optimizer"] == "carry" and plan.init == "previous":
+        continues = plan.init == "previous" or (plan.init == "stage_start" and place == 0)
+        if resumed is None and hooked is not None and config["stage_optimizer"] == "carry" and continues:
             load_optimizer_by_name(hooked, ctx.model, self.strategy, self._carried)
         epochs = plan.epochs if plan.epochs is not None else int(getattr(trainer, "epochs", config["epochs"]))
         if config["train_neg_sample_args"].get("dynamic", False):
@@ -326,6 +372,8 @@ class Runner:
         def save(phase: str) -> None:
             progress.step, progress.seconds = ctx.step, clock()
             state = self._trainer_state(trainer, ctx, loader, randomness)
+            if plan.aside:
+                state["stage_randomness"] = stage_randomness.state_dict()
             self._save(ctx, phase, progress, state, stage_start)
 
         if hooked is not None and config["checkpoint_steps"]:
@@ -342,6 +390,8 @@ class Runner:
             load_owned_state(ctx.model, resumed["model"])
             self.strategy.load_state_dict(clone_tree(resumed["strategy"]))
             self._load_trainer_state(trainer, ctx, loader, randomness, resumed["trainer"])
+            if plan.aside:
+                stage_randomness.load_state_dict(resumed["trainer"]["stage_randomness"])
             ctx.terms = {k: list(v) for k, v in progress.terms.items()}
             if hooked is not None:
                 hooked.resumed_loss = progress.partial_loss
@@ -350,13 +400,16 @@ class Runner:
             if progress.partial_loss is None:
                 ctx.terms, progress.epoch_start = {}, ctx.step
             told = f"stage {ctx.index + 1}/{len(self.stream)} {plan.name} epoch {progress.epoch}"
-            watched = Watched(loader, None if config["show_progress"] else True, told)
+            watched = Watched(loader, None if config["show_progress"] and self.main else True, told)
             with randomness.owned():
+                if hooked is not None and progress.partial_loss is None:
+                    hooked.begin_epoch(progress.epoch)
                 loss = (
                     hooked._train_epoch(watched, progress.epoch)
                     if hooked is not None
                     else trainer.train_epoch(watched, progress.epoch)
                 )
+            keep_alike(ctx, self.strategy, loader.state_dict(), randomness.state_dict(), ctx.state_dict())
             progress.partial_loss = None
             progress.epoch += 1
             progress.targets += loader.n_targets
@@ -367,7 +420,11 @@ class Runner:
             load_owned_state(ctx.model, progress.best["model"])
             self.strategy.load_state_dict(clone_tree(progress.best["strategy"]))
             clear_caches(ctx.model)
-        self._carried = clone_tree(optimizer_by_name(hooked, ctx.model, self.strategy)) if hooked is not None else {}
+        if not plan.aside:
+            moments = optimizer_by_name(hooked, ctx.model, self.strategy) if hooked is not None else {}
+            self._carried = clone_tree(moments)
+        with randomness.owned():
+            self.strategy.end_pass(ctx)
         return ctx
 
     def _with_view(self, ctx: StageContext, graph: str) -> StageContext:
@@ -429,6 +486,8 @@ class Runner:
         if wanted and len(ctx.stage.valid):
             valid = self.evaluator.evaluate(ctx, self.known, ctx.stage, "valid").metrics
             score = valid.get(metric)
+            if score is not None and plan.mix_tasks:
+                score = self._mean_score(ctx, score)
             if score is not None:
                 progress.best_score, progress.waited, progress.stopped, improved = early_stopping(
                     score, progress.best_score, progress.waited, config["stopping_step"], self.journal.bigger(ctx.stage)
@@ -463,6 +522,20 @@ class Runner:
             told,
         )
 
+    def _mean_score(self, ctx: StageContext, own: float) -> float:
+        """Returns the mean of the tasks' primary metrics on their validation targets, for a pass that trains them all.
+
+        Args:
+            ctx: The stage.
+            own: That of the stage's own task.
+        """
+        scores = [own]
+        for stage in self.stream.stages[: ctx.index]:
+            if len(stage.valid) and self.journal.bigger(stage) == self.journal.bigger(ctx.stage):
+                metrics = self.evaluator.evaluate(ctx, self.known, stage, "valid").metrics
+                scores.append(metrics.get(self.journal.primary(stage), own))
+        return sum(scores) / len(scores)
+
     # -- evaluation -----------------------------------------------------------------------------------------------
 
     def _evaluate_all(self, ctx: StageContext) -> None:
@@ -470,7 +543,7 @@ class Runner:
         online = [s for s in self.strategy.members if overrides(s, "adjust_scores")]
         kept = clone_tree(self.strategy.state_dict()) if online else None
         before = tree_hash(owned_state(ctx.model), self.strategy.state_dict())
-        quiet = None if self.config["show_progress"] else True  # None: no bar where stderr is no terminal
+        quiet = None if self.config["show_progress"] and self.main else True  # None: no bar where stderr is no terminal
         told = f"stage {ctx.index + 1}/{len(self.stream)} evaluate"
         for stage in tqdm(self.stream.stages, desc=told, disable=quiet, leave=False):
             if not stage.evaluable(ctx.index):
@@ -573,7 +646,9 @@ class Runner:
         }
         if progress is not None:
             state |= {"progress": progress.state_dict(), "trainer": trainer_state, "stage_start": stage_start}
-        checkpoint.save(self.folder / "checkpoints", self._number, state, int(self.config["checkpoint_keep"]))
+        with distributed.current().together():
+            if self.main:
+                checkpoint.save(self.folder / "checkpoints", self._number, state, int(self.config["checkpoint_keep"]))
 
     def _side_stores(self, model: Any) -> dict[str, str]:
         """Returns the durable stores of strategies and model, name to path."""
@@ -586,6 +661,12 @@ class Runner:
 
     def _load(self) -> dict[str, Any] | None:
         state, self._number, warnings = checkpoint.newest(self.folder / "checkpoints")
+        seen = distributed.current().texts(str(self._number))
+        if len(set(seen)) > 1:
+            raise CheckpointError(
+                f"resume: the processes see different newest checkpoints in {self.folder} ({', '.join(seen)}); give an "
+                f"output_dir on a file system that all of them share"
+            )
         for warning in warnings:
             self.journal.warn(warning)
         if state is None:

@@ -146,6 +146,9 @@ SCHEMA: dict[str, Rule] = {
     "window_stride": integer(1).optional(),
     "graph": choice("all", "stage"),
     "new_rows": choice("random", "mean"),
+    "trainable": choice("all", "prompt", "adapter", "lora"),
+    "trainable_from": integer(1),
+    "trainable_size": integer(1),
     # What comes when
     "scheduler": text(),
     # None where the scheduler's own file says so: it follows from the periods or boundaries.

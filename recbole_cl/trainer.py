@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from recbole_cl import compat
+from recbole_cl import compat, distributed
 from recbole_cl.errors import ConfigError, TrainingError
 from recbole_cl.strategy.base import Composite, StageContext
 
@@ -33,15 +33,23 @@ class HookedTrainer(recbole_trainer.Trainer):
     ctx: StageContext
     after_batch: Callable[[], None] | None = None
     resumed_loss: Any = None
+    always_hooked = False
+    group = distributed.current()
 
     def _train_epoch(
         self, train_data: Any, epoch_idx: int, loss_func: Any = None, show_progress: bool = False
     ) -> float | tuple[float, ...]:
         """Runs one epoch; see RecBole's method. Losses that are not finite end it with stage, batch and term named."""
         checked = _Checked(self, loss_func or self.model.calculate_loss)
-        if not self.strategy.steps and self.after_batch is None:
+        if not self.strategy.steps and self.after_batch is None and not self.always_hooked:
             return super()._train_epoch(_Counted(train_data, self), epoch_idx, checked)
         return self._hooked_epoch(train_data, checked)
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Does what RecBole's ``fit`` does before an epoch: NCL clusters its embeddings every ``m_step`` epochs."""
+        every = getattr(self, "num_m_step", None)
+        if every and hasattr(self.model, "e_step") and epoch % every == 0:
+            self.model.e_step()
 
     def _check_nan(self, loss: torch.Tensor) -> None:
         """Named checks are done where the loss is computed."""
@@ -55,19 +63,8 @@ class HookedTrainer(recbole_trainer.Trainer):
         for batch in train_data:
             for member in members:
                 batch = member.augment_batch(ctx, batch)
-            batch = batch.to(self.device)
             self.optimizer.zero_grad()
-            with torch.autocast(device_type=self.device.type, enabled=self.enable_amp):
-                losses = loss_func(batch)
-                terms: dict[str, torch.Tensor] = {}
-                for member in members:
-                    terms.update(member.loss_terms(ctx, batch))
-            loss = sum(losses) if isinstance(losses, tuple) else losses
-            total = _add(total, losses)
-            for name, term in terms.items():
-                self.check_finite(term, name)
-                ctx.log(name, term.detach())
-            self._backward(scaler, loss, terms)
+            total = _add(total, self._gradients(batch, loss_func, scaler))
             scaler.unscale_(self.optimizer) if self.enable_scaler else None
             for member in members:
                 member.add_gradients(ctx)
@@ -87,6 +84,24 @@ class HookedTrainer(recbole_trainer.Trainer):
 
     partial_loss: Any = None
 
+    def _gradients(self, batch: Any, loss_func: Any, scaler: Any) -> Any:
+        """Leaves the gradients of data loss and terms in ``p.grad``; returns the data loss, or a tuple of its parts."""
+        batch = batch.to(self.device)
+        with torch.autocast(device_type=self.device.type, enabled=self.enable_amp):
+            losses = loss_func(batch)
+            terms = self._terms(batch)
+        self._backward(scaler, sum(losses) if isinstance(losses, tuple) else losses, terms)
+        return losses
+
+    def _terms(self, batch: Any) -> dict[str, torch.Tensor]:
+        terms: dict[str, torch.Tensor] = {}
+        for member in self.strategy.members:
+            terms.update(member.loss_terms(self.ctx, batch))
+        for name, term in terms.items():
+            self.check_finite(term, name)
+            self.ctx.log(name, term.detach())
+        return terms
+
     def _backward(self, scaler: Any, loss: Any, terms: dict[str, torch.Tensor]) -> None:
         differentiable = [term for term in terms.values() if term.requires_grad]
         if not self.strategy.wants_data_gradients:
@@ -105,8 +120,9 @@ class HookedTrainer(recbole_trainer.Trainer):
     def check_finite(self, value: torch.Tensor, term: str) -> None:
         """Raises a :class:`TrainingError` naming stage, epoch, batch and term where a loss is NaN or infinite."""
         if not torch.isfinite(value).all():
+            where = f"rank {self.group.rank}, " if self.group.size > 1 else ""
             raise TrainingError(
-                f"stage {self.ctx.index + 1}, pass {self.ctx.pass_.name!r}, epoch {self.ctx.epoch}, "
+                f"{where}stage {self.ctx.index + 1}, pass {self.ctx.pass_.name!r}, epoch {self.ctx.epoch}, "
                 f"batch {self.batch_number}: the term {term!r} is {float(value.detach().float().sum())}; lower "
                 f"learning_rate (now {self.ctx.learning_rate:g}) or the strategy's weight, or set "
                 f"clip_grad_norm: {{max_norm: 5.0}}"
@@ -200,7 +216,16 @@ def make_trainer(ctx: StageContext, strategy: Composite, learning_rate: float) -
             f"strategy: {names} cannot serve the model {config['model']}: RecBole's {base.__name__} has a training "
             f"loop of its own without steps to hook into; use FineTune, FullRetrain, Joint, Scratch or Pretrain"
         )
-    bases = (HookedTrainer,) if base is recbole_trainer.Trainer else (base, HookedTrainer)
+    hooked: type[HookedTrainer] = HookedTrainer
+    if distributed.current().size > 1:
+        from recbole_cl.shares import SharedTrainer as hooked  # it derives from the class here
+
+        if base.__name__ not in COOPERATIVE:
+            raise ConfigError(
+                f"model: {config['model']} cannot be trained by several processes: RecBole's {base.__name__} has a "
+                f"training loop of its own; start it without torchrun"
+            )
+    bases = (hooked,) if base is recbole_trainer.Trainer else (base, hooked)
     with compat.without_side_effects():
         trainer = type(f"Hooked{base.__name__}", bases, {})(config, model)
     trainer.strategy, trainer.ctx = strategy, ctx
@@ -209,8 +234,18 @@ def make_trainer(ctx: StageContext, strategy: Composite, learning_rate: float) -
     if trainable or own:
         groups = [{"params": trainable}] + ([{"params": own}] if own else [])
         trainer.optimizer = trainer._build_optimizer(params=groups, learning_rate=learning_rate)
+        if config["train_positions"] == "all" and getattr(model, "trains_all_positions", False):
+            _fuse(trainer.optimizer)
     ctx.learning_rate = learning_rate
     return trainer
+
+
+def _fuse(optimizer: torch.optim.Optimizer) -> None:
+    """Lets Adam take its step in one operation a tensor. Elsewhere the bits stay those of RecBole's optimiser."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if type(optimizer) is torch.optim.Adam and all(p.is_floating_point() for p in parameters):
+        for group in optimizer.param_groups:
+            group["fused"] = True
 
 
 def optimizer_by_name(trainer: HookedTrainer, model: nn.Module, strategy: Composite) -> dict[str, dict[str, Any]]:

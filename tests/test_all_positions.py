@@ -62,6 +62,7 @@ def test_train_positions_last_is_recboles_path(tmp_path: Path) -> None:
     """``last`` gives a row a target to the loader, ``all`` a window a user, for as many targets."""
     from types import SimpleNamespace
 
+    from recbole_cl.strategy.base import Pass
     from recbole_cl.stream.loader import make_loader
 
     log = toy(tmp_path)
@@ -72,7 +73,9 @@ def test_train_positions_last_is_recboles_path(tmp_path: Path) -> None:
         stage, view = stream.stages[1], stream.view(1)
         net = Runner(config).build_model(view, ModelRandomness(0))
         batcher = Batcher(config, stream, view, stage.n_users, stage.n_items)
-        ctx = SimpleNamespace(config=config, batcher=batcher, stage=stage, model=net, stream=stream, index=1)
+        ctx = SimpleNamespace(
+            config=config, batcher=batcher, stage=stage, model=net, stream=stream, index=1, pass_=Pass()
+        )
         loader = make_loader(ctx, stage.train, "x")
         seen = []
         for batch in loader:

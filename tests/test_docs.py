@@ -20,6 +20,7 @@ from recbole_cl.evaluation.matrix import SUMMARIES
 from recbole_cl.registry import Registry, schedulers, strategies
 from recbole_cl.runner import Runner
 from recbole_cl.stream.build import build_stream
+from recbole_cl.study import read_plan
 from recbole_cl.testing.contract import SMALL
 from recbole_cl.testing.toy import PlantedDrift, write_planted_drift
 
@@ -161,6 +162,10 @@ def test_commands_name_what_exists() -> None:
                     assert value in config.list_models(), told
                 if key == "strategy":
                     assert all(name in strategies for name in re.findall(r"\w+", value)), told
+        elif words[:2] == ["recbole-cl", "study"]:
+            assert read_plan(words[2], "laptop").cells, told
+            options = {word.partition("=")[0] for word in words[3:]}
+            assert options <= {"--preset", "--output_dir", "--jobs", "--threads", "--only_table"}, told
         elif words[0] == "recbole-cl":
             assert words[1] in ("list", "report") and (words[1] == "report" or words[2] in cli._LISTS), told
         for word in words:
@@ -174,7 +179,7 @@ def test_readme_has_the_two_set_up_lines() -> None:
     venv = "python -m venv .venv && .venv/bin/pip install -c constraints.txt "
     run_line = venv + (". && .venv/bin/python run_recbole_cl.py --model=SASRec --dataset=ml-100k --strategy=FineTune")
     assert run_line in lines
-    assert venv + '".[test]" && .venv/bin/python -m pytest' in lines
+    assert venv + '".[test]" && .venv/bin/python -m pytest -n 2 --dist loadscope' in lines
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     named = {name for page in PAGES for name in re.findall(r"`\[([a-z]+)\]`", page.read_text(encoding="utf-8"))}
     assert named <= extras.keys()

@@ -9,12 +9,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from recbole.data.interaction import Interaction
 from torch import nn
-from torch.nn import functional as F
 
+from recbole_cl.model.fused import softmax_loss
 from recbole_cl.stream.batch import TARGETS
+
+PASS_OVERHEAD = {True: 256, False: 64}
+"""What one more pass with or without gradients costs, in inputs: rows are parted where that saves more padding."""
+INPUTS_AT_ONCE = {"cpu": 1 << 12, "cuda": 1 << 18}
+"""Inputs of a pass without gradients. On a CPU its activations then stay in the cache."""
 
 
 class AllPositions:
@@ -48,16 +54,69 @@ class AllPositions:
         """
         raise NotImplementedError
 
+    def outputs_at(self, item_seq: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        """Returns the outputs at some positions; a model that can leave out the others overrides it.
+
+        Args:
+            item_seq: Item ids, right-padded with 0, shape ``[B, L]``.
+            wanted: Flags, shape ``[B, L]``.
+
+        Returns:
+            Shape ``[n, d]``, row by row.
+        """
+        return pick(self.encode(item_seq), wanted)
+
+    def outputs(self, item_seq: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        """Returns the outputs at some positions with little work on padding: rows of similar length share a pass.
+
+        Args:
+            item_seq: Item ids, right-padded with 0, shape ``[B, L]``.
+            wanted: Flags, shape ``[B, L]``.
+
+        Returns:
+            Shape ``[n, d]``, row by row.
+        """
+        groups = passes(wanted)
+        if len(groups) == 1 and len(groups[0][0]) == len(wanted):
+            width = groups[0][1]
+            return self.outputs_at(item_seq[:, :width], wanted[:, :width])
+        number = (wanted.flatten().cumsum(0) - 1).view_as(wanted)
+        parts, places = [], []
+        for rows, width in groups:
+            flags = wanted[rows, :width]
+            parts.append(self.outputs_at(item_seq[rows, :width], flags))
+            places.append(number[rows, :width][flags])
+        place = torch.cat(places)
+        inverse = torch.empty_like(place)
+        inverse[place] = torch.arange(len(place), device=place.device)
+        return torch.cat(parts).index_select(0, inverse)
+
+    def item_scores(self, outputs: torch.Tensor) -> torch.Tensor:
+        """Returns the scores of all items, shape ``[n, n_items]``, for outputs of shape ``[n, d]``."""
+        return outputs @ self.item_embedding.weight.T
+
+    def shares_prefixes(self) -> bool:
+        """Tells whether one pass over a sequence scores all its prefixes as ``full_sort_predict`` would.
+
+        It does unless a subclass has given :meth:`forward` or ``full_sort_predict`` another meaning.
+        """
+        order = type(self).__mro__
+        place = {
+            name: next(i for i, kind in enumerate(order) if name in vars(kind))
+            for name in ("forward", "full_sort_predict", "outputs_at")
+        }
+        own = vars(self)
+        return min(place.values()) == place["outputs_at"] and not any(name in own for name in place)
+
     def calculate_loss(self, interaction: Interaction) -> torch.Tensor:
         """Returns the mean loss over the supervised positions, or RecBole's loss of single targets."""
         if TARGETS not in interaction:
             return super().calculate_loss(interaction)  # type: ignore[misc]
         targets = interaction[TARGETS]
-        hidden = self.encode(interaction[self.ITEM_SEQ])
         supervised = targets > 0
-        outputs, items = hidden[supervised], targets[supervised]
+        outputs, items = self.outputs(interaction[self.ITEM_SEQ], supervised), targets[supervised]
         if self.loss_type == "CE":
-            return F.cross_entropy(outputs @ self.item_embedding.weight.T, items)
+            return softmax_loss(outputs, self.item_embedding.weight, items)
         negatives = interaction[self.config_neg_prefix + TARGETS][supervised]
         positive = (outputs * self.item_embedding(items)).sum(-1)
         negative = (outputs * self.item_embedding(negatives)).sum(-1)
@@ -93,3 +152,63 @@ class AllPositions:
         """Returns scores of given items, shape ``[B, C]`` for ``items`` of shape ``[B, C]``."""
         hidden = self.user_representation(interaction)
         return (hidden.unsqueeze(1) * self.item_embedding(items)).sum(-1)
+
+
+def pick(hidden: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Returns the rows ``[n, d]`` of ``hidden`` of shape ``[B, L, d]`` whose flag of shape ``[B, L]`` is set."""
+    index = wanted.flatten().nonzero().squeeze(1)
+    flat = hidden.flatten(0, 1)
+    return flat if len(index) == len(flat) else flat.index_select(0, index)
+
+
+def passes(wanted: torch.Tensor) -> list[tuple[torch.Tensor, int]]:
+    """Parts rows into passes of similar length.
+
+    Args:
+        wanted: Flags of the positions that are wanted, shape ``[B, L]``; a row needs its inputs up to the last.
+
+    Returns:
+        Rows and width of each pass, rows without a wanted position left out; a single pass over all rows has them in
+        their order. Without gradients passes are small, and rows of which one position is wanted are kept apart, since
+        a model may do less for them.
+    """
+    size, width = wanted.shape
+    grown, device = torch.is_grad_enabled(), wanted.device
+    most = INPUTS_AT_ONCE.get(device.type, 1 << 18)
+    everything = [(torch.arange(size, device=device), width)]
+    if device.type != "cpu" and (grown or size * width <= most):
+        return everything
+    flags = wanted.cpu().numpy()
+    number, lengths = flags.sum(axis=1), width - flags[:, ::-1].argmax(axis=1)
+    if not number.any():
+        return everything
+    kinds = [np.flatnonzero(number)] if grown else [np.flatnonzero(number == 1), np.flatnonzero(number > 1)]
+    found: list[tuple[np.ndarray, int]] = []
+    for rows in kinds:
+        order = rows[np.argsort(-lengths[rows], kind="stable")]
+        for part in np.split(order, _cuts(lengths[order], PASS_OVERHEAD[grown])):
+            if len(part):
+                longest = int(lengths[part[0]])
+                step = len(part) if grown else max(1, most // longest)
+                found += [(part[i : i + step], longest) for i in range(0, len(part), step)]
+    if len(found) == 1 and len(found[0][0]) == size:
+        return [(everything[0][0], found[0][1])]
+    return [(torch.from_numpy(rows).to(device), longest) for rows, longest in found]
+
+
+def _cuts(lengths: np.ndarray, overhead: int) -> np.ndarray:
+    """Returns where to cut falling lengths so that padding and an overhead for each pass cost least in all."""
+    if not len(lengths):
+        return np.empty(0, dtype=np.int64)
+    starts = np.flatnonzero(np.r_[True, lengths[1:] != lengths[:-1]])
+    ends = np.r_[starts[1:], len(lengths)]
+    best, before = np.zeros(len(starts) + 1), np.zeros(len(starts), dtype=np.int64)
+    for j, end in enumerate(ends):  # the last pass holds the lengths i .. j, each as long as the longest of them
+        costs = best[: j + 1] + lengths[starts[: j + 1]] * (end - starts[: j + 1]) + overhead
+        before[j] = costs.argmin()
+        best[j + 1] = costs[before[j]]
+    cuts, j = [], len(starts) - 1
+    while j >= 0:
+        cuts.append(int(starts[before[j]]))
+        j = int(before[j]) - 1
+    return np.array(cuts[::-1][1:], dtype=np.int64)

@@ -20,7 +20,9 @@ def capabilities(model: nn.Module) -> frozenset[str]:
     methods of :data:`METHODS` where the class implements them; and what the class lists itself.
     """
     found = set(getattr(model, "capabilities", ()))
-    if any(p.requires_grad for p in model.parameters()) and getattr(model, "type", None) != ModelType.TRADITIONAL:
+    # RecBole's closed-form models have one parameter that nothing reads, since its trainer needs one.
+    trained = any(p.requires_grad for name, p in model.named_parameters() if name != "dummy_param")
+    if trained and getattr(model, "type", None) != ModelType.TRADITIONAL:
         found.add("gradient")
     from recbole_cl.stream.loader import USER_BATCH_MODELS
 

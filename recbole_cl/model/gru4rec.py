@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from recbole.model.sequential_recommender.gru4rec import GRU4Rec as RecBoleGRU4Rec
 
-from recbole_cl.model.all_positions import AllPositions
+from recbole_cl.model.all_positions import AllPositions, pick
+from recbole_cl.model.fused import dropout
 from recbole_cl.registry import models
 
 
@@ -13,17 +14,25 @@ from recbole_cl.registry import models
 class GRU4Rec(AllPositions, RecBoleGRU4Rec):
     """RecBole's GRU4Rec (Hidasi et al. 2016; Tan et al. 2016) with one pass over all positions of a window.
 
-    Parameters, initialisation, ``predict`` and ``full_sort_predict`` are RecBole's; without gradients the padding
-    behind the longest history is cut off first.
+    Parameters, initialisation, ``predict`` and ``full_sort_predict`` are RecBole's; passes over all positions and
+    passes without gradients do little work on padding.
     """
 
     def encode(self, item_seq: torch.Tensor) -> torch.Tensor:
         """Returns the recurrent output at every position, shape ``[B, L, d]``."""
-        embedded = self.emb_dropout(self.item_embedding(item_seq))
-        return self.dense(self.gru_layers(embedded)[0])
+        return self.dense(self._recur(item_seq))
+
+    def outputs_at(self, item_seq: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        """Returns the outputs at some positions, shape ``[n, d]``."""
+        return self.dense(pick(self._recur(item_seq), wanted))
+
+    def _recur(self, item_seq: torch.Tensor) -> torch.Tensor:
+        embedded = dropout(self.item_embedding(item_seq), self.emb_dropout.p, self.emb_dropout.training)
+        return self.gru_layers(embedded)[0]
 
     def forward(self, item_seq: torch.Tensor, item_seq_len: torch.Tensor) -> torch.Tensor:
-        """Returns the output after the last item, shape ``[B, d]``."""
-        if not torch.is_grad_enabled():
-            item_seq = item_seq[:, : int(item_seq_len.max())]
-        return super().forward(item_seq, item_seq_len)
+        """Returns the output after the last item, shape ``[B, d]``; RecBole's own pass where gradients are needed."""
+        if self.training or torch.is_grad_enabled():
+            return super().forward(item_seq, item_seq_len)
+        positions = torch.arange(item_seq.size(1), device=item_seq.device)
+        return self.outputs(item_seq, positions == item_seq_len.view(-1, 1) - 1)

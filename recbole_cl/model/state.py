@@ -186,7 +186,7 @@ def _carry_others(old: Any, new: Any, n_users: tuple[int, int], n_items: tuple[i
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int, int]:
-    """Returns trainable numbers, all numbers, and bytes of a model; tied tensors count once."""
+    """Returns trainable numbers (frozen rows left out), all numbers, and bytes of a model; tied tensors count once."""
     unique = {p.data_ptr(): p for p in model.parameters()}.values()
-    trainable = sum(p.numel() for p in unique if p.requires_grad)
+    trainable = sum(p.numel() for p in unique if p.requires_grad) - int(getattr(model, "masked_entries", 0))
     return trainable, sum(p.numel() for p in unique), sum(p.numel() * p.element_size() for p in unique)

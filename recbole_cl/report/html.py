@@ -127,6 +127,9 @@ COST = {
     "parameters": ("parameters", text.count),
     "trainable_parameters": ("trainable", text.count),
     "model_bytes": ("model size", text.size),
+    "backbones": ("#B backbones kept", text.count),
+    "objectives": ("#F objectives at once", text.count),
+    "bytes_per_task": ("kept for the task", text.size),
 }
 
 

@@ -7,8 +7,9 @@ what they want; they never reach into the trainer.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -35,6 +36,10 @@ class Pass:
         lr_scale: Factor on the stage's learning rate.
         graph: What a graph model sees: ``all``, ``stage``, or ``None`` for the configuration's ``graph``.
         early_stopping: Stop by the validation metric and keep the best epoch.
+        mix_tasks: ``data`` holds targets of several stages' tasks: each step has a batch of every one of them
+            (:class:`recbole_cl.stream.task_loader.TaskLoader`), and the mean of their primary metrics stops training.
+        aside: A pass beside the plan: it draws from generators of its own and hands on no optimiser state, so the
+            passes after it have the bits that they have without it (PISA's forward model).
     """
 
     name: str = "train"
@@ -44,6 +49,8 @@ class Pass:
     lr_scale: float = 1.0
     graph: str | None = None
     early_stopping: bool = True
+    mix_tasks: bool = False
+    aside: bool = False
 
 
 @dataclass
@@ -66,6 +73,8 @@ class StageContext:
             ``wants_data_gradients``.
         learning_rate: Learning rate of the running pass.
         terms: Values logged this epoch, by name: sum and count.
+        known: What the model has trained on (:class:`recbole_cl.evaluator.Known`), as the stage ends.
+        model_factory: See :meth:`with_model`.
     """
 
     config: Any
@@ -83,6 +92,8 @@ class StageContext:
     data_gradients: dict[str, torch.Tensor] = field(default_factory=dict)
     terms: dict[str, list[float]] = field(default_factory=dict)
     previous_factory: Callable[[], nn.Module | None] = lambda: None
+    known: Any = None
+    model_factory: Callable[[int, Mapping[str, Any]], tuple[Any, Any, Batcher]] | None = None
     _generators: dict[str, np.random.Generator] = field(default_factory=dict)
     _previous: nn.Module | None = None
 
@@ -103,6 +114,22 @@ class StageContext:
         if self._previous is None:
             self._previous = self.previous_factory()
         return self._previous
+
+    def with_model(self, index: int, state: Mapping[str, Any], known: Mapping[str, Any] | None = None) -> StageContext:
+        """Returns this context with another model in it, frozen and in eval mode (see :meth:`Strategy.serving`).
+
+        Args:
+            index: Stage whose numbers of users and items the model has.
+            state: The model's weights, as :func:`recbole_cl.model.state.owned_state` gives them.
+            known: State of what it trained on; default what this context's model did.
+        """
+        if self.model_factory is None:
+            raise RuntimeError("with_model: this context was made without a run, which would build the model")
+        model, view, batcher = self.model_factory(index, state)
+        told = copy.copy(self.known)
+        if known is not None:
+            told.load_state_dict(known)
+        return replace(self, model=model, view=view, batcher=batcher, known=told)
 
     def log(self, name: str, value: float | torch.Tensor) -> None:
         """Adds a value to this epoch's mean of ``name`` in the curves."""
@@ -173,6 +200,9 @@ class Strategy:
         """Returns the stage's passes, or ``None`` for one pass over the stage's own data."""
         return None
 
+    def begin_pass(self, ctx: StageContext) -> None:
+        """Runs before each pass (``ctx.pass_``), before its optimiser is made: says which parameters it trains."""
+
     def augment_batch(self, ctx: StageContext, batch: Interaction) -> Interaction:
         """Returns the batch, with rows added (replay)."""
         return batch
@@ -191,11 +221,25 @@ class Strategy:
         """Runs after each optimiser step."""
 
     def adjust_scores(self, ctx: StageContext, batch: Interaction, scores: torch.Tensor) -> torch.Tensor:
-        """Returns scores at test time, shape ``[B, n_items]``."""
+        """Returns scores at test time, shape ``[B, n_items]``, or ``[B]`` of the rows' own items (value tasks)."""
         return scores
+
+    def serving(self, ctx: StageContext, stage: Stage) -> StageContext:
+        """Returns the context whose model answers for ``stage``: ``ctx``, or :meth:`StageContext.with_model`.
+
+        For strategies that keep a model, or a part of one, for each task. The kept model's own ``known`` counts.
+        """
+        return ctx
+
+    def end_pass(self, ctx: StageContext) -> None:
+        """Runs after each pass (``ctx.pass_``); the model holds the pass's best weights."""
 
     def end_stage(self, ctx: StageContext) -> None:
         """Takes importances, exemplars, anchors; the model holds the stage's best weights."""
+
+    def stage_costs(self, ctx: StageContext) -> dict[str, Any]:
+        """Returns entries of the stage's costs that the strategy knows better than the model (``backbones`` kept)."""
+        return {}
 
     def penalty(self, ctx: StageContext) -> torch.Tensor:
         """Returns the current value of what :meth:`add_gradients` differentiates (0 where it does nothing)."""
@@ -233,6 +277,9 @@ def overrides(strategy: Strategy, hook: str) -> bool:
     return getattr(type(strategy), hook) is not getattr(Strategy, hook)
 
 
+PARTS = "way of training parts only"
+"""Kind of the strategies that freeze all but a part of their own: two would each freeze the other's."""
+
 STEP_HOOKS = ("augment_batch", "loss_terms", "add_gradients", "mask_gradients", "after_step")
 
 
@@ -252,7 +299,7 @@ class Composite:
         for name in names:
             if names.count(name) > 1:
                 raise ConfigError(f"strategy: {name} is listed twice")
-        for kind in ("bound", "replay"):
+        for kind in ("bound", "replay", PARTS):
             same = [s.name for s in self.members if s.kind == kind]
             if len(same) > 1:
                 raise ConfigError(f"strategy: {' and '.join(same)} are both a {kind}; keep one of them")
@@ -311,10 +358,32 @@ class Composite:
             scores = s.adjust_scores(ctx, batch, scores)
         return scores
 
+    def serving(self, ctx: StageContext, stage: Stage) -> StageContext:
+        """Returns the context that the first member with one of its own gives, or ``ctx``."""
+        for s in self.members:
+            served = s.serving(ctx, stage)
+            if served is not ctx:
+                return served
+        return ctx
+
+    def begin_pass(self, ctx: StageContext) -> None:
+        """Runs every member's hook."""
+        for s in self.members:
+            s.begin_pass(ctx)
+
+    def end_pass(self, ctx: StageContext) -> None:
+        """Runs every member's hook."""
+        for s in self.members:
+            s.end_pass(ctx)
+
     def end_stage(self, ctx: StageContext) -> None:
         """Runs every member's hook."""
         for s in self.members:
             s.end_stage(ctx)
+
+    def stage_costs(self, ctx: StageContext) -> dict[str, Any]:
+        """Returns the members' entries."""
+        return {name: value for s in self.members for name, value in s.stage_costs(ctx).items()}
 
     def grow(self, growth: Growth) -> None:
         """Grows every member."""

@@ -56,11 +56,14 @@ class ERRandom(Strategy):
         return self._own
 
     def augment_batch(self, ctx: StageContext, batch: Interaction) -> Interaction:
-        if not len(self.memory):
+        if not len(self.memory) or ctx.batcher.uid not in batch.interaction:  # MKR's batches of triples alone
             return batch
         self.memory.check(ctx)
-        rows = self.memory.sample(int(self.params["batch_size"]), ctx.generator(f"{self.name}/batches"))
-        return join_rows(batch, self.own_rows(ctx).complete(rows), optional=self._triples(ctx))
+        return join_rows(batch, self.own_rows(ctx).complete(self.draw(ctx)), optional=self._triples(ctx))
+
+    def draw(self, ctx: StageContext) -> Interaction:
+        """Returns the rows that are replayed with the next batch, without negatives."""
+        return self.memory.sample(int(self.params["batch_size"]), ctx.generator(f"{self.name}/batches"))
 
     def _triples(self, ctx: StageContext) -> frozenset[str]:
         """Fields of a knowledge graph's triples, which a batch holds beside its rows."""

@@ -8,15 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from recbole_cl.errors import ConfigError
 from recbole_cl.registry import strategies
-from recbole_cl.strategy.base import StageContext, Strategy, require
+from recbole_cl.strategy.base import StageContext, require
 from recbole_cl.strategy.importance import check_loss, stage_importance
-from recbole_cl.stream.vocabulary import Growth
+from recbole_cl.strategy.quadratic import QuadraticPenalty, check_samples
 
 
 @strategies.register()
-class EWC(Strategy):
+class EWC(QuadraticPenalty):
     """Pulls every parameter back to where it was after each stage, as hard as that stage's data hold it there.
 
     Kirkpatrick et al. 2017, "Overcoming catastrophic forgetting in neural networks", eq. 3, one anchor a stage::
@@ -40,40 +39,20 @@ class EWC(Strategy):
     prefix = "ewc"
     defaults = {"lambda": 100.0, "samples": 2000}
     neutral = {"lambda": 0.0}
-    needs = frozenset({"gradient"})
 
     def __init__(self, parameters: Mapping[str, Any] | None = None) -> None:
         super().__init__(parameters)
-        self.importance: dict[str, torch.Tensor] = {}
-        self.anchor: dict[str, torch.Tensor] = {}
         self.residual = 0.0
 
     def check(self, config: Any, model: nn.Module) -> None:
         check_loss(self.name, config, model)
-        samples = self.params["samples"]
-        if samples is not None and samples < 1:
-            raise ConfigError(f"ewc_samples: {samples} is too small; it must be at least 1, or ~ for all")
+        check_samples(self)
 
-    def add_gradients(self, ctx: StageContext) -> None:
-        strength = float(self.params["lambda"])
-        for name, p in ctx.parameters().items():
-            if name not in self.importance:
-                continue
-            if p.grad is None:
-                if not strength:  # a gradient of zeros would make the optimiser decay what FineTune leaves alone
-                    continue
-                p.grad = torch.zeros_like(p)
-            p.grad.addcmul_(self.importance[name], p.detach() - self.anchor[name], value=strength)
-        if f"{self.name}/penalty" not in ctx.terms:  # once an epoch
-            ctx.log(f"{self.name}/penalty", self.penalty(ctx))
+    def weight(self) -> float:
+        return float(self.params["lambda"]) / 2
 
     def penalty(self, ctx: StageContext) -> torch.Tensor:
-        total = torch.tensor(self.residual, dtype=torch.float64)
-        for name, p in ctx.parameters().items():
-            if name in self.importance:
-                drift = p.detach().double() - self.anchor[name]
-                total += (self.importance[name] * drift.square()).sum().cpu()
-        return float(self.params["lambda"]) / 2 * total
+        return super().penalty(ctx) + self.weight() * self.residual
 
     def end_stage(self, ctx: StageContext) -> None:
         fisher = stage_importance(ctx, self.name, self.params["samples"])
@@ -91,15 +70,10 @@ class EWC(Strategy):
         self.anchor[name] = self.anchor[name] + share * gap
         self.importance[name] = total
 
-    def grow(self, growth: Growth) -> None:
-        for state in (self.importance, self.anchor):
-            for name in state:
-                state[name] = growth.expand(name, state[name])
-
     def state_dict(self) -> dict[str, Any]:
-        return {"importance": dict(self.importance), "anchor": dict(self.anchor), "residual": self.residual}
+        return {**super().state_dict(), "residual": self.residual}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        require(state, "importance", "anchor", "residual")
-        self.importance, self.anchor = dict(state["importance"]), dict(state["anchor"])
+        super().load_state_dict(state)
+        require(state, "residual")
         self.residual = float(state["residual"])

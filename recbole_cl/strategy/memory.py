@@ -119,7 +119,11 @@ class ReservoirMemory:
         if len(new):
             rows = build_rows(ctx, units, new)
             kept = join_rows(kept, rows) if self.columns else rows
-        self.keys, self.columns = keys[chosen], dict(kept.interaction)
+        self.hold(ctx, keys[chosen], kept)
+
+    def hold(self, ctx: StageContext, keys: np.ndarray, rows: Interaction) -> None:
+        """Takes rows and their keys in place of what it held; ids are those of the stage."""
+        self.keys, self.columns = keys, dict(rows.interaction)
         known = {"n_users": ctx.stage.n_users, "n_items": ctx.stage.n_items}
         self.vocabulary = {**known, "hash": vocabulary_hash(ctx.stream, **known)}
         self._checked = ctx.stream

@@ -10,7 +10,6 @@ from torch import nn
 from recbole_cl.errors import ConfigError
 from recbole_cl.registry import strategies
 from recbole_cl.strategy.ewc import EWC
-from recbole_cl.strategy.importance import check_loss
 
 
 @strategies.register()
@@ -35,10 +34,8 @@ class OnlineEWC(EWC):
     defaults = {"lambda": 100.0, "gamma": 0.95, "samples": 2000}
 
     def check(self, config: Any, model: nn.Module) -> None:
-        check_loss(self.name, config, model)
-        samples, gamma = self.params["samples"], self.params["gamma"]
-        if samples is not None and samples < 1:
-            raise ConfigError(f"online_ewc_samples: {samples} is too small; it must be at least 1, or ~ for all")
+        super().check(config, model)
+        gamma = self.params["gamma"]
         if not 0 <= gamma <= 1:
             raise ConfigError(f"online_ewc_gamma: {gamma} is not in [0, 1]; 1 keeps all importance, 0.95 lets it fade")
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from recbole.data.interaction import Interaction
+from recbole.model.general_recommender import BPR, LightGCN
 from recbole.utils import ModelType
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -23,6 +24,8 @@ from recbole_cl.rng import ModelRandomness
 from recbole_cl.strategy.base import StageContext
 
 CACHES = ("restore_user_e", "restore_item_e")
+Towers = tuple[torch.Tensor, torch.Tensor]
+"""Vectors of all users ``[n_users, d]`` and of all items ``[n_items, d]``."""
 
 
 def arguments(model: nn.Module, name: str) -> list[str] | None:
@@ -48,6 +51,40 @@ def vectors(model: Any, users: torch.Tensor, items: torch.Tensor) -> tuple[torch
         return model.get_user_embedding(users), model.get_item_embedding(items)
     all_users, all_items = model.forward()[:2]
     return all_users[users], all_items[items]
+
+
+def check_layers(strategy: str, config: Any, model: nn.Module) -> None:
+    """Raises a :class:`ConfigError` for models that :func:`layers` cannot serve."""
+    if not any(isinstance(model, cls) and type(model).forward is cls.forward for cls in (BPR, LightGCN)):
+        raise ConfigError(
+            f"strategy: {strategy} cannot serve the model {config['model']}: it is written for two towers of users and "
+            f"items, BPR and LightGCN; use one of them, or PersonalizedImitation, LwF or EWC"
+        )
+
+
+def layers(model: Any, towers: Towers | None = None) -> list[Towers]:
+    """Returns the vectors of each layer of BPR (one) or LightGCN (its tables, then each propagation).
+
+    Args:
+        model: The model; LightGCN's graph is read from it.
+        towers: Tables to propagate instead of the model's own, of any width.
+    """
+    users, items = (model.user_embedding.weight, model.item_embedding.weight) if towers is None else towers
+    found = [(users, items)]
+    if isinstance(model, LightGCN):
+        both = torch.cat([users, items])
+        for _ in range(model.n_layers):
+            both = torch.sparse.mm(model.norm_adj_matrix, both)
+            found.append((both[: len(users)], both[len(users) :]))
+    return found
+
+
+def final(found: list[Towers]) -> Towers:
+    """Returns what scores are products of: the mean over layers."""
+    if len(found) == 1:
+        return found[0]
+    users, items = zip(*found, strict=True)
+    return torch.stack(users).mean(0), torch.stack(items).mean(0)
 
 
 def check_user_vectors(strategy: str, config: Any, model: nn.Module) -> None:

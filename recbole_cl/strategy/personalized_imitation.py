@@ -8,15 +8,13 @@ from typing import Any
 import torch
 from recbole.data.interaction import Interaction
 from torch import nn
-from torch.nn import functional as F
 
 from recbole_cl.errors import ConfigError
 from recbole_cl.registry import strategies
 from recbole_cl.rng import torch_generator
-from recbole_cl.strategy.base import StageContext, Strategy, require
+from recbole_cl.strategy.base import StageContext, Strategy
+from recbole_cl.strategy.imitation import ImitationWeights
 from recbole_cl.strategy.outputs import has_vectors, second_forward, vectors
-
-NAMES = ("centers", "maps", "hidden_weight", "hidden_bias", "out_weight", "out_bias")
 
 
 @strategies.register()
@@ -50,7 +48,7 @@ class PersonalizedImitation(Strategy):
 
     def __init__(self, parameters: Mapping[str, Any] | None = None) -> None:
         super().__init__(parameters)
-        self.own: dict[str, nn.Parameter] = {}
+        self.imitation = ImitationWeights()
 
     def check(self, config: Any, model: nn.Module) -> None:
         if not has_vectors(model):
@@ -65,43 +63,18 @@ class PersonalizedImitation(Strategy):
 
     def prepare_model(self, ctx: StageContext) -> None:
         """Makes its own parameters once; they do not depend on the numbers of users and items."""
-        if self.own:
+        if self.imitation.own:
             return
         self.check(ctx.config, ctx.model)  # the run checks later
-        device, first = ctx.device, torch.zeros(1, dtype=torch.int64, device=ctx.device)
+        first = torch.zeros(1, dtype=torch.int64, device=ctx.device)
         with second_forward(ctx, f"{self.name}/size"), torch.no_grad():
             d = vectors(ctx.model, first, first)[0].size(1)
-        k, h = int(self.params["centers"]), int(self.params["hidden"])
         generator = torch_generator(ctx.config["seed"], 0, self.name)
-        values = {
-            "centers": torch.randn(k, d, generator=generator) / d**0.5,
-            "maps": torch.eye(d).repeat(k, 1, 1),  # at first g is the softmax of products with the centres
-            "hidden_weight": torch.randn(h, k, generator=generator) / k**0.5,
-            "hidden_bias": torch.zeros(h),
-            "out_weight": torch.randn(1, h, generator=generator) / h**0.5,
-            "out_bias": torch.zeros(1),
-        }
-        self.own = {name: nn.Parameter(value.to(device)) for name, value in values.items()}
-
-    def distribution(self, users: torch.Tensor) -> torch.Tensor:
-        """Returns g, shape ``[B, K]``, of users' vectors ``[B, d]``."""
-        projected = torch.einsum("kd,kde->ke", self.own["centers"], self.own["maps"])
-        return torch.softmax(users @ projected.T, dim=-1)
+        self.imitation.make(int(self.params["centers"]), int(self.params["hidden"]), d, generator, ctx.device)
 
     def weights(self, new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
         """Returns w, shape ``[B]``, with mean 1, of vectors ``[B, d]``."""
-        shift = (self.distribution(old) - self.distribution(new)).square()
-        hidden = torch.relu(F.linear(shift, self.own["hidden_weight"], self.own["hidden_bias"]))
-        raw = F.softplus(F.linear(hidden, self.own["out_weight"], self.own["out_bias"])).squeeze(-1)
-        return raw / raw.mean()
-
-    def clustering(self, items: torch.Tensor) -> torch.Tensor:
-        """Returns DEC's KL(P || Q), a mean over items ``[I, d]``."""
-        q = 1 / (1 + (items.unsqueeze(1) - self.own["centers"]).square().sum(-1))
-        q = q / q.sum(dim=1, keepdim=True)
-        p = q.detach().square() / q.detach().sum(dim=0)
-        p = p / p.sum(dim=1, keepdim=True)
-        return (p * (p.log() - q.log())).sum(dim=1).mean()
+        return self.imitation.weights(new, old)
 
     def loss_terms(self, ctx: StageContext, batch: Interaction) -> dict[str, torch.Tensor]:
         model, teacher = ctx.model, ctx.previous_model
@@ -110,7 +83,8 @@ class PersonalizedImitation(Strategy):
             users = users[users < ctx.stream.stages[ctx.index - 1].n_users]
         with second_forward(ctx, self.name), torch.set_grad_enabled(teacher is not None):
             new, item_vectors = vectors(model, users, items)
-        terms = {f"{self.name}/clusters": float(self.params["cluster"]) * self.clustering(item_vectors.detach())}
+        clusters = self.imitation.clustering(item_vectors.detach())
+        terms = {f"{self.name}/clusters": float(self.params["cluster"]) * clusters}
         if teacher is None or not len(users):
             return terms
         with torch.no_grad():
@@ -121,15 +95,10 @@ class PersonalizedImitation(Strategy):
         return terms
 
     def parameters(self) -> list[nn.Parameter]:
-        return list(self.own.values())
+        return list(self.imitation.own.values())
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: p.detach().clone() for name, p in self.own.items()}
+        return dict(self.imitation.state_dict())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        require(state, *NAMES)
-        for name in NAMES:
-            if name not in self.own:
-                self.own[name] = nn.Parameter(state[name].clone())
-            else:  # in place: the optimiser holds the parameters
-                self.own[name].data.copy_(state[name])
+        self.imitation.load_state_dict(state)

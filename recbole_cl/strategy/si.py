@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from recbole_cl.registry import strategies
-from recbole_cl.strategy.base import StageContext, Strategy, require
-from recbole_cl.stream.vocabulary import Growth
+from recbole_cl.strategy.base import StageContext
+from recbole_cl.strategy.quadratic import QuadraticPenalty
 
 
 @strategies.register()
-class SI(Strategy):
+class SI(QuadraticPenalty):
     """Holds parameters by how much moving them lowered the loss, measured along the path of training.
 
     Zenke, Poole and Ganguli 2017, "Continual learning through synaptic intelligence", eq. 3 to 5. At every step, with
@@ -34,15 +34,13 @@ class SI(Strategy):
     prefix = "si"
     defaults = {"c": 0.1, "xi": 0.1}
     neutral = {"c": 0.0}
-    needs = frozenset({"gradient"})
     wants_data_gradients = True
+    state = ("path", "start", "importance", "anchor")
+    path: dict[str, torch.Tensor]
+    start: dict[str, torch.Tensor]
 
     def __init__(self, parameters: Mapping[str, Any] | None = None) -> None:
         super().__init__(parameters)
-        self.path: dict[str, torch.Tensor] = {}
-        self.start: dict[str, torch.Tensor] = {}
-        self.importance: dict[str, torch.Tensor] = {}
-        self.anchor: dict[str, torch.Tensor] = {}
         self._before: dict[str, torch.Tensor] = {}  # lives from add_gradients to after_step: no state
 
     def _begin_path(self, ctx: StageContext) -> None:
@@ -56,18 +54,9 @@ class SI(Strategy):
     def add_gradients(self, ctx: StageContext) -> None:
         if ctx.step == 0 and ctx.pass_.init != "previous":
             self._begin_path(ctx)
-        strength = float(self.params["c"])
-        for name, p in ctx.parameters().items():
-            self._before[name] = p.detach().clone()  # a copy: the step changes p in place
-            if name not in self.importance:
-                continue
-            if p.grad is None:
-                if not strength:  # a gradient of zeros would make the optimiser decay what FineTune leaves alone
-                    continue
-                p.grad = torch.zeros_like(p)
-            p.grad.addcmul_(self.importance[name], p.detach() - self.anchor[name], value=2 * strength)
-        if f"{self.name}/penalty" not in ctx.terms:  # once an epoch
-            ctx.log(f"{self.name}/penalty", self.penalty(ctx))
+        # A copy: the step changes a parameter in place.
+        self._before = {name: p.detach().clone() for name, p in ctx.parameters().items()}
+        super().add_gradients(ctx)
 
     def after_step(self, ctx: StageContext) -> None:
         for name, p in ctx.parameters().items():
@@ -76,13 +65,8 @@ class SI(Strategy):
                 self.path[name].addcmul_(gradient, p.detach() - self._before[name], value=-1.0)
         self._before = {}
 
-    def penalty(self, ctx: StageContext) -> torch.Tensor:
-        total = torch.zeros((), dtype=torch.float64)
-        for name, p in ctx.parameters().items():
-            if name in self.importance:
-                drift = p.detach().double() - self.anchor[name]
-                total += (self.importance[name] * drift.square()).sum().cpu()
-        return float(self.params["c"]) * total
+    def weight(self) -> float:
+        return float(self.params["c"])
 
     def end_stage(self, ctx: StageContext) -> None:
         for name, p in ctx.parameters().items():
@@ -92,22 +76,10 @@ class SI(Strategy):
             self.anchor[name] = p.detach().clone()
             self.path[name] = torch.zeros_like(p)
 
-    def grow(self, growth: Growth) -> None:
-        for state in (self.path, self.start, self.importance, self.anchor):
-            for name in state:
-                state[name] = growth.expand(name, state[name])
-
     def state_dict(self) -> dict[str, Any]:
         # The path changes in place, so a snapshot needs a copy of its own.
-        return {
-            "path": {name: value.clone() for name, value in self.path.items()},
-            "start": dict(self.start),
-            "importance": dict(self.importance),
-            "anchor": dict(self.anchor),
-        }
+        return {**super().state_dict(), "path": {name: value.clone() for name, value in self.path.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        require(state, "path", "start", "importance", "anchor")
-        self.path = {name: value.clone() for name, value in state["path"].items()}
-        self.start, self.importance = dict(state["start"]), dict(state["importance"])
-        self.anchor = dict(state["anchor"])
+        super().load_state_dict(state)
+        self.path = {name: value.clone() for name, value in self.path.items()}

@@ -127,6 +127,9 @@ class Batcher:
         data[self.uid] = torch.from_numpy(targets.user)
         if self.sequential:
             data.update(self._histories(targets, evaluation))
+            if self.config["model"] == "DIEN":  # it looks negatives up whenever it scores; only its training reads them
+                name = self.iid + self.suffix
+                data[self.config["NEG_PREFIX"] + name] = torch.zeros_like(data[name])
         if evaluation:
             data[self.uid] = torch.where(data[self.uid] < self.n_users, data[self.uid], 0)
             data[self.iid] = torch.where(data[self.iid] < self.n_items, data[self.iid], 0)

@@ -35,6 +35,8 @@ class Task:
         primary: Metric of early stopping and of the matrix's column (``ndcg@10``); ``None`` takes the run's
             ``valid_metric``, or the first metric of a classification.
         description: Words about the task, for prompts.
+        labels: Names of the classes.
+        attributes: Columns of the items that may accompany a history.
     """
 
     kind: str = "next_item"
@@ -43,6 +45,8 @@ class Task:
     metrics: tuple[str, ...] | None = None
     primary: str | None = None
     description: str = ""
+    labels: tuple[str, ...] | None = None
+    attributes: tuple[str, ...] = ()
 
     def primary_metric(self, valid_metric: str) -> str:
         """Returns the name, in lower case, of the metric that stops training early and fills the matrix's column.
@@ -122,6 +126,8 @@ class Stage:
         first_new_user: Users with this id or a larger one are first seen in this stage.
         first_new_item: Items with this id or a larger one are first seen in this stage.
         tested_until: Last stage whose training leaves the test targets untouched; ``None`` means all.
+        items: Items that this stage's targets are ranked among; ``None`` means all that the property ``candidates``
+            allows.
     """
 
     index: int
@@ -140,6 +146,7 @@ class Stage:
     n_new_users: int = 0
     n_new_items: int = 0
     tested_until: int | None = None
+    items: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         for name in ("train", "valid", "test"):

@@ -20,8 +20,9 @@ class PlantedDrift:
         folder: Folder that holds the dataset's folder (``data_path``).
         name: Name of the dataset.
         successors: For each stage the item that follows an item.
-        user_cluster: Cluster of items that a user takes from.
+        user_cluster: Cluster of items that a user takes from (in the first stage, where users move).
         item_cluster: Cluster of each item.
+        moving: Users go on to the next cluster in every stage.
     """
 
     folder: Path
@@ -29,6 +30,7 @@ class PlantedDrift:
     successors: list[dict[str, str]]
     user_cluster: dict[str, int]
     item_cluster: dict[str, int]
+    moving: bool = False
 
     @property
     def n_stages(self) -> int:
@@ -66,6 +68,7 @@ def write_planted_drift(
     n_clusters: int = 4,
     length: int = 8,
     name: str = "planted-drift",
+    moving: bool = False,
 ) -> PlantedDrift:
     """Writes an ``.inter`` file and returns what is true about it.
 
@@ -79,6 +82,9 @@ def write_planted_drift(
     stage holds in another one, so a model that forgets scores near chance on earlier stages. Each later stage brings
     an eighth more users and one new item a cluster; new users begin at the new item.
 
+    With ``moving`` a user of cluster c in stage s takes from cluster ``c + 1`` in stage ``s + 1`` and begins there at
+    the new item: what a model without sequences learns drifts too, and what comes next is known within each stage.
+
     Args:
         folder: Where the dataset's folder is put.
         n_users: Users of the first stage.
@@ -88,6 +94,7 @@ def write_planted_drift(
         n_clusters: Clusters of items.
         length: Interactions of a user in a stage.
         name: Name of the dataset.
+        moving: Let users change their cluster in every stage.
     """
     rng = np.random.default_rng(seed)
     clusters = [list(part) for part in np.array_split(np.arange(n_items), n_clusters)]
@@ -106,9 +113,11 @@ def write_planted_drift(
         rule = {a: b for part in clusters for a, b in _cycle(part, used, rng, shuffle=stage > 0)}
         used |= set(rule.items())
         rules.append({f"i{a}": f"i{b}" for a, b in rule.items()})
+        if moving:
+            last.clear()
         for step in range(length):
             for user in range(users):
-                cluster = user % n_clusters
+                cluster = (user + stage * moving) % n_clusters
                 if user in last:
                     last[user] = rule[last[user]]
                 else:
@@ -119,7 +128,8 @@ def write_planted_drift(
     header = "user_id:token\titem_id:token\ttimestamp:float"
     (target / f"{name}.inter").write_text("\n".join([header, *lines]) + "\n", encoding="utf-8")
     item_cluster = {f"i{item}": number for number, part in enumerate(clusters) for item in part}
-    return PlantedDrift(Path(folder), name, rules, {f"u{u}": u % n_clusters for u in range(users)}, item_cluster)
+    user_cluster = {f"u{u}": u % n_clusters for u in range(users)}
+    return PlantedDrift(Path(folder), name, rules, user_cluster, item_cluster, moving)
 
 
 def _cycle(

@@ -1,0 +1,1 @@
+"""Language models as parts: text encoders, and what asks them."""

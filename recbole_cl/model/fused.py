@@ -1,0 +1,147 @@
+"""RecBole's transformer layer and its softmax loss in fewer and faster operations.
+
+The mathematics, the parameters and the modules are RecBole's; sums may be rounded otherwise. Linear maps and
+normalisations are called as the modules they are, so that one that was replaced (an adapter) or hooked is honoured. A
+layer that is not RecBole's own, or whose parts are hooked as a whole, is called as it is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from recbole.model.layers import FeedForward, MultiHeadAttention, TransformerLayer
+from torch import nn
+from torch.nn import functional as F
+
+ROWS_AT_ONCE = 128
+"""Rows whose scores of all items are held at once: they stay in the cache, and memory does not grow with the batch."""
+
+
+def dropout(x: torch.Tensor, p: float, training: bool) -> torch.Tensor:
+    """Returns ``x`` with each element zeroed with probability ``p`` and the rest scaled up.
+
+    On a CPU the zeros are drawn as small integers, many of them from 64 random bits, several times faster than a float
+    an element. The probability is rounded to a multiple of 2^-16, and the scale is that of the rounded one.
+
+    Args:
+        x: Any shape.
+        p: Probability of a zero.
+        training: Without it ``x`` is returned.
+    """
+    if not training or p == 0.0:
+        return x
+    if x.device.type != "cpu" or p >= 1.0:
+        return F.dropout(x, p, True)
+    kind, size, values = (torch.int8, 1, 1 << 8) if (p * 256).is_integer() else (torch.int16, 2, 1 << 16)
+    cut = round(p * values)
+    number = x.numel()
+    bits = torch.empty(-(-number * size // 8), dtype=torch.int64).random_(-(1 << 63), None)
+    keep = bits.view(kind)[:number].view(x.shape) >= cut - values // 2
+    return x * keep.to(x.dtype).mul_(values / (values - cut))
+
+
+def causal_mask(length: int, device: torch.device) -> torch.Tensor:
+    """Returns what is added to attention scores so that nothing later is seen, shape ``[L, L]``; RecBole's constant.
+
+    Padding on the right needs no mask: no input before it sees it.
+    """
+    return torch.full((length, length), -10000.0, device=device).triu_(1)
+
+
+def plain(layer: nn.Module) -> bool:
+    """Tells whether a layer is RecBole's own, with nothing hooked to the modules that are not called here."""
+    if type(layer) is not TransformerLayer:
+        return False
+    attention: Any = layer.multi_head_attention
+    forward: Any = layer.feed_forward
+    if type(attention) is not MultiHeadAttention or type(forward) is not FeedForward:
+        return False
+    parts = (layer, attention, forward, attention.attn_dropout, attention.out_dropout, forward.dropout)
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return not any(getattr(part, name) for part in parts for name in hooks)
+
+
+def layer_outputs(layer: Any, hidden: torch.Tensor, mask: torch.Tensor, at: torch.Tensor | None = None) -> torch.Tensor:
+    """Returns the outputs of a plain transformer layer.
+
+    Args:
+        layer: RecBole's layer.
+        hidden: Inputs, shape ``[B, L, d]``.
+        mask: Added to the attention scores, shape ``[L, L]``.
+        at: Positions whose outputs are wanted, shape ``[B, M]``; ``None`` for all.
+
+    Returns:
+        Shape ``[B, M, d]``, or ``[B, L, d]``.
+    """
+    attention = layer.multi_head_attention
+    asked = hidden
+    if at is not None:
+        asked = hidden.gather(1, at.unsqueeze(-1).expand(-1, -1, hidden.size(-1)))
+        mask = mask[at].unsqueeze(1)
+    heads = attention.num_attention_heads
+    query, key, value = (
+        part(x).view(*x.shape[:-1], heads, -1).transpose(1, 2)
+        for part, x in ((attention.query, asked), (attention.key, hidden), (attention.value, hidden))
+    )
+    dropped = attention.attn_dropout
+    if dropped.training and dropped.p > 0:
+        scores = (query / attention.sqrt_attention_head_size) @ key.transpose(-2, -1)
+        mixed = dropout((scores + mask).softmax(dim=-1), dropped.p, True) @ value
+    else:
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    mixed = attention.dense(mixed.transpose(1, 2).flatten(2))
+    mixed = attention.LayerNorm(dropout(mixed, attention.out_dropout.p, attention.out_dropout.training) + asked)
+    part = layer.feed_forward
+    inner = part.dense_1(mixed)
+    composed = getattr(part.intermediate_act_fn, "__func__", None) is FeedForward.gelu
+    inner = part.dense_2(F.gelu(inner) if composed else part.intermediate_act_fn(inner))
+    return part.LayerNorm(dropout(inner, part.dropout.p, part.dropout.training) + mixed)
+
+
+class _SoftmaxLoss(torch.autograd.Function):
+    """The gradients of a softmax over all items are computed with the loss, a few rows at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, outputs: torch.Tensor, table: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
+        grad_outputs, grad_table = torch.empty_like(outputs), torch.zeros_like(table)
+        buffer = outputs.new_empty(min(ROWS_AT_ONCE, len(outputs)), len(table))
+        total = outputs.new_zeros(())
+        for start in range(0, len(outputs), ROWS_AT_ONCE):
+            part = slice(start, start + ROWS_AT_ONCE)
+            rows, chosen = outputs[part], items[part].unsqueeze(1)
+            logits = torch.mm(rows, table.t(), out=buffer[: len(rows)])
+            logs = torch.log_softmax(logits, 1)
+            total -= logs.gather(1, chosen).sum()
+            slope = torch.exp(logs, out=logits)
+            slope.scatter_add_(1, chosen, slope.new_full(chosen.shape, -1.0))
+            torch.mm(slope, table, out=grad_outputs[part])
+            grad_table.addmm_(slope.t(), rows)
+        ctx.save_for_backward(outputs, table, items, grad_outputs, grad_table)
+        return total / len(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (gradient,) = gradients
+        outputs, table, items, grad_outputs, grad_table = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph: a gradient of the gradient is wanted
+            loss = F.cross_entropy(outputs @ table.t(), items)
+            return (*torch.autograd.grad(loss, (outputs, table), gradient, create_graph=True), None)
+        scale = gradient / len(outputs)
+        return grad_outputs * scale, grad_table * scale, None
+
+
+def softmax_loss(outputs: torch.Tensor, table: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
+    """Returns the mean cross-entropy of a softmax over all items.
+
+    Args:
+        outputs: Shape ``[n, d]``.
+        table: Item embeddings, shape ``[n_items, d]``.
+        items: The right items, shape ``[n]``.
+    """
+    small = outputs.device.type == "cpu" and outputs.dtype == table.dtype == torch.float32
+    both = outputs.requires_grad and table.requires_grad and torch.is_grad_enabled()
+    inside = torch.is_autocast_enabled("cpu") or torch._C._functorch.maybe_current_level() is not None
+    if small and both and len(outputs) and not inside:
+        return _SoftmaxLoss.apply(outputs, table, items)  # type: ignore[no-any-return,no-untyped-call]
+    return F.cross_entropy(outputs @ table.t(), items)

@@ -1,0 +1,251 @@
+"""PCL: a frozen backbone that is prompted for every task that comes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from recbole.data.interaction import Interaction
+from torch import nn
+
+from recbole_cl.errors import ConfigError
+from recbole_cl.llm.encoders import encode_texts
+from recbole_cl.model.state import grow_model
+from recbole_cl.model.task_heads import TaskHeads, TaskModel
+from recbole_cl.prompt import ContextualPrompts, ItemAttribute, PromptedEmbedding, describe, place_prompts
+from recbole_cl.registry import models
+from recbole_cl.stream.vocabulary import Growth
+
+
+@models.register()
+class PCL(TaskModel):
+    """Prompt-based continual learning (Yang et al., WWW Companion 2025) over a sequential model of RecBole.
+
+    The first task is next-item prediction and trains the backbone with its item embeddings; both are frozen then. A
+    later task k trains three small things: position-wise prompts p_k, which are added to the embeddings of the last t
+    items (eq. 1) and start from those of the task before; one attention, shared by all tasks, over the sentence
+    embeddings of the tasks' descriptions, whose output p'_k is added there too, times lambda (eq. 2 and 3); and an
+    adapter f_k. The attention goes on training in later tasks, so p'_k is kept as it was when the task ended, beside
+    p_k and f_k: a task's answers never change again.
+
+    Slices of time are tasks as well: the first slice is pretrained on, each later one is prompted for. There alone new
+    items appear; their embeddings are trained in the slice that brings them, those of all others stay.
+
+    Args:
+        config: The run's configuration; see ``properties/model/PCL.yaml``.
+        dataset: The stage's view.
+
+    Raises:
+        ConfigError: If the first task is a classification, or the backbone cannot be prompted.
+    """
+
+    backbone_property = "pcl_backbone"
+
+    def __init__(self, config: Any, dataset: Any) -> None:
+        self.n_trained_items = [stage.n_items for stage in dataset.stream.stages]
+        super().__init__(config, dataset)
+        if self.tasks[0].kind != "next_item":
+            raise ConfigError(
+                f"model: PCL pretrains on the first task, which is {self.tasks[0].name!r} ({self.tasks[0].kind}); put "
+                f"a next_item task first"
+            )
+        self._refuse_new_beginnings(config)
+        length, n_later = config["MAX_ITEM_LIST_LENGTH"], len(self.tasks) - 1
+        self.n_prompted = int(config["pcl_prompted_items"] or length)
+        if not 1 <= self.n_prompted <= length:
+            raise ConfigError(
+                f"pcl_prompted_items: {self.n_prompted} must be from 1 to MAX_ITEM_LIST_LENGTH: {length}, or ~ for that"
+            )
+        self.intensity, self.inherit = float(config["pcl_lambda"]), bool(config["pcl_inherit"])
+        drawn = (torch.randn(length, self.width) * config["pcl_init_std"] for _ in range(n_later))
+        self.prompts = nn.ParameterList(drawn)
+        self.contextual: ContextualPrompts | None = None
+        if config["pcl_contextual"]:
+            words = [describe(stage, config["valid_metric"], length) for stage in dataset.stream.stages]
+            texts = encode_texts(config["pcl_encoder"], words, config["seed"], "pcl_encoder")
+            over_all = config["pcl_context_scope"] == "all"
+            self.contextual = ContextualPrompts(texts, self.width, config["pcl_heads"], over_all)
+        self.register_buffer("kept", torch.zeros(len(self.tasks), self.width))  # p'_k of the tasks that have ended
+        whole = dataset.stream.dataset
+        self.attributes = nn.ModuleList(
+            nn.ModuleList(ItemAttribute(whole, field, self.n_items, self.width) for field in task.attributes)
+            if config["pcl_attributes"]
+            else nn.ModuleList()
+            for task in self.tasks
+        )
+        self._probe()
+        self._choose_trainable()
+
+    kept: torch.Tensor
+
+    @staticmethod
+    def _refuse_new_beginnings(config: Any) -> None:
+        """Refuses what would train a later task's prompts on a backbone that nobody has pretrained."""
+        anew = [name for name, _ in config.strategy_specs() if name in ("FullRetrain", "Joint", "Scratch")]
+        asked = f"strategy: {anew[0]}" if anew else "scratch: True" if config["scratch"] else None
+        if asked:
+            raise ConfigError(
+                f"{asked} begins a task with an untrained model, but PCL prompts a backbone that was trained on the "
+                f"first task; use FineTune, and fwt_reference: untrained without scratch"
+            )
+
+    def _probe(self) -> None:
+        """Asks the backbone for one sequence, so that one that cannot be prompted is refused before it is trained."""
+        sequence, lengths = torch.ones(1, self.max_seq_length, dtype=torch.int64), torch.ones(1, dtype=torch.int64)
+        training = self.backbone.training
+        self.backbone.eval()
+        try:
+            with torch.no_grad(), self.backbone.item_embedding.adding(sequence, None):
+                out = self.backbone.forward(sequence, lengths)
+        except ConfigError:
+            raise
+        except Exception as error:
+            raise ConfigError(
+                f"pcl_backbone: {self.config['pcl_backbone']} has no forward(item_seq, item_seq_len) to prompt "
+                f"({type(error).__name__}: {error}); use SASRec, GRU4Rec, NARM or STAMP"
+            ) from error
+        finally:
+            self.backbone.train(training)
+        if tuple(out.shape) != (1, self.width):
+            raise ConfigError(
+                f"pcl_backbone: {self.config['pcl_backbone']} gives {tuple(out.shape)} for one sequence, not one "
+                f"vector as wide as an item's, {self.width}; use SASRec, GRU4Rec, NARM or STAMP"
+            )
+
+    def make_heads(self) -> TaskHeads:
+        return TaskHeads(self.tasks, self.width, self.config["pcl_adapter"], self.config["pcl_item_adapter"])
+
+    def make_backbone(self, config: Any, dataset: Any) -> Any:
+        backbone = super().make_backbone(config, dataset)
+        backbone.item_embedding = PromptedEmbedding(backbone.item_embedding)
+        return backbone
+
+    # -- from task to task ----------------------------------------------------------------------------------------
+
+    def grow_in_place(self, view: Any, users: tuple[int, int], items: tuple[int, int]) -> Growth:
+        """Ends the task that was trained and begins the next one; the runner calls it between two stages.
+
+        Args:
+            view: The next stage's view.
+            users: Known users (before, after).
+            items: Known items (before, after).
+        """
+        if self.contextual is not None and self.stage > 0:
+            with torch.no_grad():
+                self.kept[self.stage] = self.contextual(self.stage)
+        growth = Growth(users, items, {})
+        if not growth.identity:
+            device = self.backbone.item_embedding.weight.device
+            new = self.make_backbone(self.config, view).to(device)
+            grown, _ = grow_model(self.backbone, new, users, items, self.config["new_rows"])
+            self.backbone, self.n_items = new, items[1]
+            growth = Growth(users, items, {f"backbone.{name}": axes for name, axes in grown.axes.items()})
+        self.stage = view.stage_index
+        if self.inherit and self.stage > 1:
+            with torch.no_grad():
+                self.prompts[self.stage - 1].copy_(self.prompts[self.stage - 2])
+        self._choose_trainable()
+        return growth
+
+    def _choose_trainable(self) -> None:
+        """Lets exactly what belongs to the running task train."""
+        for parameter in self.parameters():
+            parameter.requires_grad_(False)
+        if self.stage == 0:
+            self.backbone.requires_grad_(True)
+            return
+        self.prompts[self.stage - 1].requires_grad_(True)
+        for part in (self.contextual, self.heads[self.stage], self.attributes[self.stage]):
+            if part is not None:
+                part.requires_grad_(True)
+        known = self.n_trained_items[self.stage - 1]
+        table = self.backbone.item_embedding.weight
+        if len(table) > known:  # slices of time: only the rows of this slice's new items learn
+            if self.config["weight_decay"]:
+                raise ConfigError("weight_decay: PCL keeps the rows of known items as they are; set it to 0")
+            table.requires_grad_(True)
+            new = (torch.arange(len(table), device=table.device) >= known).unsqueeze(1)
+            table.register_hook(lambda gradient: gradient * new.to(gradient))
+
+    def train(self, mode: bool = True) -> PCL:
+        """Switches training on or off; a frozen backbone never updates statistics, and drops out only if asked to."""
+        super().train(mode)
+        if mode and self.stage > 0:
+            for module in self.backbone.modules():
+                drops = isinstance(module, nn.Dropout) and bool(self.config["pcl_dropout"])
+                # cuDNN gives gradients of a recurrent layer in training mode only.
+                module.training = drops or isinstance(module, nn.RNNBase)
+        return self
+
+    # -- prompting ------------------------------------------------------------------------------------------------
+
+    def prompts_of(self, task: int) -> torch.Tensor | None:
+        """Returns the last t rows of p_k, with lambda p'_k added to each, ``[t, d]``; ``None`` for the first task."""
+        if not 0 < task <= self.stage:
+            return None
+        prompts = self.prompts[task - 1][-self.n_prompted :]
+        if self.contextual is None:
+            return prompts
+        context = self.contextual(task) if task == self.stage else self.kept[task]
+        return prompts + self.intensity * context
+
+    def added(self, sequence: torch.Tensor, lengths: torch.Tensor, task: int) -> torch.Tensor | None:
+        """Returns what a task adds to the embeddings of a sequence, ``[B, L, d]``, or ``None`` for nothing.
+
+        Args:
+            sequence: Item ids, shape ``[B, L]``.
+            lengths: Items of each sequence, shape ``[B]``.
+            task: Stage index; one that has not come yet has nothing to add.
+        """
+        prompts = self.prompts_of(task)
+        if prompts is None:
+            return None
+        out = place_prompts(prompts, lengths, sequence.size(1))
+        own: Any = self.attributes[task]
+        for attribute in own:
+            out = out + attribute(sequence)
+        return out
+
+    def represent(self, batch: Interaction, task: int, found: torch.Tensor | None = None) -> torch.Tensor:
+        """Returns the frozen backbone's output under a task's prompts, shape ``[B, d]``.
+
+        Args:
+            batch: Rows with RecBole's sequence fields.
+            task: Stage index.
+            found: The sequence's embeddings, where they were looked up before.
+        """
+        sequence, lengths = batch[self.ITEM_SEQ], batch[self.ITEM_SEQ_LEN]
+        added = self.added(sequence, lengths, task)
+        if added is None and found is None:
+            return self._output(sequence, lengths)
+        with self.backbone.item_embedding.adding(sequence, added, found):
+            return self._output(sequence, lengths)
+
+    def _output(self, sequence: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """Returns the backbone's output after the last item.
+
+        Models of all positions compute the few outputs that are wanted; their ``forward`` parts the rows of a batch, so
+        that the sequence is not looked up as it was given.
+        """
+        if not hasattr(self.backbone, "outputs_at"):
+            return self.backbone.forward(sequence, lengths)  # type: ignore[no-any-return]
+        sequence = sequence[:, : int(lengths.max())]
+        wanted = torch.arange(sequence.size(1), device=lengths.device) == lengths.unsqueeze(1) - 1
+        return self.backbone.outputs_at(sequence, wanted)  # type: ignore[no-any-return]
+
+    def represent_all(self, batch: Interaction) -> torch.Tensor:
+        """Returns the representations for all tasks so far, ``[K, B, d]``; the items are looked up once."""
+        found = self.backbone.item_embedding(batch[self.ITEM_SEQ])
+        return torch.stack([self.represent(batch, task, found) for task in range(self.stage + 1)])
+
+    # -- costs ----------------------------------------------------------------------------------------------------
+
+    def stage_costs(self) -> dict[str, Any]:
+        """Returns the columns #B and #F of the paper's table, and the bytes that a task leaves behind."""
+        own: list[Any] = [*self.backbone.parameters()]
+        if self.stage > 0:
+            parts = (self.heads[self.stage], self.attributes[self.stage])
+            own = [self.prompts[self.stage - 1], *(p for part in parts for p in part.parameters())]
+            own += [self.kept[self.stage]] if self.contextual is not None else []
+        size = sum(tensor.numel() * tensor.element_size() for tensor in own)
+        return {"backbones": 1, "objectives": 1, "bytes_per_task": size}

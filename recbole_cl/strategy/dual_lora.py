@@ -1,0 +1,80 @@
+"""Two low-rank updates of a frozen base: one for all that was, one for the newest stage."""
+
+from __future__ import annotations
+
+import torch
+
+from recbole_cl.errors import ConfigError
+from recbole_cl.model.adapters import add_lora, require_places, use_lora
+from recbole_cl.registry import strategies
+from recbole_cl.rng import torch_generator
+from recbole_cl.strategy.base import Pass, StageContext
+from recbole_cl.strategy.trainable import PartTuning
+
+BOTH = {"long", "short"}
+
+
+@strategies.register()
+class DualLoRA(PartTuning):
+    """Learns long-term and short-term preferences in a LoRA each, apart from each other, and adds them up to serve.
+
+    LSAT: Shi et al. 2024, "Preliminary study on incremental learning for large language model-based recommender
+    systems" (CIKM; arXiv 2312.15599), its fusion by task arithmetic, on any model with dense layers::
+
+        pass "long":   W + B_l A_l             trained on all stages so far, going on from the last stage's
+        pass "short":  W + B_s A_s             trained on the stage alone, from B_s = 0 and a new A_s
+        serving:       W + s B_l A_l + (1 - s) B_s A_s
+
+    W is the base as the first stage left it. Our choices: the long one goes on learning at every stage (the paper
+    trains it once on abundant history and keeps it); s is one number; rows of new users and items are trained in both
+    passes; each pass is validated with its own update. The long pass reads all past data, as Joint does: T stages cost
+    about (T + 1) / 2 + 1 times FineTune.
+    """
+
+    prefix = "dual_lora"
+    defaults = {"rank": 8, "long_share": 0.5}
+
+    def validate(self) -> None:
+        if self.params["rank"] < 1:
+            raise ConfigError(f"dual_lora_rank: {self.params['rank']} is too small; it must be at least 1")
+        if not 0 <= self.params["long_share"] <= 1:
+            raise ConfigError(f"dual_lora_long_share: {self.params['long_share']} must be between 0 and 1")
+
+    def attach(self, ctx: StageContext) -> None:
+        add_lora(ctx.model, require_places(ctx.model, "lora", self.who), int(self.params["rank"]), ("long", "short"))
+        self._fuse(ctx)
+
+    def _fuse(self, ctx: StageContext) -> None:
+        share = float(self.params["long_share"])
+        use_lora(ctx.model, {"long": share, "short": 1 - share})
+
+    def trained_parts(self, ctx: StageContext, names: list[str]) -> list[str]:
+        told = ctx.pass_.name
+        return [name for name in names if told not in BOTH or f".{told}." in name]
+
+    def plan_stage(self, ctx: StageContext) -> list[Pass] | None:
+        super().plan_stage(ctx)
+        if not self.adapts(ctx):
+            return None
+        self._forget_short(ctx)
+        return [Pass("long", data="so_far"), Pass("short", data="stage")]
+
+    def _forget_short(self, ctx: StageContext) -> None:
+        """Starts the short-term update anew. On resume this runs again, before the checkpoint's weights are put in."""
+        generator = torch_generator(ctx.config["seed"], ctx.index, f"{self.name}/short")
+        with torch.no_grad():
+            for name, p in ctx.model.named_parameters():
+                if ".lora_A.short." in name:  # peft's initialisation: uniform in +- 1 / sqrt(inputs)
+                    drawn = torch.rand(p.shape, generator=generator) * 2 - 1
+                    p.copy_(drawn / p.shape[1] ** 0.5)
+                elif ".lora_B.short." in name:
+                    p.zero_()
+
+    def begin_pass(self, ctx: StageContext) -> None:
+        super().begin_pass(ctx)
+        if ctx.pass_.name in BOTH:
+            use_lora(ctx.model, {ctx.pass_.name: 1.0})
+
+    def end_stage(self, ctx: StageContext) -> None:
+        self._fuse(ctx)
+        super().end_stage(ctx)

