@@ -1,0 +1,12 @@
+"""A study: a table of methods x models x logs x schedulers x seeds as one resumable command.
+
+- :mod:`~recbole_cl.study.plan` what is compared: a YAML file with presets becomes a list of cells
+- :mod:`~recbole_cl.study.walk` runs the cells that are not done yet, some at a time
+- :mod:`~recbole_cl.study.table` means and intervals over seeds, as Markdown and CSV
+"""
+
+from recbole_cl.study.plan import Cell, Plan, list_studies, read_plan
+from recbole_cl.study.table import comparison, write_tables
+from recbole_cl.study.walk import walk
+
+__all__ = ["Cell", "Plan", "comparison", "list_studies", "read_plan", "walk", "write_tables"]

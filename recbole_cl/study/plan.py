@@ -1,0 +1,177 @@
+"""What a study compares: a YAML file with presets, read into a list of cells.
+
+::
+
+    about: Every strategy on two logs.
+    report: {metric: ndcg@10, summaries: [final_average, AF, BWT]}
+    presets:
+      laptop:
+        datasets: [lastfm-tags, {online-retail: {time_range: [2011-06-01, 2011-12-31]}}]
+        schedulers: [TimeSlices]
+        models: [BPR, {SASRec: {MAX_ITEM_LIST_LENGTH: 20}}]
+        strategies: [FineTune, EWC, {EWC weak: {strategy: EWC, ewc_lambda: 1}}]
+        seeds: [2020, 2021, 2022]
+        settings: {n_stages: 5, epochs: 5}
+
+An entry of an axis is a name, or a name with the properties that come with it; the properties of later axes win, in the
+order datasets, schedulers, models, strategies.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from recbole_cl.config import properties_dir, read_properties
+from recbole_cl.errors import ConfigError, nearest
+
+AXES = {"datasets": "dataset", "schedulers": "scheduler", "models": "model", "strategies": "strategy"}
+"""Axes of a preset in the order in which their properties win, and the property that a bare name sets."""
+_PRESET_KEYS = (*AXES, "seeds", "settings", "about")
+_PLAN_KEYS = ("about", "report", "presets")
+_REPORT_KEYS = ("metric", "summaries", "scale", "published", "source")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a study.
+
+    Args:
+        labels: Label on each axis: dataset, scheduler, model, strategy.
+        seed: Seed.
+        settings: Properties of the run, ``model`` and ``dataset`` among them.
+    """
+
+    labels: Mapping[str, str]
+    seed: int
+    settings: Mapping[str, Any]
+
+    @property
+    def folder(self) -> str:
+        """Folder of the run below the study's."""
+        parts = [re.sub(r"[^\w.+-]+", "_", label) for label in self.labels.values()]
+        return "/".join((*parts, f"seed{self.seed}"))
+
+    @property
+    def digest(self) -> str:
+        """Hash of the settings: a finished run counts only for the settings that it was made with."""
+        told = json.dumps(dict(self.settings), sort_keys=True, default=str)
+        return hashlib.blake2b(told.encode(), digest_size=12).hexdigest()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A preset of a study.
+
+    Args:
+        name: Name of the study.
+        preset: Name of the preset.
+        about: What the preset is, in a sentence.
+        cells: Its runs.
+        report: What the tables tell: ``metric``, ``summaries``, ``scale`` (100 for per cent), ``published`` (strategy
+            to {column: figure}) and ``source`` of those.
+    """
+
+    name: str
+    preset: str
+    about: str
+    cells: tuple[Cell, ...]
+    report: Mapping[str, Any] = field(default_factory=dict)
+
+
+def list_studies() -> list[str]:
+    """Returns the names of the studies that come with the package."""
+    return sorted(file.stem for file in (properties_dir() / "study").glob("*.yaml"))
+
+
+def read_plan(study: str | Path, preset: str) -> Plan:
+    """Reads one preset of a study.
+
+    Args:
+        study: Name of a study of the package, or a YAML file.
+        preset: Name of the preset.
+
+    Raises:
+        ConfigError: If there is no such study or preset, or a key of the file is unknown; the message names it.
+    """
+    path = Path(study)
+    if path.suffix not in (".yaml", ".yml"):
+        path = properties_dir() / "study" / f"{study}.yaml"
+        if not path.is_file():
+            known = list_studies()
+            raise ConfigError(
+                f"unknown study {str(study)!r}{nearest(str(study), known)} Known: {', '.join(known)}; or give a .yaml "
+                f"file"
+            )
+    content = read_properties(path)
+    _only(content, _PLAN_KEYS, str(path))
+    presets = content.get("presets") or {}
+    if preset not in presets:
+        raise ConfigError(f"{path.name}: no preset {preset!r}{nearest(preset, presets)} It has {', '.join(presets)}")
+    asked = presets[preset]
+    where = f"{path.name}, preset {preset}"
+    _only(asked, _PRESET_KEYS, where)
+    report = content.get("report") or {}
+    _only(report, _REPORT_KEYS, f"{path.name}, report")
+    about = " ".join(str(text) for text in (content.get("about"), asked.get("about")) if text)
+    return Plan(path.stem, preset, about, tuple(_cells(asked, where)), report)
+
+
+def _only(given: Any, known: Sequence[str], where: str) -> None:
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"{where}: {given!r} is no mapping")
+    for key in given:
+        if key not in known:
+            raise ConfigError(f"{where}: unknown key {key!r}{nearest(str(key), known)} Known: {', '.join(known)}")
+
+
+def _cells(asked: Mapping[str, Any], where: str) -> list[Cell]:
+    axes = [_axis(asked, key, where) for key in AXES]
+    seeds = asked.get("seeds")
+    if not isinstance(seeds, list) or not seeds or not all(isinstance(seed, int) for seed in seeds):
+        raise ConfigError(f"{where}: seeds is {seeds!r}; give a list of whole numbers, such as [2020, 2021, 2022]")
+    general = asked.get("settings") or {}
+    cells = []
+    for *entries, seed in itertools.product(*axes, seeds):
+        settings: dict[str, Any] = dict(general)
+        for _, more in entries:
+            settings.update(more)
+        settings["seed"] = seed
+        labels = {name: label for name, (label, _) in zip(AXES.values(), entries, strict=True)}
+        cells.append(Cell(labels, seed, settings))
+    twice = [folder for folder, n in _count(cell.folder for cell in cells).items() if n > 1]
+    if twice:
+        raise ConfigError(f"{where}: two runs are called {twice[0]!r}; give an entry another label")
+    return cells
+
+
+def _axis(asked: Mapping[str, Any], key: str, where: str) -> list[tuple[str, dict[str, Any]]]:
+    entries = asked.get(key)
+    if entries is None and key == "schedulers":
+        entries = ["TimeSlices"]
+    if not isinstance(entries, list) or not entries:
+        raise ConfigError(f"{where}: {key} is {entries!r}; give a list of names")
+    out: list[tuple[str, dict[str, Any]]] = []
+    for entry in entries:
+        more: Mapping[str, Any] = {}
+        if isinstance(entry, str):
+            label = entry
+        elif isinstance(entry, Mapping) and len(entry) == 1 and isinstance(next(iter(entry.values())), Mapping):
+            label, more = next(iter(entry.items()))
+        else:
+            raise ConfigError(f"{where}: {key} holds {entry!r}; give a name, or {{name: {{property: value}}}}")
+        out.append((str(label), {AXES[key]: str(label), **more}))
+    return out
+
+
+def _count(names: Any) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for name in names:
+        found[name] = found.get(name, 0) + 1
+    return found

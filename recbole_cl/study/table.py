@@ -1,0 +1,142 @@
+"""Means and intervals over seeds, as Markdown for people and CSV for everything else."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from recbole_cl.checkpoint import explained, write_atomically
+from recbole_cl.study.plan import Plan
+from recbole_cl.study.walk import REFUSED, RESULT, state
+
+SUMMARIES = ("final_average", "LA", "AF", "BWT", "FWT")
+"""Columns where a study does not name its own."""
+COSTS = {"train_seconds": "training, s", "peak_memory_mb": "peak, MB"}
+
+
+def mean_and_interval(values: Any, confidence: float = 0.95) -> tuple[float, float]:
+    """Returns mean and half-width of Student's t interval; NaN half-width for a single value.
+
+    Args:
+        values: Numbers, one a seed; NaN are left out.
+        confidence: Coverage of the interval.
+    """
+    found = np.asarray([v for v in values if v is not None and not math.isnan(v)], dtype=float)
+    if not len(found):
+        return math.nan, math.nan
+    if len(found) == 1:
+        return float(found[0]), math.nan
+    error = found.std(ddof=1) / math.sqrt(len(found))
+    return float(found.mean()), float(stats.t.ppf((1 + confidence) / 2, len(found) - 1) * error)
+
+
+def rows(plan: Plan, folder: Path) -> pd.DataFrame:
+    """Returns one row a cell: labels, seed, state, reason, summaries of each metric, the matrix's last row, costs."""
+    out: list[dict[str, Any]] = []
+    for cell in plan.cells:
+        own = folder / cell.folder
+        row: dict[str, Any] = {**cell.labels, "seed": cell.seed, "state": state(cell, folder), "reason": None}
+        if row["state"] == "refused":
+            row["reason"] = json.loads((own / REFUSED).read_text(encoding="utf-8"))["reason"]
+        if row["state"] == "done":
+            result = json.loads((own / RESULT).read_text(encoding="utf-8"))
+            row["primary"] = result["primary_metric"]
+            for name, by_metric in result["summary"].items():
+                row |= {f"{name}:{metric}": value for metric, value in by_metric.items()}
+            last = result["matrix"].get(result["primary_metric"], [[]])[-1]
+            row |= {f"last:{s['name']}": value for s, value in zip(result["stages"], last, strict=False)}
+            row["train_seconds"] = sum(c["train_seconds"] for c in result["cost"])
+            row["eval_seconds"] = sum(c["eval_seconds"] for c in result["cost"])
+            row["peak_memory_mb"] = max(c["peak_memory_mb"] for c in result["cost"])
+            costs = result["cost"][-1]
+            row |= {name: costs[name] for name in ("trainable_parameters", "backbones", "objectives") if name in costs}
+        out.append(row)
+    return pd.DataFrame(out)
+
+
+def comparison(plan: Plan, folder: Path) -> str:
+    """Returns the study's tables as Markdown: one for each dataset, scheduler and model, a row for each strategy."""
+    frame = rows(plan, folder)
+    report = plan.report
+    scale = float(report.get("scale", 1))
+    lines: list[str] = []
+    done = int((frame["state"] == "done").sum())
+    for (dataset, scheduler, model), group in frame.groupby(["dataset", "scheduler", "model"], sort=False):
+        columns = _columns(group, report)
+        if not columns:
+            continue
+        lines += [f"### {model} on {dataset}, {scheduler}", ""]
+        told = [name.removeprefix("last:").replace(":", " ") for name in columns]
+        lines.append("| strategy | seeds | " + " | ".join([*told, *COSTS.values()]) + " |")
+        lines.append("|---" * (2 + len(columns) + len(COSTS)) + "|")
+        for strategy, own in group.groupby("strategy", sort=False):
+            if (own["state"] == "refused").any():
+                lines.append(f"| {strategy} | - | refused" + " |" * (len(columns) + len(COSTS)))
+                continue
+            finished = own[own["state"] == "done"]
+            if not len(finished):
+                continue
+            cells = [_told(finished[name], scale) for name in columns]
+            cells += [f"{finished[name].mean():.0f}" for name in COSTS]
+            lines.append(f"| {strategy} | {len(finished)} | " + " | ".join(cells) + " |")
+        for strategy, figures in (report.get("published") or {}).items():
+            cells = [f"{figures[name]:g}" if name in figures else "" for name in columns] + [""] * len(COSTS)
+            lines.append(f"| *{strategy}, published* | | " + " | ".join(cells) + " |")
+        lines.append("")
+    reasons = sorted({f"{r.model}, {r.strategy}: {r.reason}" for r in frame.itertuples() if r.state == "refused"})
+    lines += [f"- {reason}" for reason in reasons] + ([""] if reasons else [])
+    left = len(frame) - done - int((frame["state"] == "refused").sum())
+    lines.append(f"{done} runs{f', {left} not run yet' if left else ''}. {_machine()}")
+    if report.get("source"):
+        lines.append(f"Published figures: {report['source']}")
+    return "\n".join(lines) + "\n"
+
+
+def _columns(group: pd.DataFrame, report: Any) -> list[str]:
+    if report.get("summaries") == ["last"]:  # the last model on each stage: the tables of task streams
+        return [name for name in group if name.startswith("last:") and group[name].notna().any()]
+    asked = report.get("metric")
+    if asked is None:
+        found = list(group["primary"].dropna()) if "primary" in group else []
+        if not found:
+            return []
+        asked = found[0]
+    metrics = [asked] if isinstance(asked, str) else list(asked)
+    names = [f"{s}:{m.lower()}" for m in metrics for s in report.get("summaries", SUMMARIES)]
+    return [name for name in names if name in group]
+
+
+def _told(values: pd.Series, scale: float) -> str:
+    mean, half = mean_and_interval([None if v is None else v * scale for v in values])
+    digits = 4 if scale == 1 else 2
+    if math.isnan(mean):
+        return "-"
+    return f"{mean:.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
+
+
+def _machine() -> str:
+    return (
+        f"Mean ± half-width of the 95 % t interval over seeds. {os.cpu_count()} cores ({platform.machine()}), Python "
+        f"{platform.python_version()}, torch {version('torch')}, {datetime.date.today().isoformat()}."
+    )
+
+
+def write_tables(plan: Plan, folder: Path) -> str:
+    """Writes ``table.md`` and ``table.csv`` into the study's folder and returns the Markdown."""
+    text = f"# {plan.name}, {plan.preset}\n\n{plan.about}\n\n" if plan.about else f"# {plan.name}, {plan.preset}\n\n"
+    text += comparison(plan, folder)
+    with explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "table.md", text)
+        write_atomically(folder / "table.csv", rows(plan, folder).to_csv(index=False))
+    return text

@@ -1,0 +1,51 @@
+"""Every model of RecBole goes the way that docs/models.md says (slow), and the page names every model."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recbole_cl.config import _recbole_models, list_models
+from recbole_cl.errors import ConfigError, RecBoleCLError
+from recbole_cl.study.walk import run_cell
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+PAGE = (DOCS / "models.md").read_text(encoding="utf-8")
+FOUND = re.findall(r"^\| (\w+) \| ((?:works|no)(?: \| \w+)*) \|$", PAGE, re.MULTILINE)
+ROWS = {name: cells.split(" | ") for name, cells in FOUND}
+
+
+def generator() -> Any:
+    spec = importlib.util.spec_from_file_location("generate_models", DOCS / "generate_models.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_names_every_model_and_every_reason() -> None:
+    recbole = _recbole_models()
+    assert list(ROWS) == [name for name in list_models() if name.lower() in recbole]
+    for name, cells in ROWS.items():
+        assert len(cells) == 3
+        assert ("no" not in cells) or f"- **{name}** (" in PAGE, name
+    assert "does nothing" not in PAGE and "holes" not in PAGE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", list(ROWS))
+def test_the_model_goes_as_the_page_says(model: str, tmp_path: Path) -> None:
+    made = generator()
+    failures, cells = {}, made.cells([model])
+    for cell in cells:
+        found = run_cell(dict(cell.settings), str(tmp_path / cell.folder), cell.digest, 1)
+        if found["state"] == "failed":
+            failures[cell.folder] = found["told"]
+            assert found["error"] in (ConfigError.__name__, RecBoleCLError.__name__), found["told"]
+    plain = tmp_path / cells[0].folder
+    verdicts = [made.verdict(cell, tmp_path, plain, failures) for cell in cells]
+    assert ["works" if v == "works" else "no" for v in verdicts] == ROWS[model], verdicts
