@@ -614,6 +614,7 @@ class CLConfig(Config):
         self._add_layer(*component_defaults(model_class, model, "model"))
         self._add_layer(*component_defaults(self.scheduler_class, self._scheduler, "stream"))
         self._own_parameters: dict[str, dict[str, str]] = {}
+        general: dict[str, tuple[str, Any]] = {}  # general properties that a strategy sets: who, to what
         for (name, _), cls in zip(self._asked_strategies, self.strategy_classes, strict=True):
             defaults, declared = component_defaults(cls, name, "strategy")
             prefix = getattr(cls, "prefix", None) or name.lower()
@@ -622,6 +623,14 @@ class CLConfig(Config):
             self._own_parameters[name] = {
                 key.removeprefix(f"{prefix}_"): key for key in flat.values() if key.startswith(f"{prefix}_")
             }
+            for key in set(flat.values()) - set(self._own_parameters[name].values()) - set(self.external_config_dict):
+                value = defaults[next(k for k, f in flat.items() if f == key)]
+                other, theirs = general.setdefault(key, (name, value))
+                if theirs != value:
+                    raise ConfigError(
+                        f"strategy: {other} sets the property {key!r} to {theirs!r}, {name} to {value!r}; say which "
+                        f"with --{key}=..."
+                    )
             self._add_layer(
                 {flat[key]: value for key, value in defaults.items()},
                 {flat.get(key, key): words for key, words in declared.items()},

@@ -32,6 +32,7 @@ from recbole_cl.config import (
 )
 from recbole_cl.errors import ConfigError
 from recbole_cl.registry import schedulers, strategies
+from recbole_cl.strategy.base import Strategy
 
 
 class DummyAnchor:
@@ -316,6 +317,28 @@ def test_a_model_whose_package_is_missing_says_so() -> None:
         pytest.skip("dgl is installed")
     with pytest.raises(ConfigError, match=r"'KGAT' needs the package 'dgl'.*pip install"):
         get_model_class("KGAT")
+
+
+def test_strategies_that_set_a_general_property_otherwise_are_refused() -> None:
+    class Short(Strategy):
+        defaults = {"epochs": 3, "own": 1}
+
+    class Long(Strategy):
+        defaults = {"epochs": 9}
+
+    strategies._add("Short", Short)
+    strategies._add("Long", Long)
+    assert make(strategy="Short")["epochs"] == 3
+    assert make(strategy=["Short", "FineTune"])["epochs"] == 3
+    with pytest.raises(ConfigError, match=r"Short sets the property 'epochs' to 3, Long to 9; say which with --epochs"):
+        make(strategy=["Short", "Long"])
+    assert make(strategy=["Short", "Long"], epochs=5)["epochs"] == 5
+
+
+def test_models_that_no_stream_can_serve_say_why() -> None:
+    for name, why in (("FEARec", "augmented sequences"), ("RippleNet", "without training interactions")):
+        with pytest.raises(ConfigError, match=f"{name}' cannot be trained in stages: .*{why}"):
+            get_model_class(name)
 
 
 def test_a_class_as_model() -> None:

@@ -247,10 +247,19 @@ class StrategyContract:
         def swap(member: Strategy, ctx: StageContext) -> None:
             original(member, ctx)
             if ctx.index == 1 and ctx.step == 3:
-                again = self.cls(member.params)
-                again.load_state_dict(through_disk(member.state_dict(), tmp_path))
-                member.__dict__.clear()
-                member.__dict__.update(again.__dict__)
+                state = through_disk(member.state_dict(), tmp_path)
+                if own := list(member.parameters()):  # the optimiser holds them: a state goes back into these tensors
+                    for p in own:
+                        p.data.fill_(7.0)
+                    fresh = self.cls(member.params).__dict__
+                    member.__dict__.update({k: v for k, v in fresh.items() if k.startswith("_")})  # what is not state
+                    member.load_state_dict(state)
+                    assert all(a is b for a, b in zip(own, member.parameters(), strict=True))
+                else:
+                    again = self.cls(member.params)
+                    again.load_state_dict(state)
+                    member.__dict__.clear()
+                    member.__dict__.update(again.__dict__)
                 swapped.append(ctx.step)
 
         monkeypatch.setattr(self.cls, "after_step", swap)
@@ -258,6 +267,24 @@ class StrategyContract:
         assert swapped, "the stage has fewer than three steps"
         assert_same(whole.model.state_dict(), again.model.state_dict())
         assert_same(self._live(whole).state_dict(), self._live(again).state_dict())
+
+    def test_its_own_parameters_are_trained(
+        self, backbone: str, run: Callable[..., Runner], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Each of its own trainable parameters moves after the first stage."""
+        kept: list[torch.Tensor] = []
+
+        def look(member: Strategy, ctx: StageContext) -> None:
+            if not ctx.index:
+                kept.clear()
+                kept.extend(p.detach().clone() for p in member.parameters())
+
+        self._before(monkeypatch, "end_stage", look)
+        last = list(self._live(run(backbone, self.active(), eval_step=0)).parameters())
+        if not last:
+            pytest.skip("no trainable parameters of its own")
+        assert len(kept) == len(last)
+        assert all(not bool((old == new[: len(old)]).all()) for old, new in zip(kept, last, strict=True))
 
     def test_an_interrupted_run_goes_on_with_the_same_bits(
         self,
