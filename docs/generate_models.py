@@ -17,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from recbole_cl.config import _recbole_models, list_models
+from recbole_cl.config import list_recbole_models
 from recbole_cl.study.plan import Cell
 from recbole_cl.study.walk import REFUSED, RESULT, state, walk_cells
 
@@ -132,9 +132,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", help="some of them; default all")
     parser.add_argument("--jobs", type=int, default=1)
     options = parser.parse_args()
-    recbole = _recbole_models()
-    models = options.models or [name for name in list_models() if name.lower() in recbole]
-    folder = Path(options.output_dir)
+    models, folder = options.models or list_recbole_models(), Path(options.output_dir)
     failures = walk_cells("models", cells(models), folder, options.jobs)
     print(page(models, folder, failures), end="")
     for name, told in failures.items():

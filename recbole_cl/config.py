@@ -320,6 +320,11 @@ def list_models() -> list[str]:
     return sorted(names.values(), key=str.lower)
 
 
+def list_recbole_models() -> list[str]:
+    """Returns those of :func:`list_models` that RecBole brings, also where ours stands in for one of them."""
+    return [name for name in list_models() if name.lower() in _recbole_models()]
+
+
 def list_metrics() -> list[str]:
     """Returns the names of RecBole's metrics as its users write them."""
     from recbole.evaluator.register import metrics_dict
@@ -623,8 +628,8 @@ class CLConfig(Config):
             self._own_parameters[name] = {
                 key.removeprefix(f"{prefix}_"): key for key in flat.values() if key.startswith(f"{prefix}_")
             }
-            for key in set(flat.values()) - set(self._own_parameters[name].values()) - set(self.external_config_dict):
-                value = defaults[next(k for k, f in flat.items() if f == key)]
+            asked = {*self._own_parameters[name].values(), *self.external_config_dict}
+            for key, value in ((flat[own], value) for own, value in defaults.items() if flat[own] not in asked):
                 other, theirs = general.setdefault(key, (name, value))
                 if theirs != value:
                     raise ConfigError(

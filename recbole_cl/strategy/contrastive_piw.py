@@ -9,7 +9,6 @@ import torch
 from recbole.data.interaction import Interaction
 from torch import nn
 
-from recbole_cl.errors import ConfigError
 from recbole_cl.registry import strategies
 from recbole_cl.rng import torch_generator
 from recbole_cl.strategy.base import StageContext
@@ -45,9 +44,7 @@ class ContrastivePIW(Contrastive):
 
     def check(self, config: Any, model: nn.Module) -> None:
         super().check(config, model)
-        for key, least in (("centers", 2), ("hidden", 1)):
-            if self.params[key] < least:
-                raise ConfigError(f"{self.prefix}_{key}: {self.params[key]} is too small; it must be at least {least}")
+        self.imitation.check(self.prefix, self.params)
 
     def prepare_model(self, ctx: StageContext) -> None:
         """Makes its own parameters once; they do not depend on the numbers of users and items."""

@@ -6,11 +6,13 @@ A part for strategies, not a strategy.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from recbole_cl.errors import ConfigError
 from recbole_cl.strategy.base import require
 
 NAMES = ("centers", "maps", "hidden_weight", "hidden_bias", "out_weight", "out_bias")
@@ -31,6 +33,13 @@ class ImitationWeights:
 
     def __init__(self) -> None:
         self.own: dict[str, nn.Parameter] = {}
+
+    @staticmethod
+    def check(prefix: str, params: Mapping[str, Any]) -> None:
+        """Raises a :class:`ConfigError` where a strategy's ``centers`` or ``hidden`` are too few."""
+        for key, least in (("centers", 2), ("hidden", 1)):
+            if params[key] < least:
+                raise ConfigError(f"{prefix}_{key}: {params[key]} is too small; it must be at least {least}")
 
     def make(self, centers: int, hidden: int, d: int, generator: torch.Generator, device: torch.device) -> None:
         """Makes the parameters.

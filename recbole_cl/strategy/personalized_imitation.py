@@ -57,9 +57,7 @@ class PersonalizedImitation(Strategy):
                 f"by get_user_embedding(user) and get_item_embedding(item) or by a forward() of all; use BPR, LightGCN "
                 f"or another strategy (LwF)"
             )
-        for key, least in (("centers", 2), ("hidden", 1)):
-            if self.params[key] < least:
-                raise ConfigError(f"piw_{key}: {self.params[key]} is too small; it must be at least {least}")
+        self.imitation.check(self.prefix, self.params)
 
     def prepare_model(self, ctx: StageContext) -> None:
         """Makes its own parameters once; they do not depend on the numbers of users and items."""

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from recbole_cl.errors import ConfigError
 from recbole_cl.registry import strategies
 from recbole_cl.strategy.base import StageContext, Strategy
-from recbole_cl.strategy.lwf import _Known
 from recbole_cl.strategy.outputs import second_forward
+from recbole_cl.strategy.teacher import TeacherRows
 
 
 def gives_probabilities(model: nn.Module) -> bool:
@@ -68,7 +68,7 @@ class ReLoop(Strategy):
         teacher = ctx.previous_model
         if teacher is None:
             return {}
-        rows, read = _Known(ctx, teacher).rows(batch, items=True)
+        rows, read = TeacherRows(ctx, teacher).rows(batch, items=True)
         if not len(rows):
             return {}
         with torch.no_grad():
