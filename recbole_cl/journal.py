@@ -22,7 +22,7 @@ from recbole_cl.evaluation.exposure import exposure_disparity, head_mask
 from recbole_cl.evaluation.matrix import smaller_is_better, summarise_all
 from recbole_cl.evaluation.records import REFERENCE, Records
 from recbole_cl.evaluation.steps import stage_curve, steps_to_95
-from recbole_cl.evaluator import Outcome
+from recbole_cl.scoring.outcome import Outcome
 from recbole_cl.stream.stage import Stage, Stream
 
 LOGGER = logging.getLogger("recbole_cl")

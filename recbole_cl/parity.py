@@ -277,13 +277,13 @@ def compare(config: Any) -> dict[str, Any]:
     Raises:
         ConfigError: If ``parity`` is not set, or RecBole does not have the model.
     """
-    from recbole_cl.config import _recbole_models
+    from recbole_cl.config.models import recbole_models
 
     if config["parity"] != "recbole":
         raise ConfigError("property 'parity' is not set; a comparison with RecBole needs parity: recbole")
     if config["resume"]:
         raise ConfigError("property 'resume' is True; a comparison with RecBole runs from the start, leave it out")
-    if config["model"].lower() not in _recbole_models():
+    if config["model"].lower() not in recbole_models():
         raise ConfigError(f"model {config['model']!r} is none of RecBole's, so there is nothing to compare it with")
     wanted = _recbole_properties(config)
     with tempfile.TemporaryDirectory() as name:

@@ -144,6 +144,7 @@ SCHEMA: dict[str, Rule] = {
     "train_positions": choice("all", "last"),
     "window": integer(1).optional(),
     "window_stride": integer(1).optional(),
+    "window_shift": boolean(),
     "graph": choice("all", "stage"),
     "new_rows": choice("random", "mean"),
     "trainable": choice("all", "prompt", "adapter", "lora"),

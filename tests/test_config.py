@@ -513,6 +513,7 @@ BAD = [
     ("train_positions", "first", "'all', 'last'"),
     ("window", 0, "at least 1"),
     ("window_stride", 51, "never be trained on"),
+    ("window_shift", "sometimes", "True or False"),
     ("graph", "none", "'all', 'stage'"),
     ("new_rows", "zero", "'random', 'mean'"),
     ("checkpoint_steps", 0, "at least 1"),

@@ -14,8 +14,9 @@ import pytest
 import torch
 import yaml
 
-from recbole_cl import cli, config, registry, schema
-from recbole_cl.config import CLConfig, read_properties
+from recbole_cl import cli, registry, schema
+from recbole_cl.config import CLConfig, list_models, parse_value, read_properties
+from recbole_cl.config.keys import library_keys
 from recbole_cl.evaluation.matrix import SUMMARIES
 from recbole_cl.registry import Registry, schedulers, strategies
 from recbole_cl.runner import Runner
@@ -50,6 +51,19 @@ def prose(page: Path) -> str:
 
 def anchor(heading: str) -> str:
     return re.sub(r"[\s]+", "-", re.sub(r"[^\w\s-]", "", heading.strip().lower()))
+
+
+# -- figures ------------------------------------------------------------------------------------------------------
+
+
+def test_pages_show_the_figures_that_the_benchmarks_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "benchmarks"))
+    import kept
+
+    shown = {name for page in PAGES for block in kept._BLOCK.findall(page.read_text()) for name in block[1].split()}
+    assert shown and set(kept.read()) <= shown | {f"{name}.cuda" for name in shown}
+    for page in PAGES:
+        assert kept.filled(page.read_text()) == page.read_text(), f"run tests/benchmarks/kept.py for {page.name}"
 
 
 # -- code ---------------------------------------------------------------------------------------------------------
@@ -134,7 +148,7 @@ def test_toml_names_a_group_that_is_read(page: Path, text: str) -> None:
 
 def known_properties() -> set[str]:
     files = (ROOT / "properties").rglob("*.yaml")
-    return set(config._library_keys()).union(*(read_properties(file) for file in files))
+    return set(library_keys()).union(*(read_properties(file) for file in files))
 
 
 def commands() -> Iterator[tuple[Path, list[str]]]:
@@ -159,7 +173,7 @@ def test_commands_name_what_exists() -> None:
                 if key == "scheduler":
                     assert value in schedulers, told
                 if key == "model":
-                    assert value in config.list_models(), told
+                    assert value in list_models(), told
                 if key == "strategy":
                     assert all(name in strategies for name in re.findall(r"\w+", value)), told
         elif words[:2] == ["recbole-cl", "study"]:
@@ -209,7 +223,7 @@ def test_words_in_code_that_look_like_properties_are() -> None:
             assert key in known or key in ("args", "mode"), f"{page.name}: {key}: {value}"
             rule = schema.SCHEMA.get(key)
             if rule is not None and rule.choices:
-                assert config.parse_value(value) in (*rule.choices, True, False), f"{page.name}: {key}: {value}"
+                assert parse_value(value) in (*rule.choices, True, False), f"{page.name}: {key}: {value}"
 
 
 def test_properties_page_is_up_to_date() -> None:

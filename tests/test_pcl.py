@@ -24,7 +24,7 @@ from recbole_cl.llm.encoders import encode_texts
 from recbole_cl.model.pcl import PCL
 from recbole_cl.model.state import tree_hash
 from recbole_cl.model.task_heads import BinaryCrossEntropy, TaskHeads
-from recbole_cl.prompt import ContextualPrompts, PromptedEmbedding, describe, place_prompts
+from recbole_cl.prompt import ContextualPrompts, KeptHistories, PromptedEmbedding, describe, place_prompts
 from recbole_cl.runner import Runner
 from recbole_cl.stream.batch import Batcher
 from recbole_cl.stream.stage import Stage, Task
@@ -238,6 +238,17 @@ def test_no_task_is_forgotten(folder: Path, tmp_path: Path, backbone: str) -> No
     assert not torch.equal(bare, runner.answers[1, 1])
 
 
+@pytest.mark.parametrize("backbone", ["SASRec", "GRU4Rec"])
+def test_no_task_is_forgotten_where_histories_are_computed_once(folder: Path, tmp_path: Path, backbone: str) -> None:
+    """Training takes the short way, answers the plain one: the bits of a task that has ended stay."""
+    runner = walk(folder, tmp_path, pcl_backbone=backbone, pcl_prompted_items=2, pcl_attributes=False)
+    assert runner.model._shares_histories(N_TASKS - 1) and runner.model._histories.number, "the short way was not taken"
+    assert len(set(runner.hashes)) == 1, "the frozen backbone has changed"
+    for task in range(N_TASKS):
+        for trained in range(task + 1, N_TASKS):
+            assert torch.equal(runner.answers[trained, task], runner.answers[task, task]), (task, trained)
+
+
 @pytest.fixture(scope="module")
 def whole(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Watched:
     """A walk with the defaults."""
@@ -384,6 +395,139 @@ def test_all_tasks_share_the_look_up(whole: Watched, monkeypatch: pytest.MonkeyP
     assert torch.equal(together, alone)
 
 
+# -- histories that are computed once -----------------------------------------------------------------------------
+
+
+def varied(whole: Watched, **changed: Any) -> tuple[Any, Interaction]:
+    """Returns a model of two layers at the second task, far from its beginning, and a batch of histories of 1 to 8."""
+    model, rows = walk_to(whole, task=1, n_layers=2, **changed)
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    lengths = torch.arange(len(rows)) % 8 + 1
+    items = torch.randint(1, model.n_items, (len(rows), 8)) * (torch.arange(8) < lengths.unsqueeze(1))
+    rows.interaction.update({model.ITEM_SEQ: items, model.ITEM_SEQ_LEN: lengths})
+    return model.train(), rows
+
+
+def gradients(model: Any, hidden: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Returns the gradients of a function of representations."""
+    model.zero_grad()
+    (hidden * torch.linspace(-1, 1, hidden.numel()).view_as(hidden)).sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("t", [1, 3, 8])
+@pytest.mark.parametrize("backbone", ["SASRec", "GRU4Rec"])
+def test_prompted_ends_equal_whole_passes(whole: Watched, backbone: str, t: int) -> None:
+    """Outputs and gradients, where histories are kept and where there is no room for any."""
+    model, rows = varied(whole, pcl_backbone=backbone, pcl_prompted_items=t)
+    sequence, lengths = rows[model.ITEM_SEQ], rows[model.ITEM_SEQ_LEN]
+    with model.backbone.item_embedding.adding(sequence, model.added(sequence, lengths, 1)):
+        expected = model._output(sequence, lengths)
+    wanted = gradients(model, expected)
+    assert {"prompts.0", "contextual.value.weight"} <= set(wanted)
+    for megabytes in (1, 0):
+        model.config["pcl_memory_mb"], model._histories = megabytes, None
+        for _ in range(2):  # computed, then kept
+            found = model._at_ends(sequence, torch.arange(len(rows)), lengths - 1, 1)
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+            for name, gradient in gradients(model, found).items():
+                torch.testing.assert_close(gradient, wanted[name], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backbone", ["SASRec", "GRU4Rec"])
+def test_a_window_is_all_its_prefixes(whole: Watched, backbone: str) -> None:
+    """The loss of windows is the mean over the supervised prefixes, each answered as a history of its own."""
+    model, rows = varied(whole, pcl_backbone=backbone, pcl_prompted_items=2, pcl_item_adapter="linear")
+    sequence = rows[model.ITEM_SEQ]
+    targets = torch.randint(1, model.n_items, sequence.shape) * (torch.rand(sequence.shape) < 0.5) * (sequence > 0)
+    negatives = torch.randint(1, model.n_items, sequence.shape)
+    windows = {model.ITEM_SEQ: sequence, "_targets": targets, "neg__targets": negatives, "_task": rows["_task"]}
+    row, last = targets.nonzero().unbind(1)
+    single = {
+        model.ITEM_SEQ: sequence[row] * (torch.arange(8) <= last.unsqueeze(1)),
+        model.ITEM_SEQ_LEN: last + 1,
+        model.POS_ITEM_ID: targets[row, last],
+        model.NEG_ITEM_ID: negatives[row, last],
+        "_task": rows["_task"][row],
+    }
+    model.eval()
+    expected = model.calculate_loss(Interaction(single))
+    model.train()
+    assert model.trains_all_positions
+    torch.testing.assert_close(model.calculate_loss(Interaction(windows)), expected, rtol=1e-5, atol=1e-6)
+    model.config["pcl_dropout"] = True  # the plain way takes windows, too
+    model.eval()
+    torch.testing.assert_close(model.calculate_loss(Interaction(windows)), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_kept_has_the_bits_of_what_is_not(whole: Watched) -> None:
+    """Whoever stands beside a history, and whenever it is computed: or a resumed run would go another way."""
+    model, _ = varied(whole, pcl_prompted_items=2)
+    prompter = model._prompter()
+    calls: list[int] = []
+
+    def counted(sequence: torch.Tensor) -> list[torch.Tensor]:
+        calls.append(len(sequence))
+        return prompter.compute(sequence)
+
+    sequence = torch.randint(1, model.n_items, (150, 8))
+    one, other = (KeptHistories(counted, 8, 1 << 20) for _ in range(2))
+    whole_batch = one.of(sequence)
+    assert len(calls) == 3 and len(one.number) == 150
+    for part in (sequence[100:], sequence[20:130].flip(0), sequence):
+        other.of(part)
+    for kept, again, anew in zip(whole_batch, one.of(sequence), other.of(sequence), strict=True):
+        assert torch.equal(kept, again) and torch.equal(kept, anew)
+    assert len(calls) == 3 + 1 + 2 + 1 and len(other.number) == 150, "a history was computed twice"
+    few = KeptHistories(counted, 8, 40 * sum(x[0].numel() * 4 for x in whole_batch))
+    for _ in range(2):
+        for kept, anew in zip(whole_batch, few.of(sequence), strict=True):
+            assert torch.equal(kept, anew)
+        assert len(few.number) == 40 and len(few.kept[0]) == 40
+
+
+def test_other_weights_have_other_histories(whole: Watched) -> None:
+    """What was kept of a backbone is not used after its weights were loaded."""
+    model, rows = varied(whole, pcl_prompted_items=1)
+    before = model.represent(rows, 1)
+    state = {name: value + 0.1 * torch.randn_like(value) for name, value in model.backbone.state_dict().items()}
+    model.backbone.load_state_dict(state)
+    after = model.represent(rows, 1)
+    torch.testing.assert_close(after, model.eval().represent(rows, 1), rtol=0, atol=1e-6)
+    assert not torch.allclose(before, after, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("changed", "task", "short"),
+    [
+        ({}, 1, True),
+        ({}, 2, False),  # attributes stand at every item
+        ({"pcl_attributes": False}, 2, True),
+        ({"pcl_prompted_items": 5}, 1, False),
+        ({"pcl_dropout": True}, 1, False),
+        ({"pcl_backbone": "NARM"}, 1, False),
+    ],
+)
+def test_the_short_way_is_taken_where_it_is_right(
+    whole: Watched, monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any], task: int, short: bool
+) -> None:
+    """Where attributes, dropout or many prompts reach further back, and for answers, whole histories are passed."""
+    model, rows = walk_to(whole, task, **{"pcl_prompted_items": 2, **changed})
+    rows.interaction[model.NEG_ITEM_ID] = rows[model.POS_ITEM_ID].flip(0)
+    used: list[int] = []
+    taken = PCL._at_ends
+    monkeypatch.setattr(PCL, "_at_ends", lambda self, *args: used.append(1) or taken(self, *args))
+    model.train().calculate_loss(rows)
+    assert bool(used) == short and model.trains_all_positions == short
+    used.clear()
+    with torch.no_grad():
+        model.eval().represent(rows, task)
+    assert not used, "answers take the plain way"
+
+
 # -- ablations and studies ----------------------------------------------------------------------------------------
 
 
@@ -401,7 +545,7 @@ def test_ablations_by_properties(folder: Path, tmp_path: Path) -> None:
     plain = walk(folder, tmp_path / "plain", n_stages=3, epochs=1)
     for changed in ({"pcl_contextual": False}, {"pcl_inherit": False}, {"pcl_context_scope": "all"}):
         other = walk(folder, tmp_path / "other", n_stages=3, epochs=1, **changed)
-        assert torch.equal(other.answers[0, 0], plain.answers[0, 0]) == (changed != {"pcl_contextual": False})
+        assert torch.equal(other.answers[0, 0], plain.answers[0, 0]), "pretraining has changed"
         assert not torch.equal(other.answers[2, 2], plain.answers[2, 2]), changed
     without = walk(folder, tmp_path / "none", pcl_contextual=False, pcl_encoder="nobody", n_stages=2, epochs=1)
     assert without.model.contextual is None
@@ -520,14 +664,19 @@ class CutPCL(PCL):
         return super().calculate_loss(batch)
 
 
+@pytest.mark.parametrize("attributes", [True, False])
 def test_a_walk_cut_off_in_the_third_task_goes_on(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, attributes: bool
 ) -> None:
-    """Cut off inside the last epoch of task 3, the resumed walk has the bits of one that was not."""
+    """Cut off inside the last epoch of task 3, the resumed walk has the bits of one that was not.
+
+    Without attributes histories were kept in the first epoch, which the resumed walk computes again beside others.
+    """
 
     def job(name: str, **changed: Any) -> Walk:
         settings = {**SETTINGS, "data_path": str(folder), "output_dir": str(tmp_path / name), "checkpoint_steps": 5}
-        config = CLConfig(model=CutPCL, dataset="tasks-log", config_dict={**settings, **changed})
+        settings |= {"pcl_prompted_items": 2, "pcl_attributes": attributes, **changed}
+        config = CLConfig(model=CutPCL, dataset="tasks-log", config_dict=settings)
         config["saved"] = True
         CutPCL.stages.clear()
         runner = Runner(config)

@@ -14,6 +14,7 @@ from run_helpers import configure, run, toy
 from recbole_cl import run_recbole_cl
 from recbole_cl.errors import ConfigError, TrainingError
 from recbole_cl.runner import Runner
+from recbole_cl.strategy.base import Composite, StageContext, Strategy
 from recbole_cl.testing.toy import PlantedDrift
 
 KEYS = {
@@ -126,6 +127,39 @@ def test_scratch_reference(log: PlantedDrift, tmp_path: Path) -> None:
     assert result["reference"]["ndcg@10"] == result["scratch"]["ndcg@10"]
     plain = run(log, tmp_path / "b", "SASRec")[1]
     assert plain["matrix"] == result["matrix"], "the reference models leave no trace in the run"
+
+
+class Noting(Strategy):
+    """Counts the scores that it is shown; what it answers depends on the count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen, self.ends = 0, list[int]()
+        self.passes: set[str] = set()
+
+    def adjust_scores(self, ctx: StageContext, batch: Any, scores: torch.Tensor) -> torch.Tensor:
+        self.passes.add(ctx.pass_.name)
+        self.seen += len(scores)
+        return scores.roll(self.seen, dims=1)
+
+    def end_pass(self, ctx: StageContext) -> None:
+        self.ends.append(self.seen)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seen": self.seen}
+
+    def load_state_dict(self, state: Any) -> None:
+        self.seen = state["seen"]
+
+
+def test_what_a_strategy_notes_while_it_adjusts_scores_is_put_back(log: PlantedDrift, tmp_path: Path) -> None:
+    """Also after a validation: an epoch must not depend on how often was validated. A scratch model stays alone."""
+    runner = Runner(configure(log, tmp_path / "run", "SASRec", scratch=True))
+    noting = Noting()
+    runner.strategy = Composite([noting])
+    result = runner.run()
+    assert sum(point["valid"] is not None for point in result["curves"]) >= 3, "there were validations"
+    assert noting.passes == {"train"} and noting.ends == [0, 0, 0] and noting.seen == 0
 
 
 def test_next_stage_cells_that_were_trained_on_are_null(log: PlantedDrift, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from scipy import stats
 from recbole_cl import cli
 from recbole_cl.config import CLConfig
 from recbole_cl.errors import ConfigError
-from recbole_cl.study import list_studies, read_plan, walk, write_tables
+from recbole_cl.study import list_studies, plots, read_plan, walk, write_tables
 from recbole_cl.study.table import mean_and_interval, rows
 from recbole_cl.study.walk import run_cell, state
 from recbole_cl.testing.toy import PlantedDrift
@@ -136,7 +136,7 @@ def test_a_failure_is_told_and_the_others_run(tmp_path: Path, log: PlantedDrift)
 
 
 def test_a_killed_study_goes_on(tmp_path: Path, log: PlantedDrift) -> None:
-    """SIGKILL to the whole study, the same command again: every number is that of a study that was left alone."""
+    """SIGKILL to the study, the same command again: every number is that of a study that was left alone."""
     path = study(tmp_path, log, seeds=[1, 2], models=["SASRec"], settings={**log.settings(), **SMALL, "epochs": 4})
     plan, whole = read_plan(path, "laptop"), tmp_path / "whole"
     words = [sys.executable, "-m", "recbole_cl.cli", "study", str(path), "--output_dir", str(tmp_path / "cut")]
@@ -146,7 +146,17 @@ def test_a_killed_study_goes_on(tmp_path: Path, log: PlantedDrift) -> None:
         until = time.monotonic() + 120
         while not (second.is_dir() and list(second.glob("0*"))) and time.monotonic() < until:
             time.sleep(0.02)
-        os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
+        process.wait()
+        for _ in range(600):  # the process that ran the cell ends, too: it would write beside the next one
+            try:
+                os.killpg(process.pid, 0)
+            except ProcessLookupError:
+                break
+            time.sleep(0.1)
+        else:
+            os.killpg(process.pid, signal.SIGKILL)
+            pytest.fail("a process of the killed study goes on")
     assert state(plan.cells[1], tmp_path / "cut") == "open"
     again = subprocess.run(words, capture_output=True, text=True, timeout=300, **given)
     assert again.returncode == 0, again.stderr
@@ -168,7 +178,9 @@ def test_interval_is_students() -> None:
     assert math.isnan(mean_and_interval([0.3])[1]) and mean_and_interval([0.3, None])[0] == 0.3
 
 
-def test_table_holds_the_means_of_the_results(tmp_path: Path, log: PlantedDrift, capsys: Any) -> None:
+def test_table_holds_the_means_of_the_results(
+    tmp_path: Path, log: PlantedDrift, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path, out = study(tmp_path, log, strategies=["FineTune"]), tmp_path / "out"
     assert cli.main(["study", str(path), "--output_dir", str(out)]) == 0
     printed = capsys.readouterr().out
@@ -178,3 +190,14 @@ def test_table_holds_the_means_of_the_results(tmp_path: Path, log: PlantedDrift,
     mean, half = mean_and_interval([r["summary"]["final_average"][metric] for r in results])
     assert f"| FineTune | 2 | {mean:.4f} ± {half:.4f} |" in printed
     assert cli.main(["study", str(path), "--output_dir", str(out), "--jobs", "0"]) == 2
+    # Learning curves of what is done: a panel for each stage, the mean over the seeds of the validation metric.
+    asked = yaml.safe_load(path.read_text(encoding="utf-8"))
+    path.write_text(yaml.safe_dump({**asked, "report": {"plots": ["curves"]}}), encoding="utf-8")
+    monkeypatch.setattr(plots, "_png", lambda *_: None)
+    assert not (out / "plots.html").exists()
+    assert cli.main(["study", str(path), "--output_dir", str(out), "--only_table"]) == 0
+    figure = plots.figures_of(read_plan(path, "laptop"), out)["curves"][1]
+    assert len(figure["layout"]["annotations"]) == len(results[0]["stages"]) and (out / "plots.html").is_file()
+    own = [[p["valid"][metric] for p in r["curves"] if p["stage"] == 0] for r in results]
+    line = next(t for t in figure["data"] if t["name"] == "FineTune" and t["xaxis"] == "x")
+    assert line["y"] == pytest.approx([sum(values) / 2 for values in zip(*own, strict=True)])

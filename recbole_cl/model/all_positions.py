@@ -109,12 +109,16 @@ class AllPositions:
         return min(place.values()) == place["outputs_at"] and not any(name in own for name in place)
 
     def calculate_loss(self, interaction: Interaction) -> torch.Tensor:
-        """Returns the mean loss over the supervised positions, or RecBole's loss of single targets."""
+        """Returns the mean loss over the supervised positions, or RecBole's loss of single targets.
+
+        The outputs at the supervised positions ``[n, d]``, with their graph, become the batch's attribute ``outputs``.
+        """
         if TARGETS not in interaction:
             return super().calculate_loss(interaction)  # type: ignore[misc]
         targets = interaction[TARGETS]
         supervised = targets > 0
         outputs, items = self.outputs(interaction[self.ITEM_SEQ], supervised), targets[supervised]
+        interaction.outputs = outputs  # it lives as long as the batch: strategies that distil need no second pass
         if self.loss_type == "CE":
             return softmax_loss(outputs, self.item_embedding.weight, items)
         negatives = interaction[self.config_neg_prefix + TARGETS][supervised]

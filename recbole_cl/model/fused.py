@@ -1,4 +1,4 @@
-"""RecBole's transformer layer and its softmax loss in fewer and faster operations.
+"""RecBole's transformer layer, its softmax loss and a distillation in fewer and faster operations.
 
 The mathematics, the parameters and the modules are RecBole's; sums may be rounded otherwise. Linear maps and
 normalisations are called as the modules they are, so that one that was replaced (an adapter) or hooked is honoured. A
@@ -90,7 +90,19 @@ def layer_outputs(layer: Any, hidden: torch.Tensor, mask: torch.Tensor, at: torc
         mixed = dropout((scores + mask).softmax(dim=-1), dropped.p, True) @ value
     else:
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-    mixed = attention.dense(mixed.transpose(1, 2).flatten(2))
+    return after_attention(layer, mixed.transpose(1, 2).flatten(2), asked)
+
+
+def after_attention(layer: Any, mixed: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
+    """Returns the outputs of a plain transformer layer, given what its heads have mixed.
+
+    Args:
+        layer: RecBole's layer.
+        mixed: Shape ``[B, M, d]``.
+        asked: The layer's inputs at these positions, shape ``[B, M, d]``.
+    """
+    attention = layer.multi_head_attention
+    mixed = attention.dense(mixed)
     mixed = attention.LayerNorm(dropout(mixed, attention.out_dropout.p, attention.out_dropout.training) + asked)
     part = layer.feed_forward
     inner = part.dense_1(mixed)
@@ -131,6 +143,13 @@ class _SoftmaxLoss(torch.autograd.Function):
         return grad_outputs * scale, grad_table * scale, None
 
 
+def _fuses(outputs: torch.Tensor, table: torch.Tensor) -> bool:
+    small = outputs.device.type == "cpu" and outputs.dtype == table.dtype == torch.float32
+    both = outputs.requires_grad and table.requires_grad and torch.is_grad_enabled()
+    inside = torch.is_autocast_enabled("cpu") or torch._C._functorch.maybe_current_level() is not None
+    return small and both and len(outputs) > 0 and not inside
+
+
 def softmax_loss(outputs: torch.Tensor, table: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
     """Returns the mean cross-entropy of a softmax over all items.
 
@@ -139,9 +158,68 @@ def softmax_loss(outputs: torch.Tensor, table: torch.Tensor, items: torch.Tensor
         table: Item embeddings, shape ``[n_items, d]``.
         items: The right items, shape ``[n]``.
     """
-    small = outputs.device.type == "cpu" and outputs.dtype == table.dtype == torch.float32
-    both = outputs.requires_grad and table.requires_grad and torch.is_grad_enabled()
-    inside = torch.is_autocast_enabled("cpu") or torch._C._functorch.maybe_current_level() is not None
-    if small and both and len(outputs) and not inside:
+    if _fuses(outputs, table):
         return _SoftmaxLoss.apply(outputs, table, items)  # type: ignore[no-any-return,no-untyped-call]
     return F.cross_entropy(outputs @ table.t(), items)
+
+
+def divergence(new: torch.Tensor, old: torch.Tensor, temperature: float) -> torch.Tensor:
+    """``T^2 KL(softmax(old / T) || softmax(new / T))``, the mean over rows of logits ``[n, n_items]``."""
+    logs = F.log_softmax(new / temperature, -1), F.log_softmax(old / temperature, -1)
+    return temperature**2 * F.kl_div(*logs, reduction="batchmean", log_target=True)
+
+
+class _Distillation(torch.autograd.Function):
+    """The gradients of a divergence from a teacher's softmax, computed with it, a few rows at a time."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, outputs: torch.Tensor, table: torch.Tensor, old: torch.Tensor, old_table: torch.Tensor, t: float
+    ) -> torch.Tensor:
+        grad_outputs, grad_table = torch.empty_like(outputs), torch.zeros_like(table)
+        buffers = outputs.new_empty(3, min(ROWS_AT_ONCE, len(outputs)), len(table))
+        columns, old_columns = (table / t).t(), (old_table / t).t()
+        total = outputs.new_zeros(())
+        for start in range(0, len(outputs), ROWS_AT_ONCE):
+            part = slice(start, start + ROWS_AT_ONCE)
+            rows = outputs[part]
+            new, gap, likely = buffers[:, : len(rows)]
+            torch.log_softmax(torch.mm(rows, columns, out=new), 1, out=new)
+            torch.log_softmax(torch.mm(old[part], old_columns, out=gap), 1, out=gap)
+            torch.exp(gap, out=likely)
+            total += torch.dot(likely.view(-1), gap.sub_(new).view(-1))
+            slope = new.exp_().sub_(likely)
+            torch.mm(slope, table, out=grad_outputs[part])
+            grad_table.addmm_(slope.t(), rows)
+        ctx.save_for_backward(outputs, table, old, old_table, grad_outputs, grad_table)
+        ctx.temperature = t
+        return total * (t * t / len(outputs))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (gradient,), t = gradients, ctx.temperature
+        outputs, table, old, old_table, grad_outputs, grad_table = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph: a gradient of the gradient is wanted
+            loss = divergence(outputs @ table.t(), old @ old_table.t(), t)
+            return (*torch.autograd.grad(loss, (outputs, table), gradient, create_graph=True), None, None, None)
+        scale = gradient * (t / len(outputs))
+        return grad_outputs * scale, grad_table * scale, None, None, None
+
+
+def distillation(
+    outputs: torch.Tensor, table: torch.Tensor, old: torch.Tensor, old_table: torch.Tensor, temperature: float
+) -> torch.Tensor:
+    """Returns the mean over rows of ``T^2 KL(softmax(z_old / T) || softmax(z / T))`` over items; the old is constant.
+
+    Args:
+        outputs: The new model's, shape ``[n, d]``, n > 0.
+        table: Its item embeddings, shape ``[n_items, d]``.
+        old: The old model's outputs, shape ``[n, e]``.
+        old_table: Its embeddings of the same items, shape ``[n_items, e]``.
+        temperature: T.
+    """
+    old, old_table = old.detach(), old_table.detach()
+    if _fuses(outputs, table) and old.dtype == old_table.dtype == outputs.dtype:
+        found: torch.Tensor = _Distillation.apply(outputs, table, old, old_table, temperature)  # type: ignore[no-untyped-call]
+        return found
+    return divergence(outputs @ table.t(), old @ old_table.t(), temperature)

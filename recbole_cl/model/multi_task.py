@@ -12,7 +12,7 @@ from torch import nn
 
 from recbole_cl.errors import ConfigError
 from recbole_cl.model.mixture import MixtureOfExperts, TaskMasks
-from recbole_cl.model.task_heads import TaskHeads, TaskModel, by_task
+from recbole_cl.model.task_heads import TaskHeads, TaskModel
 from recbole_cl.registry import models
 from recbole_cl.stream.batch import TARGETS
 
@@ -54,16 +54,7 @@ class MultiTask(TaskModel):
         """Returns the mean loss of the rows, or of the supervised positions of windows."""
         if TARGETS not in batch:
             return super().calculate_loss(batch)
-        losses, counts = [], []
-        for task, _, rows in by_task(batch):
-            supervised = rows[TARGETS] > 0
-            hidden = self.heads[task](self.every_position(rows, task)[supervised])
-            chosen = {self.POS_ITEM_ID: rows[TARGETS][supervised]}
-            if self.config["loss_type"] != "CE":
-                chosen[self.NEG_ITEM_ID] = rows[self.config["NEG_PREFIX"] + TARGETS][supervised]
-            losses.append(self.next_item_loss(hidden, Interaction(chosen)))
-            counts.append(len(hidden))
-        return torch.stack([loss * (n / sum(counts)) for loss, n in zip(losses, counts, strict=True)]).sum()
+        return self.windows_loss(batch, lambda rows, task, at: self.every_position(rows, task)[at])
 
     def answers(self, batch: Interaction, task: int) -> torch.Tensor:
         """Returns a task's logits for the histories of a batch of any task: of its classes, or of all items."""

@@ -12,8 +12,19 @@ from recbole_cl.errors import ConfigError
 from recbole_cl.llm.encoders import encode_texts
 from recbole_cl.model.state import grow_model
 from recbole_cl.model.task_heads import TaskHeads, TaskModel
-from recbole_cl.prompt import ContextualPrompts, ItemAttribute, PromptedEmbedding, describe, place_prompts
+from recbole_cl.prompt import (
+    ContextualPrompts,
+    ItemAttribute,
+    KeptHistories,
+    PromptedEmbedding,
+    RecurrentHistories,
+    TransformerHistories,
+    describe,
+    place_prompts,
+)
 from recbole_cl.registry import models
+from recbole_cl.rng import derive, seeded
+from recbole_cl.stream.batch import TARGETS
 from recbole_cl.stream.vocabulary import Growth
 
 
@@ -57,26 +68,30 @@ class PCL(TaskModel):
                 f"pcl_prompted_items: {self.n_prompted} must be from 1 to MAX_ITEM_LIST_LENGTH: {length}, or ~ for that"
             )
         self.intensity, self.inherit = float(config["pcl_lambda"]), bool(config["pcl_inherit"])
-        drawn = (torch.randn(length, self.width) * config["pcl_init_std"] for _ in range(n_later))
-        self.prompts = nn.ParameterList(drawn)
+        n_prompts = n_later if config["pcl_prompts"] else 0
         self.contextual: ContextualPrompts | None = None
-        if config["pcl_contextual"]:
-            words = [describe(stage, config["valid_metric"], length) for stage in dataset.stream.stages]
-            texts = encode_texts(config["pcl_encoder"], words, config["seed"], "pcl_encoder")
-            over_all = config["pcl_context_scope"] == "all"
-            self.contextual = ContextualPrompts(texts, self.width, config["pcl_heads"], over_all)
+        whole, n_in_log = dataset.stream.dataset, dataset.stream.table.n_items  # also items that come later
+        with self._aside("parts"):
+            drawn = (torch.randn(length, self.width) * config["pcl_init_std"] for _ in range(n_prompts))
+            self.prompts = nn.ParameterList(drawn)
+            if config["pcl_contextual"]:
+                words = [describe(stage, config["valid_metric"], length) for stage in dataset.stream.stages]
+                texts = encode_texts(config["pcl_encoder"], words, config["seed"], "pcl_encoder")
+                over_all = config["pcl_context_scope"] == "all"
+                self.contextual = ContextualPrompts(texts, self.width, config["pcl_heads"], over_all)
+            self.attributes = nn.ModuleList(
+                nn.ModuleList(ItemAttribute(whole, field, n_in_log, self.width) for field in task.attributes)
+                if config["pcl_attributes"]
+                else nn.ModuleList()
+                for task in self.tasks
+            )
         self.register_buffer("kept", torch.zeros(len(self.tasks), self.width))  # p'_k of the tasks that have ended
-        whole = dataset.stream.dataset
-        self.attributes = nn.ModuleList(
-            nn.ModuleList(ItemAttribute(whole, field, self.n_items, self.width) for field in task.attributes)
-            if config["pcl_attributes"]
-            else nn.ModuleList()
-            for task in self.tasks
-        )
         self._probe()
         self._choose_trainable()
 
     kept: torch.Tensor
+    _histories: KeptHistories | None = None
+    _frozen: tuple[Any, ...] = ()
 
     @staticmethod
     def _refuse_new_beginnings(config: Any) -> None:
@@ -112,8 +127,13 @@ class PCL(TaskModel):
                 f"vector as wide as an item's, {self.width}; use SASRec, GRU4Rec, NARM or STAMP"
             )
 
+    def _aside(self, name: str) -> Any:
+        """A context whose draws leave the run's random state alone: pretraining is the same whatever comes after it."""
+        return seeded(derive(self.config["seed"], self.stage, f"PCL/{name}"))
+
     def make_heads(self) -> TaskHeads:
-        return TaskHeads(self.tasks, self.width, self.config["pcl_adapter"], self.config["pcl_item_adapter"])
+        with self._aside("heads"):
+            return TaskHeads(self.tasks, self.width, self.config["pcl_adapter"], self.config["pcl_item_adapter"])
 
     def make_backbone(self, config: Any, dataset: Any) -> Any:
         backbone = super().make_backbone(config, dataset)
@@ -141,7 +161,7 @@ class PCL(TaskModel):
             self.backbone, self.n_items = new, items[1]
             growth = Growth(users, items, {f"backbone.{name}": axes for name, axes in grown.axes.items()})
         self.stage = view.stage_index
-        if self.inherit and self.stage > 1:
+        if self.inherit and self.prompts and self.stage > 1:
             with torch.no_grad():
                 self.prompts[self.stage - 1].copy_(self.prompts[self.stage - 2])
         self._choose_trainable()
@@ -154,7 +174,8 @@ class PCL(TaskModel):
         if self.stage == 0:
             self.backbone.requires_grad_(True)
             return
-        self.prompts[self.stage - 1].requires_grad_(True)
+        if self.prompts:
+            self.prompts[self.stage - 1].requires_grad_(True)
         for part in (self.contextual, self.heads[self.stage], self.attributes[self.stage]):
             if part is not None:
                 part.requires_grad_(True)
@@ -166,6 +187,11 @@ class PCL(TaskModel):
             table.requires_grad_(True)
             new = (torch.arange(len(table), device=table.device) >= known).unsqueeze(1)
             table.register_hook(lambda gradient: gradient * new.to(gradient))
+        if not any(p.requires_grad for p in self.parameters()):
+            raise ConfigError(
+                f"pcl_prompts: False leaves the task {self.tasks[self.stage].name!r} nothing to train; add "
+                f"pcl_item_adapter: linear, or keep the prompts"
+            )
 
     def train(self, mode: bool = True) -> PCL:
         """Switches training on or off; a frozen backbone never updates statistics, and drops out only if asked to."""
@@ -177,16 +203,75 @@ class PCL(TaskModel):
                 module.training = drops or isinstance(module, nn.RNNBase)
         return self
 
+    # -- histories that are computed once -------------------------------------------------------------------------
+
+    @property
+    def trains_all_positions(self) -> bool:
+        """Tells the loader to make windows: in the first stage as the backbone does, then where they share work."""
+        return super().trains_all_positions or self._shares_histories(self.stage)
+
+    def _shares_histories(self, task: int) -> bool:
+        """Tells whether what stands before a task's prompted items is the frozen backbone's own, and most of a history.
+
+        Not so if attributes or rows of new items are trained, which may stand anywhere, or the backbone drops out.
+        """
+        frozen = self.stage > 0 and not self.backbone.item_embedding.weight.requires_grad
+        attributes: Any = self.attributes[task]
+        alone = frozen and not len(attributes) and not self.config["pcl_dropout"]
+        return alone and 2 * self.n_prompted <= self.max_seq_length and self._prompter() is not None
+
+    def _prompter(self) -> TransformerHistories | RecurrentHistories | None:
+        for kind in (TransformerHistories, RecurrentHistories):
+            if kind.serves(self.backbone):
+                return kind(self.backbone)
+        return None
+
+    def _at_ends(self, sequence: torch.Tensor, row: torch.Tensor, last: torch.Tensor, task: int) -> torch.Tensor:
+        """Returns the prompted outputs of histories, ``[n, d]``, computing the last t items of each.
+
+        Args:
+            sequence: Item ids, shape ``[W, L]``.
+            row: The sequence of each history, shape ``[n]``, in rising order.
+            last: The place of its last item, shape ``[n]``.
+            task: Stage index.
+        """
+        prompter, prompts = self._prompter(), self.prompts_of(task)
+        assert prompter is not None
+        frozen = tuple((p.data_ptr(), p._version) for p in self.backbone.parameters())
+        if self._histories is None or frozen != self._frozen:  # other weights, other histories
+            limit = int(self.config["pcl_memory_mb"]) << 20
+            self._histories, self._frozen = KeptHistories(prompter.compute, self.max_seq_length, limit), frozen
+        if prompts is None:
+            prompts = self.backbone.item_embedding.weight.new_zeros(1, self.width)
+        return prompter.outputs(self._histories.of(sequence), sequence, row, last, prompts)
+
+    def calculate_loss(self, batch: Interaction) -> torch.Tensor:
+        """Returns the loss of the rows, or of the supervised positions of windows: each a history of its own."""
+        if TARGETS not in batch or self.stage == 0:
+            return super().calculate_loss(batch)
+
+        def at(rows: Interaction, task: int, supervised: torch.Tensor) -> torch.Tensor:
+            sequence, (row, last) = rows[self.ITEM_SEQ], supervised.nonzero().unbind(1)
+            if self._shares_histories(task):
+                return self._at_ends(sequence, row, last, task)
+            inside = torch.arange(sequence.size(1), device=row.device) <= last.unsqueeze(1)
+            history = {self.ITEM_SEQ: sequence[row] * inside, self.ITEM_SEQ_LEN: last + 1}
+            return self.represent(Interaction(history), task)
+
+        return self.windows_loss(batch, at)
+
     # -- prompting ------------------------------------------------------------------------------------------------
 
     def prompts_of(self, task: int) -> torch.Tensor | None:
-        """Returns the last t rows of p_k, with lambda p'_k added to each, ``[t, d]``; ``None`` for the first task."""
+        """Returns the last t rows of p_k, with lambda p'_k added to each, ``[t, d]``, or ``None`` for nothing."""
         if not 0 < task <= self.stage:
             return None
-        prompts = self.prompts[task - 1][-self.n_prompted :]
+        prompts = self.prompts[task - 1][-self.n_prompted :] if self.prompts else None
         if self.contextual is None:
             return prompts
         context = self.contextual(task) if task == self.stage else self.kept[task]
+        if prompts is None:
+            return self.intensity * context.expand(self.n_prompted, -1)
         return prompts + self.intensity * context
 
     def added(self, sequence: torch.Tensor, lengths: torch.Tensor, task: int) -> torch.Tensor | None:
@@ -198,12 +283,10 @@ class PCL(TaskModel):
             task: Stage index; one that has not come yet has nothing to add.
         """
         prompts = self.prompts_of(task)
-        if prompts is None:
-            return None
-        out = place_prompts(prompts, lengths, sequence.size(1))
-        own: Any = self.attributes[task]
+        own: Any = self.attributes[task] if 0 < task <= self.stage else ()
+        out = None if prompts is None else place_prompts(prompts, lengths, sequence.size(1))
         for attribute in own:
-            out = out + attribute(sequence)
+            out = attribute(sequence) if out is None else out + attribute(sequence)
         return out
 
     def represent(self, batch: Interaction, task: int, found: torch.Tensor | None = None) -> torch.Tensor:
@@ -215,6 +298,8 @@ class PCL(TaskModel):
             found: The sequence's embeddings, where they were looked up before.
         """
         sequence, lengths = batch[self.ITEM_SEQ], batch[self.ITEM_SEQ_LEN]
+        if self.training and found is None and task == self.stage and self._shares_histories(task):
+            return self._at_ends(sequence, torch.arange(len(sequence), device=sequence.device), lengths - 1, task)
         added = self.added(sequence, lengths, task)
         if added is None and found is None:
             return self._output(sequence, lengths)
@@ -245,7 +330,7 @@ class PCL(TaskModel):
         own: list[Any] = [*self.backbone.parameters()]
         if self.stage > 0:
             parts = (self.heads[self.stage], self.attributes[self.stage])
-            own = [self.prompts[self.stage - 1], *(p for part in parts for p in part.parameters())]
+            own = [*self.prompts[self.stage - 1 : self.stage], *(p for part in parts for p in part.parameters())]
             own += [self.kept[self.stage]] if self.contextual is not None else []
         size = sum(tensor.numel() * tensor.element_size() for tensor in own)
         return {"backbones": 1, "objectives": 1, "bytes_per_task": size}

@@ -35,7 +35,7 @@ def prefix_outputs(model: Any, batcher: Any, targets: Targets) -> torch.Tensor:
     np.maximum.at(end, row, targets.hi)
     index = start[:, None] + np.arange(max(int((end - start).max()), 1))
     real = index < end[:, None]
-    items = np.where(real, table.item[table.seq[np.minimum(index, len(table) - 1)]], 0)
+    items = np.where(real, table.item[table.seq[np.minimum(index, len(table.seq) - 1)]], 0)
     known = real & (items < n_items)
     column = np.maximum(known.cumsum(axis=1)[row, np.maximum(targets.hi - begin, 1) - 1] - 1, 0)
     if (known != real).any():

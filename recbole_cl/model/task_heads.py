@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from recbole.model.loss import BPRLoss
 from torch import nn
 from torch.nn import functional as F
 
+from recbole_cl.config.models import get_model_class
 from recbole_cl.errors import ConfigError
 from recbole_cl.stream.batch import TARGETS, TASK
 from recbole_cl.stream.stage import Task
@@ -118,8 +119,6 @@ class TaskModel(SequentialRecommender):
         Raises:
             ConfigError: If the model has no table of items of that name.
         """
-        from recbole_cl.config import get_model_class
-
         backbone = get_model_class(config[self.backbone_property])(config, dataset)
         if not isinstance(getattr(backbone, "item_embedding", None), nn.Embedding):
             raise ConfigError(
@@ -159,6 +158,24 @@ class TaskModel(SequentialRecommender):
         parts = [(len(rows), self.task_loss(rows, task)) for task, _, rows in by_task(batch)]
         total = sum(n for n, _ in parts)
         return sum((loss * (n / total) for n, loss in parts[1:]), parts[0][1] * (parts[0][0] / total))
+
+    def windows_loss(self, batch: Interaction, at: Callable[[Interaction, int, torch.Tensor], Any]) -> torch.Tensor:
+        """Returns the mean loss of the supervised positions of windows: each by its own task.
+
+        Args:
+            batch: Windows with the target after each input.
+            at: Gives the representations ``[n, d]`` of windows of a task at flagged positions ``[B, L]``.
+        """
+        losses, counts = [], []
+        for task, _, rows in by_task(batch):
+            supervised = rows[TARGETS] > 0
+            hidden = self.heads[task](at(rows, task, supervised))
+            chosen = {self.POS_ITEM_ID: rows[TARGETS][supervised]}
+            if self.config["loss_type"] != "CE":
+                chosen[self.NEG_ITEM_ID] = rows[self.config["NEG_PREFIX"] + TARGETS][supervised]
+            losses.append(self.next_item_loss(hidden, Interaction(chosen)))
+            counts.append(len(hidden))
+        return torch.stack([loss * (n / sum(counts)) for loss, n in zip(losses, counts, strict=True)]).sum()
 
     def task_loss(self, batch: Interaction, task: int) -> torch.Tensor:
         """Returns the mean loss of rows of one task: cross-entropy of classes, or the backbone's next-item loss."""

@@ -3,6 +3,16 @@
 from recbole_cl.prompt.attributes import ItemAttribute
 from recbole_cl.prompt.contextual import ContextualPrompts
 from recbole_cl.prompt.descriptions import describe
+from recbole_cl.prompt.histories import KeptHistories, RecurrentHistories, TransformerHistories
 from recbole_cl.prompt.position import PromptedEmbedding, place_prompts
 
-__all__ = ["ContextualPrompts", "ItemAttribute", "PromptedEmbedding", "describe", "place_prompts"]
+__all__ = [
+    "ContextualPrompts",
+    "ItemAttribute",
+    "KeptHistories",
+    "PromptedEmbedding",
+    "RecurrentHistories",
+    "TransformerHistories",
+    "describe",
+    "place_prompts",
+]

@@ -220,6 +220,7 @@ class _Work:
         owned = dict(objective.model.named_parameters())
         self.fast = fast and all(owned.get(name) is p for name, p in parameters.items())
         self.together, self.probed = True, False
+        self.samplers: dict[Any, PerSample] = {}
         self.values = {f"model.{name}": p.detach() for name, p in parameters.items()}
         self.whole = chunk or max(1, min(32, ELEMENTS // max(sum(p.numel() for p in parameters.values()), 1)))
 
@@ -236,6 +237,9 @@ class _Work:
     def _sampler(self, rows: Rows) -> PerSample | None:
         """Returns the first path for rows of this shape; ``None`` where it refuses the model or disagrees."""
         size = len(next(iter(rows.values())))
+        shape = tuple((name, column.shape[1:]) for name, column in rows.items())
+        if shape in self.samplers:
+            return self.samplers[shape]
         try:
             with _frozen(self.parameters):
                 sampler = PerSample(self.objective, self.parameters, self.reduce, {n: c[0] for n, c in rows.items()})
@@ -243,6 +247,7 @@ class _Work:
             self._refuse(f"{type(error).__name__}: {error}")
             return None
         if self.probed:
+            self.samplers[shape] = sampler
             return sampler
         at = torch.linspace(0, size - 1, min(PROBE, size)).long()
         probe = {name: column[at.to(column.device)] for name, column in rows.items()}
@@ -260,7 +265,7 @@ class _Work:
         if unlike := self._unlike(mine, theirs):
             self._refuse(f"{', '.join(unlike)}: other values than plain per-sample gradients")
             return None
-        self.probed = True
+        self.probed, self.samplers[shape] = True, sampler
         LOGGER.debug("per-sample gradients of %s: from activations", type(self.objective.model).__name__)
         return sampler
 

@@ -15,8 +15,8 @@ from recbole.data.interaction import Interaction
 
 from recbole_cl.errors import CheckpointError, ConfigError
 from recbole_cl.strategy.base import StageContext, require
-from recbole_cl.strategy.rows import Units
 from recbole_cl.stream.batch import TARGETS, Windows
+from recbole_cl.stream.loader import Units
 from recbole_cl.stream.stage import Stream
 
 

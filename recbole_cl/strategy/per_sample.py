@@ -373,8 +373,9 @@ class _Gradients:
         assert self.ids is not None and self.rows is not None
         n, reads = self.ids.shape
         samples = torch.arange(n, device=self.ids.device)
-        if reads == 1:
-            return samples, self.ids[:, 0], self.rows[:, 0]
+        ordered = self.ids.sort(dim=1).values
+        if not (ordered[:, 1:] == ordered[:, :-1]).any():
+            return samples.repeat_interleave(reads), self.ids.flatten(), self.rows.flatten(0, 1)
         keys = (samples.unsqueeze(1) * self.shape[0] + self.ids).flatten()
         unique, inverse = torch.unique(keys, return_inverse=True)
         rows = self.rows.new_zeros(len(unique), *self.shape[1:]).index_add_(0, inverse, self.rows.flatten(0, 1))

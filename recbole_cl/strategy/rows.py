@@ -15,11 +15,7 @@ from recbole.data.interaction import Interaction
 from recbole_cl.rng import ModelRandomness
 from recbole_cl.strategy.base import StageContext
 from recbole_cl.stream.batch import Windows
-from recbole_cl.stream.loader import KnowledgeStageLoader, StageLoader, make_loader
-from recbole_cl.stream.stage import Targets
-
-Units = Targets | Windows | tuple[np.ndarray, np.ndarray]
-"""What is a sample: a target, a window of targets, or a user (ids and last positions)."""
+from recbole_cl.stream.loader import KnowledgeStageLoader, StageLoader, Units, make_loader
 
 CHUNK = 256
 """Units made at a time. Fixed, since the negatives drawn depend on it and must not depend on the batch size."""

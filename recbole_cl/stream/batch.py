@@ -30,29 +30,43 @@ class Windows:
         window            [i4 i5 i6 i7] -> i5 i6 *i7 *i8      chunk of the last two targets
         window      [i2 i3 i4 i5]       -> i3 i4 *i5 *i6      chunk before; * is supervised, each target once
 
-    Chunks are cut from the end of a user's targets, so that the newest have the longest context.
+    Chunks are cut from the end of a user's targets, so that the newest have the longest context. A shift moves the
+    cuts: the newest chunk is shorter by it.
 
     Args:
         targets: Next-item targets with a history.
         supervised: Flag of each index of ``table.seq``, shape ``[N]``.
         size: Inputs a window holds at most.
         stride: Targets of a window at most.
+        generator: Draws a shift from 0 to ``stride - 1`` for each sequence of more than ``stride`` targets; without it
+            nothing is shifted.
 
     Raises:
         ConfigError: If the stride exceeds the size: targets would be left out.
     """
 
-    def __init__(self, targets: Targets, supervised: np.ndarray, size: int, stride: int) -> None:
+    def __init__(
+        self,
+        targets: Targets,
+        supervised: np.ndarray,
+        size: int,
+        stride: int,
+        generator: torch.Generator | None = None,
+    ) -> None:
         if stride > size:
             raise ConfigError(
                 f"window_stride: {stride} is more than the window of {size} inputs, so targets between two windows "
                 f"would never be trained on; make it at most the window"
             )
+        self.targets, self.supervised, self.size, self.stride = targets, supervised, size, stride
         order = np.lexsort((targets.hi, targets.user))
         hi, user, lo = targets.hi[order], targets.user[order], targets.lo[order]
         last = np.r_[(user[1:] != user[:-1]) | (lo[1:] != lo[:-1]), True] if len(user) else np.empty(0, dtype=bool)
         group = np.cumsum(np.r_[False, last[:-1]]) if len(user) else np.empty(0, dtype=np.int64)
         end = hi[last][group] if len(user) else hi
+        if generator is not None:
+            shift = torch.randint(stride, (int(last.sum()),), generator=generator).numpy()
+            end = end + (shift * (np.bincount(group, minlength=len(shift)) > stride))[group]
         chunk = (end - hi) // stride
         new = np.r_[True, (group[1:] != group[:-1]) | (chunk[1:] != chunk[:-1])] if len(user) else last
         close = np.r_[new[1:], True] if len(user) else last
@@ -60,9 +74,12 @@ class Windows:
         self.first = hi[new]  # seq index of the first supervised target
         self.last = hi[close]  # seq index of the last supervised target
         self.lo = np.maximum(lo[new], self.last - size)
-        self.supervised = supervised
         self.task = None if targets.task is None else targets.task[order][close]
         self.n_targets = np.bincount(np.cumsum(new) - 1, minlength=len(self.user)) if len(user) else last.astype(int)
+
+    def shifted(self, generator: torch.Generator) -> Windows:
+        """Returns windows over the same targets, cut at places that the generator draws."""
+        return Windows(self.targets, self.supervised, self.size, self.stride, generator)
 
     def __len__(self) -> int:
         return len(self.user)
@@ -111,7 +128,7 @@ class Batcher:
         start = np.maximum(lo, hi - self.max_length)
         index = start[:, None] + np.arange(self.max_length)[None, :]
         mask = index < hi[:, None]
-        return np.where(mask, self.table.seq[np.minimum(index, len(self.table) - 1)], 0), mask
+        return np.where(mask, self.table.seq[np.minimum(index, len(self.table.seq) - 1)], 0), mask
 
     def rows(self, targets: Targets, stage: int | None = None, evaluation: bool = False) -> Interaction:
         """Returns one row a target, without negatives.
@@ -182,7 +199,7 @@ class Batcher:
         width = int((last - lo).max())
         at = lo[:, None] + np.arange(width)[None, :]
         mask = at < last[:, None]
-        at = np.minimum(at, len(self.table) - 2)
+        at = np.minimum(at, len(self.table.seq) - 2)
         seq, item = self.table.seq, self.table.item
         inputs = np.where(mask, item[seq[at]], 0)
         supervised = mask & windows.supervised[at + 1] & (at + 1 >= first[:, None])

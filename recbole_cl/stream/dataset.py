@@ -71,6 +71,7 @@ class StreamDatasetMixin(_Mixed):
         raw_time: Timestamps of the rows in seconds, float64.
         raw_role: Roles of the rows (see :func:`recbole_cl.stream.split.roles`).
         raw_phase: See :func:`recbole_cl.stream.split.vocabulary_phase`.
+        raw_late: Rows whose item the first stage shall not know (:meth:`Scheduler.late_items`).
         slice_names: Names of the slices.
     """
 
@@ -79,6 +80,7 @@ class StreamDatasetMixin(_Mixed):
     raw_time: np.ndarray
     raw_role: np.ndarray
     raw_phase: np.ndarray
+    raw_late: np.ndarray
     slice_names: list[str]
     inter_feat: Any
     item_feat: Any
@@ -167,6 +169,8 @@ class StreamDatasetMixin(_Mixed):
         self.slice_names = slices.names
         self.raw_role = roles(self.config, user[order], self.raw_time, self.raw_stage)
         self.raw_phase = vocabulary_phase(self.config, self.raw_role)
+        tokens = self.inter_feat[self.iid_field].to_numpy()
+        self.raw_late = self._scheduler.late_items(tokens, self.raw_phase == 0)
 
     def _time_range(self, frame: pd.DataFrame, time: np.ndarray) -> tuple[pd.DataFrame, np.ndarray]:
         limits = self.config["time_range"]
@@ -196,7 +200,7 @@ class StreamDatasetMixin(_Mixed):
         return frame.assign(**{field: values.map(lambda v: " ".join(map(str, v)) if isinstance(v, np.ndarray) else v)})
 
     def _remap(self, remap_list: list[tuple[pd.DataFrame, str, Any]]) -> None:
-        """Gives ids by first appearance in (stage, phase, time); RecBole's order for all other fields."""
+        """Gives ids by first appearance in (stage, phase, time), late items last in a phase; others as RecBole."""
         if not remap_list:
             return
         first_feat, first_field, first_type = remap_list[0]
@@ -204,7 +208,8 @@ class StreamDatasetMixin(_Mixed):
         if not in_stream or first_type != FeatureType.TOKEN:
             super()._remap(remap_list)
             return
-        order = np.lexsort((np.arange(len(first_feat)), self.raw_phase, self.raw_stage))
+        late = self.raw_late if first_field == self.iid_field else np.zeros(len(first_feat), dtype=bool)
+        order = np.lexsort((np.arange(len(first_feat)), late, self.raw_phase, self.raw_stage))
         column = first_feat[first_field].to_numpy()
         first_feat[first_field] = column[order]
         super()._remap(remap_list)

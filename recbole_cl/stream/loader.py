@@ -27,6 +27,9 @@ USER_BATCH_MODELS = {
 }  # fmt: skip
 """RecBole's models that train on whole users (its ``UserDataLoader``)."""
 
+Units = Targets | Windows | tuple[np.ndarray, np.ndarray]
+"""What a loader shuffles: targets, windows, or user ids with the positions of their last interactions."""
+
 
 class Negatives:
     """Adds RecBole's negatives to rows: ``neg_item_id`` for pairwise, rows of label 0 for pointwise models.
@@ -107,20 +110,22 @@ class StageLoader:
         batch_size: Targets a batch, negatives counted as RecBole counts them.
         generator: Owns the order.
         shuffle: Draw a new order each epoch.
+        shift: Cut windows anew each epoch, at random places; ``units`` stay as they are.
     """
 
     def __init__(
         self,
         batcher: Batcher,
-        units: Targets | Windows | tuple[np.ndarray, np.ndarray],
+        units: Units,
         negatives: Negatives,
         batch_size: int,
         generator: torch.Generator,
         shuffle: bool = True,
+        shift: bool = False,
     ) -> None:
         self.batcher, self.units, self.negatives = batcher, units, negatives
         self.batch_size = max(batch_size // negatives.times, 1)
-        self.generator, self.shuffle = generator, shuffle
+        self.generator, self.shuffle, self.shift = generator, shuffle, shift
         self.transform = construct_transform(batcher.config)
         self.size = len(units[0]) if isinstance(units, tuple) else len(units)
         self._epoch_start: torch.Tensor | None = None
@@ -146,36 +151,41 @@ class StageLoader:
         """Tells the model that dynamic negative sampling asks."""
         self.negatives.model = model
 
-    def _plan(self) -> list[np.ndarray]:
-        if self.shuffle:
-            order = torch.randperm(self.size, generator=self.generator).numpy()
-        else:
-            order = np.arange(self.size)
-        if isinstance(self.units, Windows):
+    def _plan(self) -> tuple[Units, list[np.ndarray]]:
+        """Returns the epoch's units and which of them each batch holds."""
+        units = self.units
+        if self.shift and isinstance(units, Windows):
+            units = units.shifted(self.generator)
+        size = len(units) if isinstance(units, Windows) else self.size
+        order = torch.randperm(size, generator=self.generator).numpy() if self.shuffle else np.arange(size)
+        if isinstance(units, Windows):
             # Windows hold unequal numbers of targets: a batch closes when it has batch_size of them.
-            reached = np.cumsum(self.units.n_targets[order])
+            reached = np.cumsum(units.n_targets[order])
             cuts = np.flatnonzero(np.diff((reached - 1) // self.batch_size)) + 1
         else:
-            cuts = np.arange(self.batch_size, self.size, self.batch_size)
-        return np.split(order, cuts)
+            cuts = np.arange(self.batch_size, size, self.batch_size)
+        return units, np.split(order, cuts)
 
     def __iter__(self) -> Iterator[Interaction]:
         self._epoch_start = self.generator.get_state().clone()
-        plan = self._plan()
+        units, plan = self._plan()
         first, self._skip = self._skip, 0
         try:
             for number in range(first, len(plan)):
                 self._cursor = number
-                yield self.make(plan[number])
+                yield self._make(units, plan[number])
         finally:  # also where a model's own trainer leaves an epoch early: the next one draws a new order
             self._cursor = None
 
     def make(self, index: np.ndarray) -> Interaction:
         """Returns the batch of the given units."""
-        if isinstance(self.units, Windows):
-            return self.complete_windows(self.batcher.window_rows(self.units, index))
-        if isinstance(self.units, tuple):
-            users, positions = self.units[0][index], self.units[1][index]
+        return self._make(self.units, index)
+
+    def _make(self, units: Units, index: np.ndarray) -> Interaction:
+        if isinstance(units, Windows):
+            return self.complete_windows(self.batcher.window_rows(units, index))
+        if isinstance(units, tuple):
+            users, positions = units[0][index], units[1][index]
             table = self.batcher.table
             return Interaction(
                 {
@@ -186,7 +196,7 @@ class StageLoader:
                     TASK: torch.from_numpy(table.stage[positions]),
                 }
             )
-        return self.complete(self.batcher.rows(self.units[index]))
+        return self.complete(self.batcher.rows(units[index]))
 
     def complete(self, rows: Interaction) -> Interaction:
         """Applies RecBole's transform and adds negatives; replayed rows go through here too."""
@@ -377,10 +387,10 @@ def make_loader(ctx: Any, targets: Targets, name: str) -> StageLoader | Knowledg
     config, batcher, seed = ctx.config, ctx.batcher, ctx.config["seed"]
     if config["parity"]:
         return ctx.view.parity_loader  # type: ignore[no-any-return]
-    units: Targets | Windows | tuple[np.ndarray, np.ndarray] = targets
+    units: Units = targets
     next_item = ctx.stage.task.kind == "next_item"
     if next_item and getattr(ctx.model, "trains_all_positions", False) and config["train_positions"] == "all":
-        supervised = np.zeros(len(batcher.table) + 1, dtype=bool)
+        supervised = np.zeros(len(batcher.table.seq) + 1, dtype=bool)
         supervised[targets.hi] = True
         size = config["window"] or batcher.max_length
         if size > batcher.max_length:
@@ -409,7 +419,13 @@ def make_loader(ctx: Any, targets: Targets, name: str) -> StageLoader | Knowledg
     negatives = Negatives(batcher, config, sampler, repeatable)
     order_generator = torch_generator(seed, ctx.index, f"order/{name}")
     loader = StageLoader(
-        batcher, units, negatives, config["train_batch_size"], order_generator, shuffle=bool(config["shuffle"])
+        batcher,
+        units,
+        negatives,
+        config["train_batch_size"],
+        order_generator,
+        shuffle=bool(config["shuffle"]),
+        shift=bool(config["window_shift"]),
     )
     if getattr(batcher.view, "kg_feat", None) is not None and config["MODEL_TYPE"] == ModelType.KNOWLEDGE:
         return KnowledgeStageLoader(loader, seed, ctx.index)

@@ -29,7 +29,7 @@ class InteractionTable:
         time_scale: 1 for whole seconds, 1000000 where the log has fractions.
 
     Attributes:
-        seq: Positions grouped by user, in stream order, shape ``[N]``.
+        seq: Positions grouped by user, in stream order, shape ``[N]``; longer where :meth:`sequences_of` added some.
         ptr: The sequence of user ``u`` is ``seq[ptr[u]:ptr[u + 1]]``.
         at: Index of each position in ``seq``: ``seq[at[p]] == p``.
         stage_lo: Index in ``seq`` of the first interaction of the same user and stage, by position.
@@ -79,6 +79,25 @@ class InteractionTable:
         hi = self.at[positions]
         lo = self.ptr[self.user[positions]] if scope == "all" else self.stage_lo[positions]
         return lo, hi
+
+    def sequences_of(self, keep: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Appends to ``seq`` every user's sequence of some interactions only: histories in which the others never were.
+
+        Args:
+            keep: Which positions the sequences hold, shape ``[N]``.
+
+        Returns:
+            Start of the user's new sequence and place in it, by position, shape ``[N]`` each: the history of a kept
+            position is ``[lo, hi)`` of ``seq`` as ever. Positions that are not kept have -1.
+        """
+        own = self.seq[: len(self)]
+        own = own[keep[own]]
+        at, start = np.full(len(self), -1), np.full(len(self), -1)
+        at[own] = len(self.seq) + np.arange(len(own))
+        counts = np.bincount(self.user[own], minlength=self.n_users)
+        start[own] = (len(self.seq) + np.cumsum(counts) - counts)[self.user[own]]
+        self.seq = np.concatenate([self.seq, own])
+        return start, at
 
     def fingerprint(self) -> str:
         """Returns a hash of the rows; a checkpoint is refused on another log."""

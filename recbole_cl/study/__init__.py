@@ -3,6 +3,9 @@
 - :mod:`~recbole_cl.study.plan` what is compared: a YAML file with presets becomes a list of cells
 - :mod:`~recbole_cl.study.walk` runs the cells that are not done yet, some at a time
 - :mod:`~recbole_cl.study.table` means and intervals over seeds, as Markdown and CSV
+- :mod:`~recbole_cl.study.plots` learning curves and other figures beside the tables
+- :mod:`~recbole_cl.study.orders` orders of tasks as an axis, and what they cost
+- :mod:`~recbole_cl.study.probes` what is measured of a finished model; :mod:`~recbole_cl.study.universal` is one
 """
 
 from recbole_cl.study.plan import Cell, Plan, list_studies, read_plan

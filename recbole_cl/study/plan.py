@@ -3,7 +3,7 @@
 ::
 
     about: Every strategy on two logs.
-    report: {metric: ndcg@10, summaries: [final_average, AF, BWT]}
+    report: {metric: ndcg@10, summaries: [final_average, AF, BWT], plots: [curves]}
     presets:
       laptop:
         datasets: [lastfm-tags, {online-retail: {time_range: [2011-06-01, 2011-12-31]}}]
@@ -14,7 +14,8 @@
         settings: {n_stages: 5, epochs: 5}
 
 An entry of an axis is a name, or a name with the properties that come with it; the properties of later axes win, in the
-order datasets, schedulers, models, strategies.
+order datasets, schedulers, models, strategies. A study of tasks may have the axis ``orders``
+(:mod:`recbole_cl.study.orders`), and any study a ``probe`` of its finished models (:mod:`recbole_cl.study.probes`).
 """
 
 from __future__ import annotations
@@ -30,12 +31,17 @@ from typing import Any
 
 from recbole_cl.config import properties_dir, read_properties
 from recbole_cl.errors import ConfigError, nearest
+from recbole_cl.evaluation.strata import STRATA
+from recbole_cl.study.orders import task_orders, told
+from recbole_cl.study.probes import read_probe
 
 AXES = {"datasets": "dataset", "schedulers": "scheduler", "models": "model", "strategies": "strategy"}
 """Axes of a preset in the order in which their properties win, and the property that a bare name sets."""
-_PRESET_KEYS = (*AXES, "seeds", "settings", "about")
+PLOTS = {"curves": "", "orders": "orders", "probe": "probe"}
+"""Kinds of plots, and the key that a preset needs for them."""
+_PRESET_KEYS = (*AXES, "orders", "seeds", "settings", "probe", "about")
 _PLAN_KEYS = ("about", "report", "presets")
-_REPORT_KEYS = ("metric", "summaries", "scale", "published", "source")
+_REPORT_KEYS = ("metric", "summaries", "strata", "scale", "published", "source", "plots")
 
 
 @dataclass(frozen=True)
@@ -43,14 +49,16 @@ class Cell:
     """One run of a study.
 
     Args:
-        labels: Label on each axis: dataset, scheduler, model, strategy.
+        labels: Label on each axis: dataset, scheduler, model, strategy, and order where the study has that axis.
         seed: Seed.
         settings: Properties of the run, ``model`` and ``dataset`` among them.
+        probe: What is measured of the finished model, with all its parameters; ``None`` for nothing.
     """
 
     labels: Mapping[str, str]
     seed: int
     settings: Mapping[str, Any]
+    probe: Mapping[str, Any] | None = None
 
     @property
     def folder(self) -> str:
@@ -61,7 +69,8 @@ class Cell:
     @property
     def digest(self) -> str:
         """Hash of the settings: a finished run counts only for the settings that it was made with."""
-        told = json.dumps(dict(self.settings), sort_keys=True, default=str)
+        asked = dict(self.settings) if self.probe is None else {"settings": self.settings, "probe": self.probe}
+        told = json.dumps(asked, sort_keys=True, default=str)
         return hashlib.blake2b(told.encode(), digest_size=12).hexdigest()
 
 
@@ -74,8 +83,8 @@ class Plan:
         preset: Name of the preset.
         about: What the preset is, in a sentence.
         cells: Its runs.
-        report: What the tables tell: ``metric``, ``summaries``, ``scale`` (100 for per cent), ``published`` (strategy
-            to {column: figure}) and ``source`` of those.
+        report: What the tables tell: ``metric``, ``summaries``, ``strata`` (beside the last model's figures), ``scale``
+            (100 for per cent), ``published`` (strategy to {column: figure}) and ``source`` of those; and the ``plots``.
     """
 
     name: str
@@ -118,7 +127,7 @@ def read_plan(study: str | Path, preset: str) -> Plan:
     where = f"{path.name}, preset {preset}"
     _only(asked, _PRESET_KEYS, where)
     report = content.get("report") or {}
-    _only(report, _REPORT_KEYS, f"{path.name}, report")
+    _check_report(report, asked, f"{path.name}, report")
     about = " ".join(str(text) for text in (content.get("about"), asked.get("about")) if text)
     return Plan(path.stem, preset, about, tuple(_cells(asked, where)), report)
 
@@ -131,20 +140,40 @@ def _only(given: Any, known: Sequence[str], where: str) -> None:
             raise ConfigError(f"{where}: unknown key {key!r}{nearest(str(key), known)} Known: {', '.join(known)}")
 
 
+def _check_report(report: Any, preset: Mapping[str, Any], where: str) -> None:
+    _only(report, _REPORT_KEYS, where)
+    for key, known in (("plots", PLOTS), ("strata", STRATA)):
+        named = report.get(key) or []
+        if not isinstance(named, list):
+            raise ConfigError(f"{where}: {key} is {named!r}; give a list of {', '.join(known)}")
+        for name in named:
+            if name not in known:
+                raise ConfigError(
+                    f"{where}: {key} holds {name!r}, which is none of {', '.join(known)}{nearest(str(name), known)}"
+                )
+    for name in report.get("plots") or []:
+        if PLOTS[name] and preset.get(PLOTS[name]) is None:
+            raise ConfigError(f"{where}: the plot {name!r} draws what the preset has no {PLOTS[name]!r} for; add it")
+
+
 def _cells(asked: Mapping[str, Any], where: str) -> list[Cell]:
     axes = [_axis(asked, key, where) for key in AXES]
     seeds = asked.get("seeds")
     if not isinstance(seeds, list) or not seeds or not all(isinstance(seed, int) for seed in seeds):
         raise ConfigError(f"{where}: seeds is {seeds!r}; give a list of whole numbers, such as [2020, 2021, 2022]")
-    general = asked.get("settings") or {}
+    general, probe = asked.get("settings") or {}, read_probe(asked.get("probe"), where)
     cells = []
-    for *entries, seed in itertools.product(*axes, seeds):
+    for entries in itertools.product(*axes):
         settings: dict[str, Any] = dict(general)
         for _, more in entries:
             settings.update(more)
-        settings["seed"] = seed
         labels = {name: label for name, (label, _) in zip(AXES.values(), entries, strict=True)}
-        cells.append(Cell(labels, seed, settings))
+        variants: list[tuple[dict[str, str], dict[str, Any]]] = [({}, {})]
+        if asked.get("orders") is not None:
+            orders = task_orders(asked["orders"], settings, where)
+            variants = [({"order": told(order)}, {"task_order": order}) for order in orders]
+        for (label, more), seed in itertools.product(variants, seeds):
+            cells.append(Cell({**labels, **label}, seed, {**settings, **more, "seed": seed}, probe))
     twice = [folder for folder, n in _count(cell.folder for cell in cells).items() if n > 1]
     if twice:
         raise ConfigError(f"{where}: two runs are called {twice[0]!r}; give an entry another label")

@@ -16,8 +16,10 @@ import pandas as pd
 from scipy import stats
 
 from recbole_cl.checkpoint import explained, write_atomically
+from recbole_cl.study.orders import degradation_table
 from recbole_cl.study.plan import Plan
-from recbole_cl.study.walk import REFUSED, RESULT, state
+from recbole_cl.study.plots import write_plots
+from recbole_cl.study.walk import PROBE, REFUSED, RESULT, state
 
 SUMMARIES = ("final_average", "LA", "AF", "BWT", "FWT")
 """Columns where a study does not name its own."""
@@ -55,6 +57,10 @@ def rows(plan: Plan, folder: Path) -> pd.DataFrame:
                 row |= {f"{name}:{metric}": value for metric, value in by_metric.items()}
             last = result["matrix"].get(result["primary_metric"], [[]])[-1]
             row |= {f"last:{s['name']}": value for s, value in zip(result["stages"], last, strict=False)}
+            for stratum in plan.report.get("strata") or ():
+                within = result["strata"].get(result["primary_metric"], {}).get(stratum, [[]])[-1]
+                named = list(zip(result["stages"], within, strict=False))[1:]  # all is new to the first stage
+                row |= {f"last:{s['name']}, {stratum}": value for s, value in named}
             row["train_seconds"] = sum(c["train_seconds"] for c in result["cost"])
             row["eval_seconds"] = sum(c["eval_seconds"] for c in result["cost"])
             row["peak_memory_mb"] = max(c["peak_memory_mb"] for c in result["cost"])
@@ -79,7 +85,8 @@ def comparison(plan: Plan, folder: Path) -> str:
         told = [name.removeprefix("last:").replace(":", " ") for name in columns]
         lines.append("| strategy | seeds | " + " | ".join([*told, *COSTS.values()]) + " |")
         lines.append("|---" * (2 + len(columns) + len(COSTS)) + "|")
-        for strategy, own in group.groupby("strategy", sort=False):
+        for keys, own in group.groupby(["strategy", *(["order"] if "order" in group else [])], sort=False):
+            strategy = ", ".join(keys)
             if (own["state"] == "refused").any():
                 lines.append(f"| {strategy} | - | refused" + " |" * (len(columns) + len(COSTS)))
                 continue
@@ -93,6 +100,9 @@ def comparison(plan: Plan, folder: Path) -> str:
             cells = [f"{figures[name]:g}" if name in figures else "" for name in columns] + [""] * len(COSTS)
             lines.append(f"| *{strategy}, published* | | " + " | ".join(cells) + " |")
         lines.append("")
+        if "orders" in (report.get("plots") or ()):
+            lines += degradation_table(group[group["state"] == "done"], scale)
+    lines += probe_table(plan, folder)
     reasons = sorted({f"{r.model}, {r.strategy}: {r.reason}" for r in frame.itertuples() if r.state == "refused"})
     lines += [f"- {reason}" for reason in reasons] + ([""] if reasons else [])
     left = len(frame) - done - int((frame["state"] == "refused").sum())
@@ -102,9 +112,44 @@ def comparison(plan: Plan, folder: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+def probe_rows(plan: Plan, folder: Path) -> pd.DataFrame:
+    """Returns one row a finished cell and variant of its probe: labels, seed, variant, its numbers and its curve."""
+    out: list[dict[str, Any]] = []
+    for cell in plan.cells:
+        if cell.probe is not None and state(cell, folder) == "done":
+            found = json.loads((folder / cell.folder / PROBE).read_text(encoding="utf-8"))
+            more = {"metric": found["metric"], "task": found["task"]}
+            out += [{**cell.labels, **more, "variant": name, **own} for name, own in found["variants"].items()]
+    return pd.DataFrame(out)
+
+
+def probe_table(plan: Plan, folder: Path) -> list[str]:
+    """Returns means and intervals of a probe's numbers as lines of Markdown: a row for each variant."""
+    frame = probe_rows(plan, folder)
+    if not len(frame):
+        return []
+    labels = [*plan.cells[0].labels]
+    numbers = [name for name in frame if name not in (*labels, "metric", "task", "variant", "curve")]
+    lines = ["### " + ", ".join(dict.fromkeys(frame["task"])) + ", from fixed vectors", ""]
+    lines.append("| model | strategy | vectors | runs | " + " | ".join(n.replace("_", " ") for n in numbers) + " |")
+    lines.append("|---" * (4 + len(numbers)) + "|")
+    for (model, strategy, variant), own in frame.groupby(["model", "strategy", "variant"], sort=False):
+        cells = []
+        for name in numbers:
+            mean, half = mean_and_interval(own[name].astype(float))
+            digits = 4 if own[name].dropna().abs().max() <= 1 else 1
+            never = f" ({int(own[name].isna().sum())} never)" if own[name].isna().any() else ""
+            half_told = "" if math.isnan(half) or half == 0 else f" ± {half:.{digits}f}"
+            cells.append(("-" if math.isnan(mean) else f"{mean:.{digits}f}{half_told}") + never)
+        lines.append(f"| {model} | {strategy} | {variant} | {len(own)} | " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
 def _columns(group: pd.DataFrame, report: Any) -> list[str]:
     if report.get("summaries") == ["last"]:  # the last model on each stage: the tables of task streams
-        return [name for name in group if name.startswith("last:") and group[name].notna().any()]
+        found = [name for name in group if name.startswith("last:") and group[name].notna().any()]
+        strata = tuple(f", {stratum}" for stratum in report.get("strata") or ())
+        return sorted(found, key=lambda name: bool(strata) and name.endswith(strata))
     asked = report.get("metric")
     if asked is None:
         found = list(group["primary"].dropna()) if "primary" in group else []
@@ -132,11 +177,12 @@ def _machine() -> str:
 
 
 def write_tables(plan: Plan, folder: Path) -> str:
-    """Writes ``table.md`` and ``table.csv`` into the study's folder and returns the Markdown."""
+    """Writes ``table.md``, ``table.csv`` and the plots into the study's folder and returns the Markdown."""
     text = f"# {plan.name}, {plan.preset}\n\n{plan.about}\n\n" if plan.about else f"# {plan.name}, {plan.preset}\n\n"
     text += comparison(plan, folder)
     with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "table.md", text)
         write_atomically(folder / "table.csv", rows(plan, folder).to_csv(index=False))
+        write_plots(plan, folder)
     return text

@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import logging
 import multiprocessing
+import os
 import shutil
+import threading
 import time
 import traceback
 from collections.abc import Sequence
@@ -23,9 +25,10 @@ from tqdm import tqdm
 from recbole_cl.checkpoint import explained, write_atomically
 from recbole_cl.errors import ConfigError, RecBoleCLError
 from recbole_cl.study.plan import Cell, Plan
+from recbole_cl.study.probes import run_probe
 
 LOGGER = logging.getLogger("recbole_cl")
-RESULT, REFUSED, CELL = "result.json", "refused.json", "cell.json"
+RESULT, REFUSED, CELL, PROBE = "result.json", "refused.json", "cell.json", "probe.json"
 
 
 def state(cell: Cell, folder: Path) -> str:
@@ -40,6 +43,7 @@ def state(cell: Cell, folder: Path) -> str:
         if then["digest"] != cell.digest:
             now = dict(cell.settings)
             changed = sorted(k for k in {*now, *then["settings"]} if now.get(k) != then["settings"].get(k))
+            changed += ["probe"] if then.get("probe") != cell.probe else []
             raise ConfigError(
                 f"{own} holds a run with other settings ({', '.join(changed) or 'digest'} differ); give the study "
                 f"another --output_dir, or remove that folder"
@@ -51,7 +55,9 @@ def state(cell: Cell, folder: Path) -> str:
     return "open"
 
 
-def run_cell(settings: dict[str, Any], own: str, digest: str, threads: int) -> dict[str, Any]:
+def run_cell(
+    settings: dict[str, Any], own: str, digest: str, threads: int, probe: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """Runs one cell in this process.
 
     Args:
@@ -59,6 +65,7 @@ def run_cell(settings: dict[str, Any], own: str, digest: str, threads: int) -> d
         own: Folder of the run.
         digest: Hash of the settings.
         threads: Threads of torch.
+        probe: What is measured of the finished model.
 
     Returns:
         ``state`` (done, refused or failed), ``told``, ``error`` (its class) and ``seconds``.
@@ -73,13 +80,16 @@ def run_cell(settings: dict[str, Any], own: str, digest: str, threads: int) -> d
     folder, begun = Path(own), time.perf_counter()
     with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        note = {"digest": digest, "settings": settings, "done": False}
+        note = {"digest": digest, "settings": settings, **({"probe": probe} if probe else {}), "done": False}
         write_atomically(folder / CELL, json.dumps(note, indent=1, default=str))
     given = {**settings, "output_dir": own, "show_progress": False, "checkpoint_keep": 1}
     given["resume"] = (folder / "checkpoints").is_dir()
     names = {key: given.pop(key) for key in ("model", "dataset")}
     try:
-        Runner(CLConfig(**names, config_dict=given)).run()
+        runner = Runner(CLConfig(**names, config_dict=given))
+        runner.run()
+        if probe:
+            write_atomically(folder / PROBE, json.dumps(run_probe(probe, runner), indent=1))
     except Exception as error:
         refused = isinstance(error, ConfigError) and str(error).startswith("strategy:")
         if refused:
@@ -121,7 +131,9 @@ def walk_cells(name: str, cells: Sequence[Cell], folder: Path, jobs: int = 1, th
     failures: dict[str, str] = {}
     if not todo:
         return failures
-    pool = ProcessPoolExecutor(max(1, min(jobs, len(todo))), mp_context=multiprocessing.get_context("spawn"))
+    pool = ProcessPoolExecutor(
+        max(1, min(jobs, len(todo))), multiprocessing.get_context("spawn"), initializer=_end_with_parent
+    )
     bar = tqdm(total=len(todo), desc=name, unit="run", dynamic_ncols=True)
     waiting: dict[Future[dict[str, Any]], Cell] = {}
     try:
@@ -148,8 +160,21 @@ def walk_cells(name: str, cells: Sequence[Cell], folder: Path, jobs: int = 1, th
     return failures
 
 
+def _end_with_parent() -> None:
+    """Ends this process when the study's own is gone, also where that was killed and could not say so."""
+    parent = multiprocessing.parent_process()
+
+    def wait() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def _submit(pool: ProcessPoolExecutor, cell: Cell, folder: Path, threads: int) -> Future[dict[str, Any]]:
-    return pool.submit(run_cell, dict(cell.settings), str(folder / cell.folder), cell.digest, threads)
+    probe = None if cell.probe is None else dict(cell.probe)
+    return pool.submit(run_cell, dict(cell.settings), str(folder / cell.folder), cell.digest, threads, probe)
 
 
 def _collect(waiting: dict[Future[dict[str, Any]], Cell], bar: Any, failures: dict[str, str]) -> None:

@@ -1,7 +1,8 @@
 """Prints the tables of docs/benchmarks.md: ratios of CPU seconds, medians of alternating pairs on one thread.
 
-RECBOLE_CL_DATA=... OMP_NUM_THREADS=1 python tests/benchmarks/report.py > tables.md
+RECBOLE_CL_DATA=... OMP_NUM_THREADS=1 python tests/benchmarks/report.py
 ... report.py matrix finetune                 # only some of the comparisons
+... report.py --keep                          # also write them into the documentation (kept.py)
 ... report.py --device cuda                   # those that a GPU can run, in wall-clock seconds
 """
 
@@ -10,10 +11,9 @@ from __future__ import annotations
 import argparse
 import datetime
 import os
-import platform
-from importlib.metadata import version
 
 import cases
+import kept
 from side_by_side import Ratio, alternate, alternate_fresh, fresh
 
 DATA = bool(os.environ.get("RECBOLE_CL_DATA"))
@@ -22,11 +22,16 @@ DEVICE = "cpu"
 
 def row(what: str, found: Ratio, aim: str) -> str:
     """One line of the table."""
-    return f"| {what} | {found.ours:.3f} | {found.theirs:.3f} | {found.ratio:.2f}x | {aim} | {found.pairs} |"
+    today = datetime.date.today().isoformat()
+    return f"| {what} | {found.ours:.3f} | {found.theirs:.3f} | {found.ratio:.2f}x | {aim} | {found.pairs} | {today} |"
+
+
+SAID: list[str] = []
 
 
 def say(*lines: str) -> None:
     """Prints lines at once, so that a run that is stopped leaves what it has found."""
+    SAID.extend(lines)
     print(*lines, sep="\n", flush=True)
 
 
@@ -84,19 +89,20 @@ def memory() -> None:
             for side in ("ours", "RecBole")
         ]
         say(
-            "\nMemory of the sequences of online-retail (growth of the resident set at its peak, a process a side): "
-            f"ours {grown[0]:.0f} MB, RecBole {grown[1]:.0f} MB, {grown[1] / grown[0]:.1f} times ours; aim >= 10 times."
+            "Memory of the sequences of online-retail (growth of the resident set at its peak, a process a side): "
+            f"ours {grown[0]:.0f} MB, RecBole {grown[1]:.0f} MB, {grown[1] / grown[0]:.1f} times ours; "
+            "aim >= 10 times.",
+            "",
         )
     told = []
     for millions in (1, 3, 10):
         peak, rows = fresh(f"import cases; print(list(cases.memory_of_windows({millions})))")[0]
         told.append(f"{rows:,} interactions {peak / 1e6:.0f} MB ({peak / rows:.0f} bytes a row)")
-    say(f"\nTable and windows of a log repeated with shifted users, peak: {'; '.join(told)}.")
+    say(f"Table and windows of a log repeated with shifted users, peak: {'; '.join(told)}.")
 
 
 def shares() -> None:
     """What growth, checkpoints and a resume cost."""
-    say("\n| ml-100k, five stages of five epochs | CPU s | share of the stages |", "|---|---|---|")
     for model in ("SASRec", "BPR"):
         spent = cases.shares_of_a_stage(model)
         for name, what in (
@@ -112,29 +118,43 @@ REST = {"memory": memory, "shares": shares}
 ON_A_GPU = ("epoch", "matrix", "finetune")
 
 
+def head(name: str) -> list[str]:
+    """Returns the first lines of the table that a comparison's lines belong to."""
+    seconds = "CPU s" if DEVICE == "cpu" else "s"
+    if name == "shares":
+        return ["| ml-100k, five stages of five epochs | CPU s | share of the stages |", "|---|---|---|"]
+    if name == "memory":
+        return []
+    return [
+        f"| comparison | ours, {seconds} | RecBole, {seconds} | RecBole / ours | aim | pairs | date |",
+        "|---|---|---|---|---|---|---|",
+    ]
+
+
 def main() -> None:
     """Runs the comparisons that are asked for and that the data at hand allow."""
     global DEVICE
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("which", nargs="*", help=f"of {', '.join([*TABLE, *REST])}; default all")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--keep", action="store_true", help="write what is found into the documentation")
     args = parser.parse_args()
     DEVICE = args.device
     which = args.which or [*TABLE, *REST]
     if DEVICE != "cpu":
         which = [name for name in which if name in ON_A_GPU]
-    seconds = "CPU s" if DEVICE == "cpu" else "s"
-    say(
-        f"| comparison | ours, {seconds} | RecBole, {seconds} | RecBole / ours | aim | pairs |",
-        "|---|---|---|---|---|---|",
-    )
+    shown: list[str] | None = None
     for name, run in {**TABLE, **REST}.items():
-        if name in which:
-            run()
-    say(
-        f"\nOne thread of {os.cpu_count()} cores ({platform.machine()}), Python {platform.python_version()}, torch "
-        f"{version('torch')}, {datetime.date.today().isoformat()}."
-    )
+        if name not in which:
+            continue
+        if head(name) != shown:
+            shown = head(name)
+            print("", *shown, sep="\n", flush=True)
+        SAID.clear()
+        run()
+        if args.keep and SAID:
+            kept.keep(name, head(name), SAID, DEVICE)
+    print("\n" + kept.machine(DEVICE))
 
 
 if __name__ == "__main__":

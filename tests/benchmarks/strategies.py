@@ -1,6 +1,6 @@
 """Prints the tables of docs/benchmarks_strategies.md: ratios of CPU seconds on one thread, both sides in one process.
 
-OMP_NUM_THREADS=1 python tests/benchmarks/strategies.py [fisher] [catalogue] [penalty] [epochs] [replay]
+OMP_NUM_THREADS=1 python tests/benchmarks/strategies.py [mf] [fisher] [catalogue] [bounds] [penalty] [epochs] [replay]
 
 Rows beside Avalanche need ``pip install recbole-cl[peers]``; without it they are left out.
 """
@@ -8,6 +8,7 @@ Rows beside Avalanche need ``pip install recbole-cl[peers]``; without it they ar
 from __future__ import annotations
 
 import datetime
+import functools
 import os
 import platform
 import statistics
@@ -18,14 +19,16 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from recbole.data.interaction import Interaction
 from side_by_side import Ratio, alternate, ratio
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import TensorDataset
+from torch.utils.flop_counter import FlopCounterMode
 
 from recbole_cl.config import CLConfig
 from recbole_cl.registry import strategies
@@ -76,8 +79,11 @@ class Gap(nn.Module):
         return gap
 
 
-def fisher_of_mf(count: int, batch_size: int) -> tuple[Side, Side]:
-    """The Fisher of BPR over rows of ml-100k: ours against Avalanche's ``compute_importances`` at a batch size."""
+def fisher_of_mf(count: int, batch_size: int) -> tuple[Side, Side, Side]:
+    """The Fisher of BPR on ml-100k: ours, Avalanche's ``compute_importances`` at a batch size, and bare gradients.
+
+    Bare gradients are those of the batches' losses: nothing per sample, nothing squared, no loader.
+    """
     ctx = context("BPR")
     batches = take(ctx, count)
     columns = [torch.cat([b[name] for b in batches]) for name in ("user_id", "item_id", "neg_item_id")]
@@ -94,15 +100,20 @@ def fisher_of_mf(count: int, batch_size: int) -> tuple[Side, Side]:
     def ours() -> Any:
         return squared_gradients(ctx.model, batches)
 
+    def plain() -> None:
+        for start in range(0, count, batch_size):
+            rows = data.tensors[0][start : start + batch_size]
+            torch.autograd.grad(-torch.log(1e-10 + torch.sigmoid(wrapped(rows))).mean(), list(wrapped.parameters()))
+
     if batch_size == 1:  # the same numbers, or there is nothing to compare
         found = theirs()
         for name, value in ours().items():
             assert torch.allclose(found[f"model.{name}"].data, value, rtol=1e-4, atol=1e-10)
-    return ours, theirs
+    return ours, theirs, plain
 
 
-def fisher_of(model: str, count: int, dataset: str = "ml-100k", **settings: Any) -> tuple[Side, Side, Side]:
-    """The Fisher of a model: ours, ``vmap(grad)`` in chunks, and a loop of one backward pass a sample."""
+def fisher_of(model: str, count: int, dataset: str = "ml-100k", **settings: Any) -> Fishers:
+    """The Fisher of a model: ours, ``vmap(grad)``, a loop of one backward pass a sample, and the bare gradient."""
     ctx = context(model, dataset, **settings)
     batches = take(ctx, count)
     parameters = [p for p in ctx.model.parameters() if p.requires_grad]
@@ -118,11 +129,47 @@ def fisher_of(model: str, count: int, dataset: str = "ml-100k", **settings: Any)
                         total += g.square()
         ctx.model.train()
 
-    return (
+    def plain() -> None:
+        ctx.model.eval()
+        with sdpa_kernel(SDPBackend.MATH):
+            for batch in batches:
+                for start in range(0, len(batch), 32):
+                    part = Interaction({name: column[start : start + 32] for name, column in batch.interaction.items()})
+                    torch.autograd.grad(ctx.model.per_sample_loss(part).sum(), parameters, allow_unused=True)
+        ctx.model.train()
+
+    return Fishers(
         lambda: squared_gradients(ctx.model, batches),
-        lambda: squared_gradients(ctx.model, batches, fast=False),
+        lambda chunk=None: squared_gradients(ctx.model, batches, chunk=chunk, fast=False),
         loop,
+        plain,
     )
+
+
+class Fishers(NamedTuple):
+    """The sides of :func:`fisher_of`; ``vmap`` takes the number of samples that it holds at once."""
+
+    ours: Side
+    vmap: Side
+    loop: Side
+    plain: Side
+
+
+def best_chunk(vectorised: Side, chunks: tuple[int, ...]) -> int:
+    """The number of samples at once with which a rival takes the fewest CPU seconds, in one trial of each."""
+    seconds = {}
+    for chunk in chunks:
+        begun = time.process_time()
+        vectorised(chunk)
+        seconds[chunk] = time.process_time() - begun
+    return min(seconds, key=seconds.__getitem__)
+
+
+def flops(work: Side) -> float:
+    """Operations of the matrix products of a side, in 10^9 (a multiplication and an addition are two)."""
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return float(counter.get_total_flops()) / 1e9
 
 
 def large_catalogue(folder: Path, items: int = 20_000, length: int = 50) -> dict[str, Any]:
@@ -180,7 +227,7 @@ def penalty_step(model: str = "SASRec", stages: int = 8) -> tuple[Side, Side]:
 
 
 def epoch_seconds(model: str, strategy: Any, epochs: int = 3, **settings: Any) -> float:
-    """Median CPU seconds of an epoch of the second stage of ml-100k."""
+    """Mean CPU seconds of an epoch of the second stage of ml-100k, with all that a strategy does in its first one."""
     found: list[float] = []
     original = HookedTrainer._train_epoch
 
@@ -203,7 +250,7 @@ def epoch_seconds(model: str, strategy: Any, epochs: int = 3, **settings: Any) -
             Runner(config).run()
     finally:
         HookedTrainer._train_epoch = original  # type: ignore[method-assign]
-    return statistics.median(found)
+    return statistics.fmean(found)
 
 
 # -- replay -------------------------------------------------------------------------------------------------------
@@ -230,38 +277,56 @@ def row(what: str, rival: str, found: Ratio, aim: str) -> str:
     return f"| {what} | {rival} | {found.ours:.3f} | {found.theirs:.3f} | {found.ratio:.1f}x | {aim} | {found.pairs} |"
 
 
-def fisher_table(cases: list[tuple[str, str, int, str, dict[str, Any]]], pairs: int = 3) -> None:
-    """Lines of (what, model, samples, aim, settings): ours against vmap and against a loop."""
+def fisher_table(
+    cases: list[tuple[str, str, int, str, dict[str, Any]]], pairs: int = 3, chunks: tuple[int, ...] = (16, 32, 64)
+) -> None:
+    """Lines of (what, model, samples, aim, settings): ours against vmap at its best chunk, and against a loop."""
     for told, model, count, aim, settings in cases:
-        ours, vectorised, loop = fisher_of(model, count, **settings)
+        sides = fisher_of(model, count, **settings)
         if model != "GRU4Rec":  # PyTorch does not vectorise recurrent layers
-            print(row(f"Fisher of {told}", "vmap(grad)", alternate(ours, vectorised, pairs), aim), flush=True)
-        print(row(f"Fisher of {told}", "one backward a sample", alternate(ours, loop, 1), aim), flush=True)
+            chunk = best_chunk(sides.vmap, chunks)
+            found = alternate(sides.ours, functools.partial(sides.vmap, chunk), pairs)
+            print(row(f"Fisher of {told}", f"vmap(grad), {chunk} at once", found, aim), flush=True)
+        print(row(f"Fisher of {told}", "one backward a sample", alternate(sides.ours, sides.loop, 1), aim), flush=True)
+
+
+def bounds_table(cases: list[tuple[str, int, dict[str, Any]]], pairs: int = 3) -> None:
+    """Lines of (what, samples, settings) of SASRec: what nobody can save, the bare gradient of the same samples."""
+    print("\n| what | GFLOP: gradient of the sum | ours | vmap | CPU s: gradient of the sum | ours | vmap |")
+    print("|---|---|---|---|---|---|---|")
+    for told, count, settings in cases:
+        sides = fisher_of("SASRec", count, **settings)
+        vectorised = functools.partial(sides.vmap, best_chunk(sides.vmap, (16, 32)))
+        first, second = alternate(sides.plain, sides.ours, pairs), alternate(sides.plain, vectorised, pairs)
+        counts = " | ".join(f"{flops(side):.1f}" for side in (sides.plain, sides.ours, vectorised))
+        print(f"| {told} | {counts} | {first.ours:.3f} | {first.ratio:.1f}x | {second.ratio:.1f}x |", flush=True)
 
 
 def main(wanted: list[str]) -> None:
     """Runs the comparisons that were asked for, all without a name."""
     torch.set_num_threads(1)
-    wanted = wanted or ["fisher", "catalogue", "penalty", "epochs", "replay"]
-    if {"fisher", "catalogue", "penalty"} & set(wanted):
+    wanted = wanted or ["fisher", "catalogue", "penalty", "bounds", "epochs", "replay"]
+    if {"mf", "fisher", "catalogue", "penalty"} & set(wanted):
         print("| what | against | ours, CPU s | rival, CPU s | rival / ours | aim | pairs |")
         print("|---|---|---|---|---|---|---|")
-    if "fisher" in wanted:
+    if "fisher" in wanted or "mf" in wanted:
         for count, size in ((1000, 1), (20000, 64), (20000, 2048)) if EWCPlugin is not None else ():
             told = "exact, too" if size == 1 else "not exact"
-            found = alternate(*fisher_of_mf(count, size), 3)
-            print(
-                row(f"Fisher of BPR, {count:,} rows", f"Avalanche, batches of {size} ({told})", found, ">= 20x"),
-                flush=True,
-            )
+            what = f"Fisher of BPR, {count:,} rows"
+            ours, theirs, plain = fisher_of_mf(count, size)
+            found = alternate(ours, theirs, 3)
+            print(row(what, f"Avalanche, batches of {size} ({told})", found, ">= 20x"), flush=True)
+            if size > 1:
+                print(row(what, f"gradients of batches of {size}", alternate(ours, plain, 3), ""), flush=True)
+    if "fisher" in wanted:
         fisher_table(
             [
                 ("BPR, 1,000 rows", "BPR", 1000, "", {}),
                 ("DeepFM, 500 targets", "DeepFM", 500, "", {}),
                 ("GRU4Rec, 64 windows", "GRU4Rec", 64, "", {}),
-                ("SASRec, 64 windows, softmax", "SASRec", 64, ">= 10x", {}),
-                ("SASRec, 64 windows, pairs", "SASRec", 64, ">= 10x", PAIRS),
-                ("SASRec, 64 single targets, softmax", "SASRec", 64, ">= 10x", {"train_positions": "last"}),
+                ("SASRec, 192 windows, softmax", "SASRec", 192, ">= 10x", {}),
+                ("SASRec, 192 windows, pairs", "SASRec", 192, ">= 10x", PAIRS),
+                ("SASRec, 192 single targets, softmax", "SASRec", 192, ">= 10x", {"train_positions": "last"}),
             ]
         )
     if "catalogue" in wanted:
@@ -275,26 +340,25 @@ def main(wanted: list[str]) -> None:
                     ("SASRec, 20,000 items, 128 single targets, pairs", "SASRec", 128, ">= 10x", {**single, **PAIRS}),
                 ],
                 pairs=1,
+                chunks=(4, 11),
             )
     if "penalty" in wanted and EWCPlugin is not None:
         for model in ("SASRec", "BPR"):
             found = alternate(*penalty_step(model), 5)
             print(row(f"20 penalty steps, 8 stages, {model}", "Avalanche", found, ">= 20x"), flush=True)
+    if "bounds" in wanted:
+        bounds_table([("192 windows, softmax", 192, {}), ("192 windows, pairs", 192, PAIRS)])
     if "epochs" in wanted:
-        print("\n| epoch of ml-100k, stage 2 of 2 | FineTune, CPU s | " + " | ".join(MEMBERS) + " |")
-        print("|---|---|" + "---|" * len(MEMBERS))
-        for model, rounds in (("BPR", 3), ("SASRec", 1)):
+        print("\n| epoch of ml-100k, stage 2 of 2 | FineTune, CPU s | strategy | times FineTune |\n|---|---|---|---|")
+        for model, rounds, members in (("BPR", 7, MEMBERS), ("SASRec", 3, (*MEMBERS[:3], FEWER))):
             times: dict[str, list[float]] = {}
             for _ in range(rounds):
-                for name in ("FineTune", *MEMBERS):
-                    times.setdefault(name, []).append(epoch_seconds(model, name))
+                for told, name, settings in (("FineTune", "FineTune", {}), *members):
+                    times.setdefault(told, []).append(epoch_seconds(model, name, **settings))
             base = times["FineTune"]
-            ratios = [ratio(list(zip(base, times[name], strict=True))).ratio for name in MEMBERS]
-            print(
-                f"| {model} ({rounds} rounds) | {statistics.median(base):.3f} | "
-                + " | ".join(f"{r:.2f}x" for r in ratios)
-                + " |"
-            )
+            for told, _, _ in members:
+                found = ratio(list(zip(base, times[told], strict=True)))
+                print(f"| {model} ({rounds} rounds) | {statistics.median(base):.3f} | {told} | {found.ratio:.2f}x |")
     if "replay" in wanted:
         print("\n| rows in the memory | one draw of 64, microseconds |\n|---|---|")
         for size in (1_000, 10_000, 100_000, 1_000_000):
@@ -306,7 +370,14 @@ def main(wanted: list[str]) -> None:
     )
 
 
-MEMBERS = ("SI", "LwF", "ERRandom", "EWC")
+Member = tuple[str, str, dict[str, Any]]
+MEMBERS: tuple[Member, ...] = (
+    ("SI", "SI", {}),
+    ("LwF", "LwF", {}),
+    ("ERRandom", "ERRandom", {}),
+    ("EWC", "EWC", {"ewc_samples": 16}),  # the Fisher is no part of an epoch
+)
+FEWER: Member = ("ERRandom, 8 windows a batch", "ERRandom", {"er_batch_size": 8})
 
 if __name__ == "__main__":
     main(sys.argv[1:])

@@ -67,6 +67,12 @@ def test_windows_supervise_each_target_once(
     supervised = np.zeros(len(table) + 1, dtype=bool)
     supervised[targets.hi] = True
     windows = Windows(targets, supervised, size, stride)
+    if data.draw(st.booleans()):
+        shifted = windows.shifted(torch.Generator().manual_seed(data.draw(st.integers(0, 9))))
+        whole = np.bincount(windows.user[windows.n_targets == stride], minlength=table.n_users) == 0
+        for user in np.flatnonzero(whole):  # nothing is cut that fits into one window
+            assert shifted.last[shifted.user == user].tolist() == windows.last[windows.user == user].tolist()
+        windows = shifted
     assert int(windows.n_targets.sum()) == len(targets)
     if not len(targets):
         assert len(windows) == 0
@@ -94,6 +100,17 @@ def test_windows_supervise_each_target_once(
         assert rows[STAGE][r] == table.stage[table.seq[last]] == rows[TASK][r]
         assert rows[TIMESTAMP][r] == table.timestamp[table.seq[last]]
     assert sorted(found) == sorted(targets.hi.tolist())
+
+
+def test_every_target_closes_a_window_of_some_epoch() -> None:
+    table = table_of([(0, 1, k) for k in range(1, 31)])
+    targets = Targets.next_items(table, np.arange(1, 30))
+    supervised = np.zeros(31, dtype=bool)
+    supervised[targets.hi] = True
+    fixed, generator = Windows(targets, supervised, 5, 5), torch.Generator().manual_seed(0)
+    closing = [set(fixed.shifted(generator).last.tolist()) for _ in range(60)]
+    assert len(set(map(frozenset, closing))) == 5
+    assert set.union(*closing) == set(range(5, 30)) | {1, 2, 3, 4}
 
 
 def test_windows_of_the_docstring() -> None:

@@ -100,13 +100,14 @@ def test_no_batch_holds_an_id_of_the_future(tmp_path: Path, model: str, more: di
         assert set(seen) <= trained and (model == "MultiVAE" or set(seen) == trained)
 
 
-@pytest.mark.parametrize("loss", ["CE", "BPR"])
-def test_no_window_holds_an_id_of_the_future(tmp_path: Path, loss: str) -> None:
+@pytest.mark.parametrize(("loss", "shift"), [("CE", False), ("BPR", False), ("CE", True)])
+def test_no_window_holds_an_id_of_the_future(tmp_path: Path, loss: str, shift: bool) -> None:
     write_log(tmp_path)
     more: dict[str, Any] = (
         {"train_neg_sample_args": {"distribution": "uniform", "sample_num": 1}} if loss == "BPR" else {}
     )
-    config, stream = stream_of(tmp_path, loss_type=loss, window=7, window_stride=3, train_batch_size=32, **more)
+    more |= {"window": 7, "window_stride": 3, "window_shift": shift}
+    config, stream = stream_of(tmp_path, loss_type=loss, train_batch_size=32, **more)
     held = {p for s in stream.stages for name in ("valid", "test") for p in s.split(name).position.tolist()}
     for stage in stream.stages:
         ctx = stage_context(config, stream, stage.index, type("Model", (), {"trains_all_positions": True}))

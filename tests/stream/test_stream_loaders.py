@@ -14,6 +14,7 @@ from recbole.utils import KGDataLoaderState
 from stream_helpers import configure, random_rows, stage_context, stream_of, write
 
 from recbole_cl.config import CLConfig
+from recbole_cl.stream.batch import TARGETS
 from recbole_cl.stream.build import build_stream
 from recbole_cl.stream.loader import KnowledgeStageLoader, make_loader
 from recbole_cl.stream.stage import Stream
@@ -28,6 +29,7 @@ CASES: dict[str, dict[str, Any]] = {
         "train_neg_sample_args": UNIFORM,
     },
     "windows": {"model": "SASRec", "window": 6, "window_stride": 2},
+    "windows cut anew": {"model": "SASRec", "window": 3, "window_shift": True},
     "windows with negatives": {"model": "SASRec", "window": 6, "loss_type": "BPR", "train_neg_sample_args": UNIFORM},
     "pairs": {"model": "BPR"},
     "points": {"model": "NeuMF", "train_neg_sample_args": UNIFORM},
@@ -41,6 +43,17 @@ def equal(a: Interaction, b: Interaction) -> bool:
 
 def same(left: list[Interaction], right: list[Interaction]) -> bool:
     return len(left) == len(right) and all(equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+def supervised(batches: list[Interaction]) -> list[tuple[int, ...]]:
+    """User and item of each target, however they are laid out."""
+    if TARGETS not in batches[0]:
+        return sorted((p,) for b in batches for p in b["_position"].tolist())
+    found = []
+    for batch in batches:
+        row, column = (batch[TARGETS] > 0).nonzero(as_tuple=True)
+        found += list(zip(batch["user_id"][row].tolist(), batch[TARGETS][row, column].tolist(), strict=True))
+    return sorted(found)
 
 
 @pytest.fixture(params=list(CASES))
@@ -63,9 +76,7 @@ def test_two_loaders_of_a_seed_agree_and_epochs_differ(fresh: Any) -> None:
     assert not same(first, other)
     # Orders differ, the targets are the same (negatives aside).
     for batches in (second, other):
-        assert sorted(p for b in batches for p in b["_position"].tolist()) == sorted(
-            p for b in first for p in b["_position"].tolist()
-        )
+        assert supervised(batches) == supervised(first)
 
 
 @pytest.mark.parametrize("epochs", [0, 1])
@@ -113,6 +124,17 @@ def test_windows_fill_batches_with_targets(tmp_path: Path) -> None:
     counts = [int((batch["_targets"] > 0).sum()) for batch in loader]
     assert sum(counts) == loader.n_targets == len(stream.stages[0].train)
     assert all(abs(count - 64) < 5 for count in counts[:-1]) and counts[-1] <= 64 + 5
+
+
+def test_windows_are_cut_anew_each_epoch_and_their_units_stay(tmp_path: Path) -> None:
+    write(tmp_path, random_rows(900, users=30))
+    config, stream = stream_of(tmp_path, train_batch_size=64, window=5, window_shift=True)
+    model = SimpleNamespace(trains_all_positions=True)
+    loader = make_loader(stage_context(config, stream, 0, model), stream.stages[0].train, "t")
+    before = loader.make(np.arange(len(loader.units)))
+    closings = [sorted(p for batch in loader for p in batch["_position"].tolist()) for _ in range(3)]
+    assert closings[0] != closings[1] != closings[2]
+    assert equal(before, loader.make(np.arange(len(loader.units))))  # what memories and importances are taken from
 
 
 def test_negatives_are_laid_out_as_in_recbole(tmp_path: Path) -> None:

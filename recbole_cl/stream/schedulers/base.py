@@ -92,6 +92,15 @@ class Scheduler:
         """
         raise NotImplementedError(f"{type(self).__name__} must implement assign(log)")
 
+    def late_items(self, item: np.ndarray, known: np.ndarray) -> np.ndarray:
+        """Returns which rows hold an item that the first stage shall not know, although it is in the stage's log.
+
+        Args:
+            item: Token of each row's item, rows in stream order, shape ``[N]``.
+            known: Rows that training knows, shape ``[N]``.
+        """
+        return np.zeros(len(item), dtype=bool)
+
     def stages(self, table: InteractionTable, roles: np.ndarray, dataset: StreamDatasetMixin) -> list[Stage]:
         """Returns the stages over the sorted table; by default one a slice, with the roles that the split gave."""
         from recbole_cl.stream.build import stages_of_slices

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from recbole.utils import ModelType
 
+from recbole_cl.config.columns import column_names, read_header
+from recbole_cl.config.files import properties_dir
+from recbole_cl.config.values import read_properties
 from recbole_cl.errors import ConfigError, DataError, nearest
 from recbole_cl.registry import schedulers
 from recbole_cl.rng import numpy_generator
-from recbole_cl.schema import is_integer
+from recbole_cl.schema import is_integer, is_number
 from recbole_cl.stream.schedulers.base import Log, Scheduler, Slices
 from recbole_cl.stream.stage import Stage, Targets, Task
 from recbole_cl.stream.table import TEST, TRAIN, VALID, InteractionTable
@@ -38,6 +42,14 @@ class TaskStream(Scheduler):
     the user's label is predicted from the user's training part. A user and an item have a row if training knows them,
     the same rows in every stage.
 
+    ``task_cold_items`` hides a share of these items from the first task (PCL, section 4.5)::
+
+        log          i1 i2 i3 i4 i5 i6        i2 and i5 were drawn by the seed
+        task 1       i1 i3 i4 i6              no target, no negative, in no history, no row in the model
+        task 2       i1 i2 i3 i4 i5 i6        their rows come, with the last ids: "new items" of the second task
+
+    A late item's first appearance is thus that of the second task. Task 1 stays a task over its own items for ever.
+
     Raises:
         ConfigError: If a task makes no sense or a field is in none of the files.
         DataError: If a task has no targets, a single class, or a class that training lacks.
@@ -54,13 +66,18 @@ class TaskStream(Scheduler):
             config: The configuration that is being made; ``tasks`` and ``load_col`` are completed.
         """
         final = config.final_config_dict
-        declared = _ordered(_declared(final.get("tasks"), config.dataset), final.get("task_order"))
+        declared = _ordered(declared_tasks(final.get("tasks"), config.dataset), final.get("task_order"))
         specs = parse_tasks(declared)
         for key in ("task_eval_per_user", "task_train_per_user"):
             value = final.get(key)
             if value is not None and not (is_integer(value) and value >= 1):
                 raise ConfigError(f"{key}: {value!r} must be an integer of at least 1, or ~ for all")
-        headers = {"inter": config._columns, **_headers(final, config._folder, config.dataset)}
+        _check_cold_items(final, specs)
+        log = config.log_files
+        headers = {"inter": log.columns}
+        for other in ("user", "item"):
+            if (file := log.folder / f"{log.dataset}.{other}").is_file():
+                headers[other] = column_names(read_header(file, final))
         wanted: dict[str, list[str]] = {"inter": [], "user": [], "item": []}
         for spec in specs:
             for field in spec.columns:
@@ -96,6 +113,14 @@ class TaskStream(Scheduler):
     def assign(self, log: Log) -> Slices:
         return Slices(np.zeros(len(log), dtype=np.int64), ["log"])
 
+    def late_items(self, item: np.ndarray, known: np.ndarray) -> np.ndarray:
+        share = self.config["task_cold_items"]
+        if not share:
+            return super().late_items(item, known)
+        items = np.unique(item[known])
+        drawn = numpy_generator(self.config["seed"], 0, "task_cold_items").permutation(items)
+        return np.isin(item, drawn[: round(share * len(items))])
+
     def stages(self, table: InteractionTable, roles: np.ndarray, dataset: StreamDatasetMixin) -> list[Stage]:
         from recbole_cl.stream.build import first_seen, known
 
@@ -105,6 +130,10 @@ class TaskStream(Scheduler):
         users = known(first_seen(table.user, dataset.raw_phase.astype(np.int64), table.n_users), 1)
         items = known(first_seen(table.item, dataset.raw_phase.astype(np.int64), table.n_items), 1)
         growing = self.config["vocabulary"] == "growing"
+        late = bool(dataset.raw_late.any())
+        # Ids are given in this order: items of the first task, late ones, those that training does not know.
+        warm = 1 + len(np.unique(table.item[(dataset.raw_phase == 0) & ~dataset.raw_late])) if late else table.n_items
+        self._sequences = table.sequences_of(table.item < warm) if late else None
         columns = Columns(dataset, table)
         stages = []
         for index, spec in enumerate(specs):
@@ -121,14 +150,14 @@ class TaskStream(Scheduler):
                     test=parts[TEST],
                     task=task,
                     n_users=users if growing else table.n_users,
-                    n_items=items if growing else table.n_items,
-                    catalogue=table.n_items,
-                    # Later stages meet nobody new.
+                    n_items=(min(warm, items) if first else items) if growing else table.n_items,
+                    catalogue=warm if first else table.n_items,
+                    # Later stages meet nobody new, but for the late items of the second.
                     first_new_user=1 if first else table.n_users,
-                    first_new_item=1 if first else table.n_items,
+                    first_new_item=(1, warm)[index] if index < 2 else table.n_items,
                     n_new_users=table.n_users - 1 if first else 0,
-                    n_new_items=table.n_items - 1 if first else 0,
-                    items=np.unique(parts[TRAIN].label) if spec.candidates == "targets" else None,
+                    n_new_items=(warm - 1, table.n_items - warm)[index] if index < 2 else 0,
+                    items=_items(spec, parts[TRAIN], warm if first and late else None),
                 )
             )
         return stages
@@ -144,8 +173,15 @@ class TaskStream(Scheduler):
         if spec.kind == "classification" and columns.of_user(spec.target or ""):
             found, role = self._users(spec, table, meets, dataset)
         else:
-            positions = np.flatnonzero(meets & np.isin(roles, (TRAIN, VALID, TEST)))
-            found = Targets.next_items(table, positions, self.config["history"])
+            meets &= np.isin(roles, (TRAIN, VALID, TEST))
+            if first and self._sequences is not None:
+                lo, hi = self._sequences
+                positions = np.flatnonzero(meets & (hi >= 0))
+                user, item = table.user[positions], table.item[positions]
+                found = Targets(positions, user, lo[positions], hi[positions], item)
+            else:
+                positions = np.flatnonzero(meets)
+                found = Targets.next_items(table, positions, self.config["history"])
             role = roles[positions]
         if self.config["MODEL_TYPE"] == ModelType.SEQUENTIAL:
             keep = found.hi > found.lo
@@ -205,6 +241,33 @@ class TaskStream(Scheduler):
         return Targets(last, users, lo, hi, np.zeros(len(users), dtype=np.int64)), role
 
 
+def _items(spec: TaskSpec, train: Targets, late_from: int | None) -> np.ndarray | None:
+    """Returns the items that a task's targets are ranked among, or ``None`` for all."""
+    if spec.candidates == "targets":
+        return np.unique(train.label)
+    return None if late_from is None else np.arange(1, late_from)
+
+
+def _check_cold_items(final: Any, specs: Sequence[TaskSpec]) -> None:
+    share = final.get("task_cold_items") or 0
+    if not (is_number(share) and 0 <= share < 1):
+        raise ConfigError(f"task_cold_items: {share!r} must be a share of the items, from 0 on and below 1")
+    if not share:
+        return
+    if specs[0].kind != "next_item":
+        raise ConfigError(
+            f"task_cold_items: {share} hides items from the first task, which is {specs[0].name!r} ({specs[0].kind}); "
+            f"put a next_item task first"
+        )
+    if len(specs[: final.get("n_stages")]) < 2:
+        raise ConfigError(f"task_cold_items: {share} of the items would never come; have a second task")
+    if final.get("vocabulary") == "global":
+        raise ConfigError(
+            "vocabulary: global gives the first task a row for every item, but task_cold_items hides some from it; use "
+            "growing"
+        )
+
+
 def _newest(targets: Targets, number: int | None) -> Targets:
     """Returns each user's newest targets, at most ``number`` of them, in the order given."""
     if number is None or not len(targets):
@@ -216,10 +279,8 @@ def _newest(targets: Targets, number: int | None) -> Targets:
     return targets[np.sort(order[from_end < number])]
 
 
-def _declared(given: Any, dataset: str) -> Any:
+def declared_tasks(given: Any, dataset: str) -> Any:
     """Returns the declarations: given ones, those of a file, or those that are brought along for the dataset."""
-    from recbole_cl.config import properties_dir, read_properties
-
     if given is not None and not isinstance(given, str):
         return given
     own = properties_dir() / "tasks"
@@ -245,15 +306,3 @@ def _ordered(declared: Any, order: Any) -> Any:
     if not numbers or not order or len(set(order)) != len(order):
         raise ConfigError(f"task_order: {order!r} must list different numbers of tasks, from 1 to {n}")
     return [declared[k - 1] for k in order]
-
-
-def _headers(final: Any, folder: Path, dataset: str) -> dict[str, list[str]]:
-    """Returns the columns of the user and the item file, where there are such files."""
-    found = {}
-    for suffix in ("user", "item"):
-        file = folder / f"{dataset}.{suffix}"
-        if file.is_file():
-            with file.open(encoding=final.get("encoding") or "utf-8") as lines:
-                header = lines.readline().rstrip("\r\n").split(final["field_separator"])
-            found[suffix] = [column.partition(":")[0] for column in header]
-    return found

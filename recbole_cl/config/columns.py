@@ -1,0 +1,163 @@
+"""The columns of a dataset's files, and those of them that a stream needs loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from recbole_cl.config.datasets import find_dataset
+from recbole_cl.errors import ConfigError, nearest
+
+
+@dataclass(frozen=True)
+class LogFiles:
+    """The files of a dataset.
+
+    Attributes:
+        dataset: Its name, the stem of the files.
+        folder: Where they lie.
+        columns: Columns of the interaction file.
+    """
+
+    dataset: str
+    folder: Path
+    columns: list[str]
+
+    def check(self, key: str, fields: Any) -> None:
+        """Checks that columns which a property names are in the interaction file.
+
+        Raises:
+            ConfigError: If one is not; the message names the nearest.
+        """
+        for field in fields if isinstance(fields, list | tuple) else ():
+            if field is not None and field not in self.columns:
+                hint = nearest(field, self.columns) or f". It has {', '.join(self.columns)}"
+                raise ConfigError(f"property {key!r} names {field!r}, which is no column of {self.dataset}.inter{hint}")
+
+
+def read_header(file: Path, final: Mapping[str, Any]) -> list[str]:
+    """Returns the words of an atomic file's first line, ``name:type`` each.
+
+    Args:
+        file: The file.
+        final: ``encoding`` and ``field_separator`` are read.
+    """
+    with file.open(encoding=final.get("encoding") or "utf-8") as lines:
+        header: list[str] = lines.readline().rstrip("\r\n").split(final["field_separator"])
+    return header
+
+
+def column_names(header: Iterable[str]) -> list[str]:
+    """Returns the names of the columns that a header declares."""
+    return [word.partition(":")[0] for word in header]
+
+
+def open_log(final: dict[str, Any], dataset: str, warnings: list[str]) -> LogFiles:
+    """Finds a dataset's folder and reads the header of its interactions.
+
+    Args:
+        final: The effective properties; ``data_path`` becomes the folder.
+        dataset: Name of the dataset.
+        warnings: Gets a sentence where another folder than the one asked for is read.
+
+    Raises:
+        ConfigError: If there is no such dataset, its header cannot be read, or it comes in files split beforehand.
+    """
+    if final.get("benchmark_filename"):
+        raise ConfigError(
+            f"property 'benchmark_filename' is {final['benchmark_filename']!r}: stages are cut from one file "
+            f"{dataset}.inter; join the files and leave the property out"
+        )
+    asked = final["data_path"]
+    folder = find_dataset(dataset, asked)
+    if asked and folder not in (Path(asked).expanduser().resolve() / p for p in ("", dataset)):
+        warnings.append(f"{dataset}.inter is not in data_path {asked!r}; {folder} is read instead")
+    final["data_path"] = str(folder)
+    file, separator = folder / f"{dataset}.inter", final["field_separator"]
+    try:
+        header = read_header(file, final)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {file.name} of dataset {dataset!r}: {error}") from error
+    if any(not word.partition(":")[2] for word in header):
+        raise ConfigError(
+            f"the first line of {file.name} is {separator.join(header)[:80]!r}; it must name each column and its type, "
+            f"separated by property 'field_separator' {separator!r}, as in 'user_id:token'"
+        )
+    return LogFiles(dataset, folder, column_names(header))
+
+
+def settle_columns(final: dict[str, Any], log: LogFiles, asked: Container[str], specific: Container[str]) -> None:
+    """Makes sure that the columns which were asked for exist, and that those a stream needs are loaded.
+
+    Args:
+        final: The effective properties; ``load_col`` is completed.
+        log: The dataset's files.
+        asked: Properties that were given. RecBole's defaults may name columns that are not there.
+        specific: Properties that a file about this model, type of model or dataset sets.
+
+    Raises:
+        ConfigError: If a column that was asked for is not there.
+    """
+    ids = [final[key] for key in ("USER_ID_FIELD", "ITEM_ID_FIELD")]
+    for key, field in zip(("USER_ID_FIELD", "ITEM_ID_FIELD"), ids, strict=True):
+        log.check(key, [field])
+    if "period_field" in asked:
+        _settle_period_field(final, log)
+    if "threshold" in asked:
+        log.check("threshold", list(final["threshold"] or ()))
+    needed = [final["TIME_FIELD"], final.get("period_field"), *(final.get("threshold") or {})]
+    if final.get("load_col") is not None:
+        columns = final["load_col"].get("inter")
+        if "load_col" not in specific and "load_col" not in asked:
+            # RecBole's last resort loads users and items only; a stream needs to know when.
+            columns = [*ids, final["RATING_FIELD"], final["LABEL_FIELD"]]
+        elif "load_col" in asked:
+            log.check("load_col", columns)
+        if isinstance(columns, list | tuple):
+            wanted = dict.fromkeys([*columns, *(field for field in needed if field)])
+            final["load_col"] = {**final["load_col"], "inter": [c for c in wanted if c in log.columns]}
+
+
+def _settle_period_field(final: dict[str, Any], log: LogFiles) -> None:
+    """Lets a stage be named by a column of the interactions or, for Domains, of the items, which is then loaded."""
+    field = final["period_field"]
+    items = log.folder / f"{log.dataset}.item"
+    if field in log.columns or not items.is_file():
+        log.check("period_field", [field])
+        return
+    columns = column_names(read_header(items, final))
+    if field not in columns:
+        known = [*log.columns, *columns]
+        hint = nearest(field, known) or f". They have {', '.join(known)}"
+        raise ConfigError(
+            f"property 'period_field' names {field!r}, which is no column of {log.dataset}.inter or .item{hint}"
+        )
+    load = final.get("load_col")
+    if load is not None:
+        given = load.get("item") or []
+        wanted = "*" if given == "*" else list(dict.fromkeys([final["ITEM_ID_FIELD"], *given, field]))
+        final["load_col"] = {**load, "item": wanted}
+
+
+def check_knowledge_graph(log: LogFiles, model: str) -> None:
+    """Checks that the files of a knowledge graph are there, for a model that learns from one.
+
+    Raises:
+        ConfigError: If one is not.
+    """
+    for suffix in ("kg", "link"):
+        if not (log.folder / f"{log.dataset}.{suffix}").is_file():
+            raise ConfigError(
+                f"model {model!r} learns from a knowledge graph, but dataset {log.dataset!r} has no file "
+                f"{log.dataset}.{suffix}; use another model or add the file"
+            )
+
+
+def loaded_columns(final: Mapping[str, Any], log: LogFiles) -> list[str]:
+    """Returns the columns of the interaction file that RecBole will load."""
+    load = final.get("load_col")
+    if load is None or load.get("inter") == "*":
+        return log.columns
+    return [column for column in log.columns if column in (load.get("inter") or ())]

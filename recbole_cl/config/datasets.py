@@ -1,0 +1,61 @@
+"""Which datasets there are, and where a dataset's files lie."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from recbole_cl.config.files import RECBOLE
+from recbole_cl.errors import ConfigError, nearest
+
+EXAMPLE = "ml-100k"
+_DATA_VARIABLE = "RECBOLE_CL_DATA"
+
+
+def _roots() -> list[Path]:
+    variable = os.environ.get(_DATA_VARIABLE)
+    return [*([Path(variable).expanduser()] if variable else []), Path("dataset")]
+
+
+def list_datasets(data_path: str | None = None) -> list[str]:
+    """Returns the names of the datasets that can be found: ml-100k and those in the search folders.
+
+    Args:
+        data_path: A folder to search as well.
+    """
+    found = {EXAMPLE}
+    for root in [*([Path(data_path).expanduser()] if data_path else []), *_roots()]:
+        if root.is_dir():
+            found.update(folder.name for folder in root.iterdir() if (folder / f"{folder.name}.inter").is_file())
+    return sorted(found, key=str.lower)
+
+
+def find_dataset(dataset: str, data_path: str | None = None) -> Path:
+    """Returns the folder that holds ``<dataset>.inter``. Nothing is ever downloaded.
+
+    Args:
+        dataset: Name of the dataset.
+        data_path: The folder, or the one above it. Default: RecBole's own example for ml-100k,
+            ``$RECBOLE_CL_DATA/<dataset>``, ``./dataset/<dataset>``, in this order, also after a ``data_path``.
+
+    Raises:
+        ConfigError: If no folder has it; the message lists those that were looked at.
+    """
+    if not dataset or dataset in (".", "..") or re.search(r"[/\\\x00]", dataset):
+        raise ConfigError(f"dataset {dataset!r} is not a name; give the folder as data_path and the name as dataset")
+    folders: list[Path] = []
+    if data_path:
+        root = Path(data_path).expanduser()
+        folders += [root / dataset, root]
+    if dataset == EXAMPLE:
+        folders.append(RECBOLE / "dataset_example" / EXAMPLE)
+    folders += [root / dataset for root in _roots()]
+    for folder in folders:
+        if (folder / f"{dataset}.inter").is_file():
+            return folder.resolve()
+    looked = ", ".join(str(folder) for folder in folders)
+    raise ConfigError(
+        f"dataset {dataset!r} was not found{nearest(dataset, list_datasets(data_path))}; looked for {dataset}.inter "
+        f"in {looked}. Set data_path or ${_DATA_VARIABLE} to the folder that holds the folder {dataset!r}"
+    )

@@ -1,0 +1,58 @@
+"""Where properties come from: RecBole's folder, ours, and the file or attribute that a component brings."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+from pathlib import Path
+from typing import Any
+
+import recbole
+
+from recbole_cl import schema
+from recbole_cl.config.values import read_properties
+from recbole_cl.errors import ConfigError
+
+RECBOLE = Path(recbole.__file__).resolve().parent
+PACKAGE = Path(__file__).resolve().parent.parent
+
+
+def properties_dir() -> Path:
+    """Returns the folder of our properties: inside the installed package, or beside it in a checkout.
+
+    Raises:
+        ConfigError: If neither is there.
+    """
+    for folder in (PACKAGE / "properties", PACKAGE.parent / "properties"):
+        if (folder / "overall.yaml").is_file():
+            return folder
+    raise ConfigError("the folder 'properties' with RecBole-CL's defaults is missing; install the package again")
+
+
+def _file_beside(component: type) -> Path | None:
+    """Returns ``<ClassName>.yaml`` beside the module that defines a class, if there is one."""
+    with contextlib.suppress(TypeError, OSError):
+        file = Path(inspect.getfile(component)).with_name(f"{component.__name__}.yaml")
+        if file.is_file():
+            return file
+    return None
+
+
+def component_defaults(component: type, name: str, folder: str) -> tuple[dict[str, Any], dict[str, tuple[str, ...]]]:
+    """Finds the defaults of a strategy, scheduler or model.
+
+    Args:
+        component: Its class.
+        name: Its registered name.
+        folder: Folder below ``properties`` that our own ones are in.
+
+    Returns:
+        The defaults from ``properties/<folder>/<name>.yaml``, else from ``<ClassName>.yaml`` beside the class's module,
+        else from its attribute ``defaults``; and the types that the file's comments declare.
+    """
+    own = properties_dir() / folder / f"{name}.yaml"
+    file = own if own.is_file() else _file_beside(component)
+    if file is not None:
+        return read_properties(file), schema.declared_types(file)
+    return copy.deepcopy(dict(getattr(component, "defaults", None) or {})), {}
