@@ -386,4 +386,29 @@ def epoch_of_short_sequences(dataset: str = "diginetica-weeks", batches: int = 6
     return lambda: run(all_positions.PASS_OVERHEAD[True]), lambda: run(1 << 40), fill
 
 
+def steps_compiled(length: int = 50, batches: int = 20, device: str = "cpu") -> tuple[Side, Side]:
+    """Steps of SASRec on all positions of ml-100k as they are, and with ``torch.compile`` around the transformer."""
+    settings = {"n_stages": 1, "MAX_ITEM_LIST_LENGTH": length, "show_progress": False, **_on(device)}
+    _, ctx = context(CLConfig("SASRec", "ml-100k", config_dict=settings))
+    model = ctx.model.train()
+    loader = make_loader(ctx, ctx.stage.train, "benchmark")
+    some = [batch.to(ctx.device) for batch in itertools.islice(loader, batches)]
+    compiled = torch.compile(model.encode, dynamic=True)
+
+    def steps() -> None:
+        for batch in some:
+            model.calculate_loss(batch).backward()
+            model.zero_grad()
+
+    def other() -> None:
+        model.encode = compiled
+        try:
+            steps()
+        finally:
+            del model.encode
+
+    other()  # compiles
+    return steps, other
+
+
 torch.set_num_threads(1)

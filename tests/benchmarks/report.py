@@ -74,6 +74,12 @@ def short() -> None:
         say(row(f"{told}, against ourselves without parting", alternate(parted, padded, 3), ""))
 
 
+def compiled() -> None:
+    """``torch.compile`` against the operations as they are; needs a C++ compiler."""
+    told = "SASRec steps of an epoch, against ourselves with torch.compile around the transformer"
+    say(row(told, alternate(*cases.steps_compiled(device=DEVICE), 5, device=DEVICE), ""))
+
+
 def start() -> None:
     """Import and configuration in new processes."""
     found = alternate_fresh(cases.OUR_START, cases.RECBOLES_START, 3)
@@ -113,9 +119,12 @@ def shares() -> None:
             say(f"| {model}: {what} | {spent[name]:.3f} of {spent['stage']:.2f} | {100 * share:.1f} % |")
 
 
-TABLE = {"sequences": sequences, "epoch": epoch, "matrix": matrix, "finetune": finetune, "short": short, "start": start}
+TABLE = {
+    "sequences": sequences, "epoch": epoch, "matrix": matrix, "finetune": finetune, "short": short,
+    "compiled": compiled, "start": start,
+}  # fmt: skip
 REST = {"memory": memory, "shares": shares}
-ON_A_GPU = ("epoch", "matrix", "finetune")
+ON_A_GPU = ("epoch", "matrix", "finetune", "compiled")
 
 
 def head(name: str) -> list[str]:
