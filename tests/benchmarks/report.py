@@ -9,7 +9,6 @@ RECBOLE_CL_DATA=... OMP_NUM_THREADS=1 python tests/benchmarks/report.py
 from __future__ import annotations
 
 import argparse
-import datetime
 import os
 
 import cases
@@ -22,8 +21,7 @@ DEVICE = "cpu"
 
 def row(what: str, found: Ratio, aim: str) -> str:
     """One line of the table."""
-    today = datetime.date.today().isoformat()
-    return f"| {what} | {found.ours:.3f} | {found.theirs:.3f} | {found.ratio:.2f}x | {aim} | {found.pairs} | {today} |"
+    return f"| {what} | {found.ours:.3f} | {found.theirs:.3f} | {found.ratio:.2f}x | {aim} | {found.pairs} |"
 
 
 SAID: list[str] = []
@@ -135,8 +133,8 @@ def head(name: str) -> list[str]:
     if name == "memory":
         return []
     return [
-        f"| comparison | ours, {seconds} | RecBole, {seconds} | RecBole / ours | aim | pairs | date |",
-        "|---|---|---|---|---|---|---|",
+        f"| comparison | ours, {seconds} | RecBole, {seconds} | RecBole / ours | aim | pairs |",
+        "|---|---|---|---|---|---|",
     ]
 
 
