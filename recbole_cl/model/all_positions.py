@@ -158,6 +158,11 @@ class AllPositions:
         return (hidden.unsqueeze(1) * self.item_embedding(items)).sum(-1)
 
 
+def last_items(lengths: torch.Tensor, width: int) -> torch.Tensor:
+    """Returns the flags ``[B, width]`` of the last item of each history, for lengths ``[B]``; none for length 0."""
+    return torch.arange(width, device=lengths.device) == lengths.view(-1, 1) - 1
+
+
 def pick(hidden: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     """Returns the rows ``[n, d]`` of ``hidden`` of shape ``[B, L, d]`` whose flag of shape ``[B, L]`` is set."""
     index = wanted.flatten().nonzero().squeeze(1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from recbole.model.sequential_recommender.gru4rec import GRU4Rec as RecBoleGRU4Rec
 
-from recbole_cl.model.all_positions import AllPositions, pick
+from recbole_cl.model.all_positions import AllPositions, last_items, pick
 from recbole_cl.model.fused import dropout
 from recbole_cl.registry import models
 
@@ -34,5 +34,4 @@ class GRU4Rec(AllPositions, RecBoleGRU4Rec):
         """Returns the output after the last item, shape ``[B, d]``; RecBole's own pass where gradients are needed."""
         if self.training or torch.is_grad_enabled():
             return super().forward(item_seq, item_seq_len)
-        positions = torch.arange(item_seq.size(1), device=item_seq.device)
-        return self.outputs(item_seq, positions == item_seq_len.view(-1, 1) - 1)
+        return self.outputs(item_seq, last_items(item_seq_len, item_seq.size(1)))

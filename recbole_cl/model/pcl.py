@@ -10,6 +10,7 @@ from torch import nn
 
 from recbole_cl.errors import ConfigError
 from recbole_cl.llm.encoders import encode_texts
+from recbole_cl.model.all_positions import last_items
 from recbole_cl.model.state import grow_model
 from recbole_cl.model.task_heads import TaskHeads, TaskModel
 from recbole_cl.prompt import (
@@ -315,8 +316,7 @@ class PCL(TaskModel):
         if not hasattr(self.backbone, "outputs_at"):
             return self.backbone.forward(sequence, lengths)  # type: ignore[no-any-return]
         sequence = sequence[:, : int(lengths.max())]
-        wanted = torch.arange(sequence.size(1), device=lengths.device) == lengths.unsqueeze(1) - 1
-        return self.backbone.outputs_at(sequence, wanted)  # type: ignore[no-any-return]
+        return self.backbone.outputs_at(sequence, last_items(lengths, sequence.size(1)))  # type: ignore[no-any-return]
 
     def represent_all(self, batch: Interaction) -> torch.Tensor:
         """Returns the representations for all tasks so far, ``[K, B, d]``; the items are looked up once."""

@@ -6,7 +6,7 @@ import torch
 from recbole.model.layers import TransformerEncoder
 from recbole.model.sequential_recommender.sasrec import SASRec as RecBoleSASRec
 
-from recbole_cl.model.all_positions import AllPositions, pick
+from recbole_cl.model.all_positions import AllPositions, last_items, pick
 from recbole_cl.model.fused import causal_mask, dropout, layer_outputs, plain
 from recbole_cl.registry import models
 
@@ -58,5 +58,4 @@ class SASRec(AllPositions, RecBoleSASRec):
         """Returns the output after the last item, shape ``[B, d]``; RecBole's own pass where gradients are needed."""
         if self.training or torch.is_grad_enabled():
             return super().forward(item_seq, item_seq_len)
-        positions = torch.arange(item_seq.size(1), device=item_seq.device)
-        return self.outputs(item_seq, positions == item_seq_len.view(-1, 1) - 1)
+        return self.outputs(item_seq, last_items(item_seq_len, item_seq.size(1)))

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from recbole_cl.config.models import get_model_class
 from recbole_cl.errors import ConfigError
+from recbole_cl.model.all_positions import last_items
 from recbole_cl.stream.batch import TARGETS, TASK
 from recbole_cl.stream.stage import Task
 
@@ -142,7 +143,11 @@ class TaskModel(SequentialRecommender):
             batch: Rows with RecBole's sequence fields.
             task: Stage index of the task.
         """
-        return self.backbone.forward(batch[self.ITEM_SEQ], batch[self.ITEM_SEQ_LEN])  # type: ignore[no-any-return]
+        sequence, lengths = batch[self.ITEM_SEQ], batch[self.ITEM_SEQ_LEN]
+        if not hasattr(self.backbone, "outputs"):
+            return self.backbone.forward(sequence, lengths)  # type: ignore[no-any-return]
+        # A model of all positions leaves out what is not read, in training, too.
+        return self.backbone.outputs(sequence, last_items(lengths, sequence.size(1)))  # type: ignore[no-any-return]
 
     # -- losses ---------------------------------------------------------------------------------------------------
 
