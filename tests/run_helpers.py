@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+
+import torch
+from recbole.data.transform import construct_transform
 
 from recbole_cl.config import CLConfig
 from recbole_cl.runner import Runner
+from recbole_cl.strategy.base import StageContext
+from recbole_cl.stream.batch import Batcher
+from recbole_cl.stream.build import build_stream
+from recbole_cl.stream.loader import make_loader
 from recbole_cl.testing.toy import PlantedDrift, write_planted_drift
 
 SMALL: dict[str, Any] = {
@@ -28,6 +37,48 @@ SMALL: dict[str, Any] = {
 """Settings under which a run over the toy log takes about a second."""
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def script(name: str) -> ModuleType:
+    """Returns a script of docs/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def bare_context(
+    toy: PlantedDrift, model: str, index: int, scale: float = 1.0, previous: bool = True, **settings: Any
+) -> StageContext:
+    """Returns the context of a stage without a runner: a fresh model, and one of the stage before as its previous one.
+
+    Args:
+        toy: The log.
+        model: Name of the model.
+        index: Stage index.
+        scale: What the weights are multiplied by, to lead away from uniform answers.
+        previous: Give it a previous model.
+        settings: Properties.
+    """
+    config = CLConfig(model=model, dataset=toy.name, config_dict={**toy.settings(), **settings})
+    stream = build_stream(config)
+    construct_transform(config)  # RecBole's transforms tell the model the names of their fields
+
+    def build(at: int) -> Any:
+        torch.manual_seed(at)
+        made = config.model_class(config, stream.view(at))
+        for p in made.parameters():
+            p.data *= scale
+        return made
+
+    stage, view = stream.stages[index], stream.view(index)
+    batcher = Batcher(config, stream, view, stage.n_users, stage.n_items)
+    ctx = StageContext(config, stream, index, build(index), view, batcher, torch.device("cpu"))
+    ctx.loader = make_loader(ctx, stage.train, "test")
+    if index and previous:
+        ctx.previous_factory = lambda: build(index - 1).requires_grad_(False).eval()
+    return ctx
 
 
 def toy(folder: Path) -> PlantedDrift:

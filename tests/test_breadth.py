@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
+from run_helpers import script
 
 from recbole_cl.config import list_recbole_models
 from recbole_cl.errors import ConfigError, DataError, RecBoleCLError
@@ -17,14 +16,6 @@ DOCS = Path(__file__).resolve().parent.parent / "docs"
 PAGE = (DOCS / "models.md").read_text(encoding="utf-8")
 FOUND = re.findall(r"^\| (\w+) \| ((?:works|no)(?: \| \w+)*) \|$", PAGE, re.MULTILINE)
 ROWS = {name: cells.split(" | ") for name, cells in FOUND}
-
-
-def generator() -> Any:
-    spec = importlib.util.spec_from_file_location("generate_models", DOCS / "generate_models.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_the_page_names_every_model_and_every_reason() -> None:
@@ -38,7 +29,7 @@ def test_the_page_names_every_model_and_every_reason() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("model", list(ROWS))
 def test_the_model_goes_as_the_page_says(model: str, tmp_path: Path) -> None:
-    made = generator()
+    made = script("generate_models")
     failures, cells = {}, made.cells([model])
     for cell in cells:
         found = run_cell(dict(cell.settings), str(tmp_path / cell.folder), cell.digest, 1)

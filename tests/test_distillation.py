@@ -9,15 +9,14 @@ import numpy as np
 import pytest
 import torch
 from recbole.data.interaction import Interaction
+from run_helpers import bare_context
 
-from recbole_cl.config import CLConfig
 from recbole_cl.model import fused
 from recbole_cl.registry import strategies
 from recbole_cl.strategy import teacher as parts
 from recbole_cl.strategy.base import StageContext
 from recbole_cl.strategy.memory import join_rows
-from recbole_cl.stream.batch import TARGETS, Batcher
-from recbole_cl.stream.build import build_stream
+from recbole_cl.stream.batch import TARGETS
 from recbole_cl.stream.loader import make_loader
 from recbole_cl.testing import PlantedDrift, write_planted_drift
 
@@ -58,22 +57,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> PlantedDrift:
 
 @pytest.fixture
 def context(toy: PlantedDrift) -> Callable[..., StageContext]:
-    def context(**settings: Any) -> StageContext:
-        config = CLConfig(model="SASRec", dataset=toy.name, config_dict={**toy.settings(), **SMALL, **settings})
-        stream = build_stream(config)
-
-        def build(at: int) -> Any:
-            torch.manual_seed(at)
-            return config.model_class(config, stream.view(at))
-
-        stage, view = stream.stages[1], stream.view(1)
-        batcher = Batcher(config, stream, view, stage.n_users, stage.n_items)
-        ctx = StageContext(config, stream, 1, build(1), view, batcher, torch.device("cpu"))
-        ctx.previous_factory = lambda: build(0).requires_grad_(False).eval()
-        ctx.loader = make_loader(ctx, ctx.stage.train, "test")
-        return ctx
-
-    return context
+    return lambda **more: bare_context(toy, "SASRec", 1, **{**SMALL, **more})
 
 
 def batch_of(ctx: StageContext, every: int = 1) -> Interaction:

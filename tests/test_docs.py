@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import re
 import shlex
 import tomllib
@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from run_helpers import script
 
 from recbole_cl import cli, registry, schema
 from recbole_cl.config import CLConfig, list_models, parse_value, read_properties
@@ -227,12 +228,8 @@ def test_words_in_code_that_look_like_properties_are() -> None:
 
 
 def test_properties_page_is_up_to_date() -> None:
-    spec = importlib.util.spec_from_file_location("generate_properties", DOCS / "generate_properties.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     page = (DOCS / "properties.md").read_text(encoding="utf-8")
-    assert page == module.page(), "run: python docs/generate_properties.py > docs/properties.md"
+    assert page == script("generate_properties").page(), "run: python docs/generate_properties.py > docs/properties.md"
     overall = read_properties(ROOT / "properties" / "overall.yaml")
     assert all(f"| `{key}` |" in page for key in overall)
 

@@ -10,19 +10,16 @@ import numpy as np
 import pytest
 import torch
 from recbole.data.interaction import Interaction
-from recbole.data.transform import construct_transform
+from run_helpers import bare_context
 from torch import nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
-from recbole_cl.config import CLConfig
 from recbole_cl.model.capabilities import capabilities
 from recbole_cl.strategy import per_sample
 from recbole_cl.strategy.base import StageContext
 from recbole_cl.strategy.importance import Objective, mean_of_gradients, squared_gradients
 from recbole_cl.strategy.mas import sensitivities
-from recbole_cl.stream.batch import Batcher
-from recbole_cl.stream.build import build_stream
 from recbole_cl.stream.loader import make_loader
 from recbole_cl.testing import PlantedDrift, write_planted_drift
 
@@ -43,16 +40,10 @@ def context(toy: PlantedDrift) -> Callable[..., StageContext]:
     """Returns the context of the first stage with a fresh model, its weights away from zero."""
 
     def context(model: str, **settings: Any) -> StageContext:
-        config = CLConfig(model=model, dataset=toy.name, config_dict={**toy.settings(), **SMALL, **settings})
-        stream = build_stream(config)
-        stage, view = stream.stages[0], stream.view(0)
-        torch.manual_seed(0)
-        construct_transform(config)
-        net = config.model_class(config, view)
-        for p in net.parameters():
+        ctx = bare_context(toy, model, 0, **{**SMALL, **settings})
+        for p in ctx.model.parameters():
             p.data += 0.1 * torch.randn_like(p)
-        batcher = Batcher(config, stream, view, stage.n_users, stage.n_items)
-        return StageContext(config, stream, 0, net, view, batcher, torch.device("cpu"))
+        return ctx
 
     return context
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from recbole.data.interaction import Interaction
-from recbole.data.transform import construct_transform
+from run_helpers import bare_context
 from scipy.stats import chisquare
 from torch import nn
 
@@ -24,8 +24,7 @@ from recbole_cl.strategy.base import Pass, StageContext
 from recbole_cl.strategy.importance import check_loss, squared_gradients, stage_importance
 from recbole_cl.strategy.memory import ReservoirMemory, join_rows
 from recbole_cl.strategy.rows import OwnRows
-from recbole_cl.stream.batch import STAGE, TARGETS, Batcher
-from recbole_cl.stream.build import build_stream
+from recbole_cl.stream.batch import STAGE, TARGETS
 from recbole_cl.stream.loader import make_loader
 from recbole_cl.stream.vocabulary import Growth, fixed_axis, item_axis
 from recbole_cl.testing import PlantedDrift, write_planted_drift
@@ -44,18 +43,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> PlantedDrift:
 @pytest.fixture(scope="module")
 def context(toy: PlantedDrift) -> Callable[..., StageContext]:
     """Returns the context of a stage with a fresh model."""
-
-    def context(model: str, index: int = 0, **settings: Any) -> StageContext:
-        config = CLConfig(model=model, dataset=toy.name, config_dict={**toy.settings(), **SMALL, **settings})
-        stream = build_stream(config)
-        stage, view = stream.stages[index], stream.view(index)
-        torch.manual_seed(0)
-        construct_transform(config)  # RecBole's transforms tell the model the names of their fields
-        net = config.model_class(config, view)
-        batcher = Batcher(config, stream, view, stage.n_users, stage.n_items)
-        return StageContext(config, stream, index, net, view, batcher, torch.device("cpu"))
-
-    return context
+    return lambda model, index=0, **more: bare_context(toy, model, index, previous=False, **{**SMALL, **more})
 
 
 def toy_context(module: nn.Module, **more: Any) -> Any:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from recbole.data.interaction import Interaction
-from recbole.data.transform import construct_transform
+from run_helpers import bare_context
 
 from recbole_cl.config import CLConfig
 from recbole_cl.errors import ConfigError
@@ -23,8 +23,6 @@ from recbole_cl.strategy.lessons import all_lessons, draw_lessons, lesson_loss
 from recbole_cl.strategy.neighbours import draw_neighbours, past_pairs
 from recbole_cl.strategy.outputs import final, layers
 from recbole_cl.strategy.pisa import cluster, distances, divergence, info_nce
-from recbole_cl.stream.batch import Batcher
-from recbole_cl.stream.build import build_stream
 from recbole_cl.stream.loader import make_loader
 from recbole_cl.stream.vocabulary import Growth
 from recbole_cl.testing import PlantedDrift, write_planted_drift
@@ -54,28 +52,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> PlantedDrift:
 @pytest.fixture(scope="module")
 def context(toy: PlantedDrift) -> Callable[..., StageContext]:
     """Returns the context of a stage with a fresh model, and another fresh one as its previous model."""
-
-    def context(model: str, index: int = 1, **settings: Any) -> StageContext:
-        config = CLConfig(model=model, dataset=toy.name, config_dict={**SMALL, **toy.settings(), **settings})
-        stream = build_stream(config)
-        construct_transform(config)
-
-        def build(at: int) -> Any:
-            with torch.random.fork_rng():
-                torch.manual_seed(at)
-                found = config.model_class(config, stream.view(at))
-            for p in found.parameters():
-                p.data *= 3  # away from uniform answers
-            return found
-
-        stage, view = stream.stages[index], stream.view(index)
-        batcher = Batcher(config, stream, view, stage.n_users, stage.n_items)
-        ctx = StageContext(config, stream, index, build(index), view, batcher, torch.device("cpu"))
-        if index:
-            ctx.previous_factory = lambda: build(index - 1).requires_grad_(False).eval()
-        return ctx
-
-    return context
+    return lambda model, index=1, **more: bare_context(toy, model, index, scale=3, **{**SMALL, **more})
 
 
 def whole_batch(ctx: StageContext) -> Interaction:

@@ -10,16 +10,13 @@ import numpy as np
 import pytest
 import torch
 from recbole.data.interaction import Interaction
-from recbole.data.transform import construct_transform
+from run_helpers import bare_context
 from torch import nn
 
-from recbole_cl.config import CLConfig
 from recbole_cl.errors import ConfigError
 from recbole_cl.registry import strategies
 from recbole_cl.strategy.base import Pass, StageContext
 from recbole_cl.strategy.mas import sensitivities
-from recbole_cl.stream.batch import Batcher
-from recbole_cl.stream.build import build_stream
 from recbole_cl.stream.loader import make_loader
 from recbole_cl.stream.vocabulary import Growth, item_axis
 from recbole_cl.testing import PlantedDrift, write_planted_drift
@@ -38,24 +35,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> PlantedDrift:
 @pytest.fixture(scope="module")
 def context(toy: PlantedDrift) -> Callable[..., StageContext]:
     """Returns the context of a stage with a fresh model, and a fresh model of the stage before as its previous one."""
-
-    def context(model: str, index: int = 0, **settings: Any) -> StageContext:
-        config = CLConfig(model=model, dataset=toy.name, config_dict={**toy.settings(), **SMALL, **settings})
-        stream = build_stream(config)
-        construct_transform(config)  # RecBole's transforms tell the model the names of their fields
-
-        def build(at: int) -> Any:
-            torch.manual_seed(at)
-            return config.model_class(config, stream.view(at))
-
-        stage, view = stream.stages[index], stream.view(index)
-        batcher = Batcher(config, stream, view, stage.n_users, stage.n_items)
-        ctx = StageContext(config, stream, index, build(index), view, batcher, torch.device("cpu"))
-        if index:
-            ctx.previous_factory = lambda: build(index - 1).requires_grad_(False).eval()
-        return ctx
-
-    return context
+    return lambda model, index=0, **more: bare_context(toy, model, index, **{**SMALL, **more})
 
 
 def toy_context(module: nn.Module) -> Any:

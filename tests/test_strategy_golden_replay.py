@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from recbole.data.interaction import Interaction
-from recbole.data.transform import construct_transform
+from run_helpers import bare_context
 from scipy.stats import chisquare
 
 from recbole_cl.config import CLConfig
@@ -28,9 +28,7 @@ from recbole_cl.strategy.histories import history_vectors, item_logits
 from recbole_cl.strategy.influence import mean_gradient, products
 from recbole_cl.strategy.rows import OwnRows
 from recbole_cl.strategy.selection import herding, quotas, smallest
-from recbole_cl.stream.batch import Batcher
 from recbole_cl.stream.build import build_stream
-from recbole_cl.stream.loader import make_loader
 from recbole_cl.stream.stage import Targets
 from recbole_cl.testing import PlantedDrift, write_planted_drift
 
@@ -49,29 +47,10 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> PlantedDrift:
 @pytest.fixture(scope="module")
 def context(toy: PlantedDrift) -> Callable[..., StageContext]:
     """Returns the context of a stage with a fresh model, and a fresh model of the stage before as its previous one."""
-    streams: dict[str, Any] = {}
 
     def context(model: str, index: int = 0, **settings: Any) -> StageContext:
-        key = repr((model, sorted(settings.items())))
-        if key not in streams:
-            config = CLConfig(model=model, dataset=toy.name, config_dict={**toy.settings(), **SMALL, **settings})
-            streams[key] = config, build_stream(config)
-        config, stream = streams[key]
-        construct_transform(config)
-
-        def build(at: int) -> Any:
-            torch.manual_seed(at)
-            made = config.model_class(config, stream.view(at))
-            for p in made.parameters():
-                p.data *= 3  # away from uniform answers
-            return made
-
-        stage, view = stream.stages[index], stream.view(index)
-        batcher = Batcher(config, stream, view, stage.n_users, stage.n_items)
-        ctx = StageContext(config, stream, index, build(index), view, batcher, torch.device("cpu"))
-        ctx.loader, ctx.learning_rate = make_loader(ctx, stage.train, "test"), 0.01
-        if index:
-            ctx.previous_factory = lambda: build(index - 1).requires_grad_(False).eval()
+        ctx = bare_context(toy, model, index, scale=3, **{**SMALL, **settings})
+        ctx.learning_rate = 0.01
         return ctx
 
     return context

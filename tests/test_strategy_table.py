@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from run_helpers import script
 
 from recbole_cl.registry import strategies
 from recbole_cl.strategy.base import Strategy
@@ -20,18 +20,14 @@ PAGE = (DOCS / "strategy_table.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("generate_strategy_table", DOCS / "generate_strategy_table.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def made() -> ModuleType:
+    return script("generate_strategy_table")
 
 
-def test_the_page_names_every_strategy_and_every_reason(script: ModuleType) -> None:
+def test_the_page_names_every_strategy_and_every_reason(made: ModuleType) -> None:
     names = [n for n in strategies.names() if strategies.get(n).__module__.startswith("recbole_cl.")]
     tables = [re.findall(r"^\| `(\w+)` \| (.+) \|$", part, re.MULTILINE) for part in PAGE.split("## Training parts")]
-    assert [len(rows[0][1].split(" | ")) for rows in tables] == [len(script.BACKBONES), len(script.PARTS)]
+    assert [len(rows[0][1].split(" | ")) for rows in tables] == [len(made.BACKBONES), len(made.PARTS)]
     for rows in tables:
         assert [name for name, _ in rows] == names, (
             "run: python docs/generate_strategy_table.py > docs/strategy_table.md"
@@ -43,7 +39,7 @@ def test_the_page_names_every_strategy_and_every_reason(script: ModuleType) -> N
 
 
 def test_a_cell_is_refused_fails_or_does_nothing_where_it_does(
-    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    made: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A strategy that breaks, or leaves everything as FineTune has it, is no "works"."""
 
@@ -60,7 +56,7 @@ def test_a_cell_is_refused_fails_or_does_nothing_where_it_does(
         monkeypatch.setattr(strategies, attribute, dict(getattr(strategies, attribute)))
     for cls in (Idle, Breaks):
         strategies.register()(cls)
-    table = script.Table(tmp_path)
+    table = made.Table(tmp_path)
     assert [table.cell(name, "BPR") for name in ("FineTune", "Idle", "Breaks", "EWC")] == [
         "works", "does nothing", "fails", "works",
     ]  # fmt: skip
@@ -71,8 +67,8 @@ def test_a_cell_is_refused_fails_or_does_nothing_where_it_does(
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
-def test_the_page_is_what_runs_tell(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
-    made = script.page()
+def test_the_page_is_what_runs_tell(made: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    page = made.page()
     sys.stdout.flush()
     capsys.readouterr()
-    assert made == PAGE, "run: python docs/generate_strategy_table.py > docs/strategy_table.md"
+    assert page == PAGE, "run: python docs/generate_strategy_table.py > docs/strategy_table.md"
