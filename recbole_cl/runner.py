@@ -228,12 +228,12 @@ class Runner(PassTrainer):
     # -- evaluation -----------------------------------------------------------------------------------------------
 
     def _evaluate_all(self, ctx: StageContext) -> None:
-        """Fills row t of the matrix; asserts by a hash that evaluation changed nothing."""
+        """Fills the wanted cells of row t of the matrix; asserts by a hash that evaluation changed nothing."""
         before = tree_hash(owned_state(ctx.model), self.strategy.state_dict())
         quiet = None if self.config["show_progress"] and self.main else True  # None: no bar where stderr is no terminal
         told = f"stage {ctx.index + 1}/{len(self.stream)} evaluate"
         for stage in tqdm(self.stream.stages, desc=told, disable=quiet, leave=False):
-            if not stage.evaluable(ctx.index):
+            if not stage.evaluable(ctx.index) or not self._wanted(ctx.index, stage.index):
                 continue
             outcome = self.evaluator.evaluate(ctx, self.known, stage)
             mode = self.evaluator.mode("test") if stage.task.kind != "classification" else "labeled"
@@ -243,9 +243,18 @@ class Runner(PassTrainer):
         if tree_hash(owned_state(ctx.model), self.strategy.state_dict()) != before:
             raise RuntimeError(f"stage {ctx.index + 1}: evaluation changed the model or the strategy; it must be pure")
 
+    def _wanted(self, trained: int, tested: int) -> bool:
+        """Tells whether a cell of the matrix is asked for (``matrix_cells``)."""
+        cells = self.config["matrix_cells"]
+        if cells == "diagonal":
+            return trained == tested
+        return cells == "all" or trained == len(self.stream) - 1
+
     def _reference(self, index: int, view: Any) -> None:
-        """Scores an untrained model on the next stage: b[s] of forward transfer."""
+        """Scores an untrained model on the next stage: b[s] of forward transfer, which needs R[s-1, s]."""
         if self.config["fwt_reference"] != "untrained" or index + 1 >= len(self.stream):
+            return
+        if not self._wanted(index, index + 1):
             return
         if self.config["MODEL_TYPE"] == ModelType.TRADITIONAL:
             return  # a memory-based model has no untrained state

@@ -171,6 +171,7 @@ SCHEMA: dict[str, Rule] = {
         lambda v: _times(v, False) and len(v) == 2,
     ).optional(),
     # How it is told
+    "matrix_cells": choice("all", "diagonal", "last_row"),
     "candidates": choice("seen", "trained", "all"),
     "cold_targets": choice("keep", "drop"),
     "repeatable": Rule(

@@ -188,7 +188,7 @@ def test_stage_without_test_is_left_out_and_named() -> None:
     r[:, 0] = np.nan
     found = summarise(r, B)
     assert found["AF"].value == pytest.approx(-0.05)
-    assert found["AF"].reason == "stage 1 left out: R[s,s] is null (no test targets)"
+    assert found["AF"].reason == "stage 1 left out: R[s,s] is null (no test targets, or not evaluated)"
     assert found["LA"].value == pytest.approx((0.40 + 0.55) / 2)
     assert found["average_over_time"].value == pytest.approx((0.40 + (0.45 + 0.55) / 2) / 2)
     assert found["h_mean"].reason == found["AF"].reason

@@ -620,6 +620,20 @@ def test_a_step_on_all_tasks_by_hand(start: Start, model: str, weights: str, mon
         assert runner.known.items[runner.stream.table.item[stage.train.position]].all()
 
 
+@pytest.mark.parametrize(("model", "weights"), [("MultiTask", "mgda"), ("MMOE", "equal")])
+def test_all_tasks_at_once_are_trained_once_for_a_last_row(start: Start, model: str, weights: str) -> None:
+    """From fresh weights the last task's model depends on no task before: trained once, it has the same bits."""
+    strategy = {"MTL": {"weights": weights}}
+    every, once = start(model, strategy, n_stages=3), start(model, strategy, n_stages=3, matrix_cells="last_row")
+    whole, last = every.run(), once.run()
+    assert last["matrix"]["primary"] == [[None] * 3, [None] * 3, whole["matrix"]["primary"][2]]
+    assert {curve["stage"] for curve in last["curves"]} == {2}
+    for (name, a), (_, b) in zip(every.model.state_dict().items(), once.model.state_dict().items(), strict=True):
+        assert torch.equal(a, b), name
+    kept = start(model, {"MTL": {"start": "previous"}}, n_stages=3, matrix_cells="last_row").run()
+    assert {curve["stage"] for curve in kept["curves"]} == {0, 1, 2}, "a start from the previous weights needs them"
+
+
 def test_the_best_epoch_is_that_of_all_tasks(start: Start) -> None:
     """A stage on all tasks keeps the epoch with the best mean of the primary metrics on validation targets."""
     runner = start("MultiTask", "MTL", epochs=4, n_stages=3)

@@ -121,6 +121,38 @@ def test_learning_rate_scale_and_optimiser(log: PlantedDrift, tmp_path: Path) ->
     assert carry["ndcg@10"][0] == reset["ndcg@10"][0] and carry["ndcg@10"][2] != reset["ndcg@10"][2]
 
 
+def test_cells_that_nobody_asks_for_are_left_out(log: PlantedDrift, tmp_path: Path) -> None:
+    """Those that are tested have the bits of the whole matrix, and so have the weights."""
+    whole, all_cells = run(log, tmp_path / "a", "SASRec")
+    r = all_cells["matrix"]["ndcg@10"]
+    wanted = {
+        "diagonal": [[r[t][s] if t == s else None for s in range(3)] for t in range(3)],
+        "last_row": [[None] * 3, [None] * 3, r[2]],
+    }
+    for cells, values in wanted.items():
+        runner, result = run(log, tmp_path / cells, "SASRec", matrix_cells=cells)
+        assert result["matrix"]["ndcg@10"] == values
+        for (name, a), (_, b) in zip(runner.model.state_dict().items(), whole.model.state_dict().items(), strict=True):
+            assert torch.equal(a, b), name
+        assert result["summary"]["AF"]["ndcg@10"] is None and "not evaluated" in result["reasons"]["AF"]["ndcg@10"]
+        if cells == "diagonal":
+            assert result["summary"]["LA"] == all_cells["summary"]["LA"]
+        else:
+            assert result["summary"]["final_average"] == all_cells["summary"]["final_average"]
+            assert "stages 1, 2 left out" in result["reasons"]["LA"]["ndcg@10"]
+
+
+@pytest.mark.parametrize("model", ["SASRec", "LightGCN"])
+def test_a_fresh_start_trains_once_for_a_last_row(log: PlantedDrift, tmp_path: Path, model: str) -> None:
+    """FullRetrain depends on no stage before: trained at the last one only, it ends with the same bits."""
+    every = run(log, tmp_path / "a", model, strategy="FullRetrain")[1]
+    once = run(log, tmp_path / "b", model, strategy="FullRetrain", matrix_cells="last_row")[1]
+    assert once["matrix"]["ndcg@10"][2] == every["matrix"]["ndcg@10"][2]
+    assert {curve["stage"] for curve in once["curves"]} == {2} < {curve["stage"] for curve in every["curves"]}
+    joint = run(log, tmp_path / "c", model, strategy="Joint", matrix_cells="last_row")[1]
+    assert {curve["stage"] for curve in joint["curves"]} == {0, 1, 2}, "Joint goes on from where it was"
+
+
 def test_scratch_reference(log: PlantedDrift, tmp_path: Path) -> None:
     _, result = run(log, tmp_path / "a", "SASRec", fwt_reference="stage_only")
     assert result["scratch"]["ndcg@10"][1] is not None

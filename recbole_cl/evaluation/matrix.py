@@ -166,8 +166,8 @@ class _Columns:
         null = [bool(empty[s, s] if diagonal else empty[:, s].all()) for s in range(len(values))]
         self.used = [s for s in wanted if not null[s]]
         left = [s for s in wanted if null[s]]
-        what = "R[s,s] is null (no test targets)" if diagonal else "the column is null (no test targets)"
-        self.note = f"{_stages(left)} left out: {what}" if left else None
+        what = "R[s,s] is null" if diagonal else "the column is null"
+        self.note = f"{_stages(left)} left out: {what} (no test targets, or not evaluated)" if left else None
 
     def result(
         self,
@@ -362,7 +362,8 @@ def final_average(matrix: ArrayLike | ResultMatrix) -> Summary:
     """
     values = _square(matrix)
     last = len(values) - 1
-    columns = _Columns(values, range(last + 1), diagonal=True)
+    tested_once = bool(np.isnan(values[:-1]).all())  # matrix_cells: last_row
+    columns = _Columns(values, range(last + 1), diagonal=not tested_once)
     cells = [(last, s) for s in columns.used]
     return columns.result(
         "final_average", "mean_s R[T,s]", values, cells, lambda: float(np.mean([values[c] for c in cells]))

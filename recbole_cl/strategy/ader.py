@@ -13,9 +13,18 @@ from torch import nn
 from torch.nn import functional as F
 
 from recbole_cl.errors import ConfigError
+from recbole_cl.model.all_positions import AllPositions
+from recbole_cl.model.fused import distillation, divergence, softmax_loss
 from recbole_cl.registry import strategies
 from recbole_cl.strategy.base import StageContext, Strategy, require
-from recbole_cl.strategy.histories import full_softmax, history_vectors, item_logits, known_targets, looking
+from recbole_cl.strategy.histories import (
+    full_softmax,
+    history_vectors,
+    item_logits,
+    known_targets,
+    last_outputs,
+    looking,
+)
 from recbole_cl.strategy.outputs import second_forward
 from recbole_cl.strategy.selection import herding, quotas, smallest
 from recbole_cl.stream.stage import Targets
@@ -39,9 +48,10 @@ class ADER(Strategy):
     recommendation"; what the text leaves open was read off the authors' public code (TensorFlow). With exemplars E,
     items V_t known at stage t, D_t its training targets, p the softmax over the old items V_{t-1} alone::
 
-        L(theta) + lambda_t * mean over exemplars of CE(p_old, p_theta)
+        L(theta) + lambda_t * mean over exemplars of KL(p_old || p_theta)
         lambda_t = lambda * sqrt(|V_{t-1}| / |V_t| * |E| / |D_t|)
 
+    (the paper writes the cross-entropy, which is larger by the old model's entropy and has the same gradient).
     Each batch brings ``|E| / batches`` exemplars, so that an epoch passes once over them, too. At the end of a stage
     the memory is chosen anew from D_t and the old exemplars: an item as label gets a quota by its share of the
     candidates, filled by herding on the vector after the last item (:mod:`recbole_cl.strategy.selection`).
@@ -109,12 +119,28 @@ class ADER(Strategy):
         old_items = ctx.stream.stages[ctx.index - 1].n_items
         with second_forward(ctx, self.name):
             if self.params["target"] == "label":
-                loss = F.cross_entropy(item_logits(ctx.model, rows, ctx.stage.n_items), rows["_label"] - 1)
+                loss = self._label_loss(ctx.model, rows, ctx.stage.n_items)
             else:
-                with torch.no_grad():
-                    old = torch.softmax(item_logits(teacher, rows, old_items), dim=-1)
-                loss = F.cross_entropy(item_logits(ctx.model, rows, old_items), old)
+                loss = self._distance(ctx.model, teacher, rows, old_items)
         return {f"{self.name}/{self.params['target']}": self.strength(ctx) * loss}
+
+    @staticmethod
+    def _label_loss(model: Any, rows: Interaction, n_items: int) -> torch.Tensor:
+        if isinstance(model, AllPositions):  # row 0 of the embeddings is padding
+            return softmax_loss(last_outputs(model, rows), model.item_embedding.weight[1:n_items], rows["_label"] - 1)
+        return F.cross_entropy(item_logits(model, rows, n_items), rows["_label"] - 1)
+
+    @staticmethod
+    def _distance(model: Any, teacher: Any, rows: Interaction, n_items: int) -> torch.Tensor:
+        """Returns the mean over rows of KL(p_old || p_theta) over the old model's items."""
+        if not isinstance(model, AllPositions):
+            with torch.no_grad():
+                old = item_logits(teacher, rows, n_items)
+            return divergence(item_logits(model, rows, n_items), old, 1.0)
+        with torch.no_grad():
+            old = last_outputs(teacher, rows)
+        new_table, old_table = (one.item_embedding.weight[1:n_items] for one in (model, teacher))
+        return distillation(last_outputs(model, rows), new_table, old, old_table, 1.0)
 
     def end_stage(self, ctx: StageContext) -> None:
         self.order, self.cursor = np.empty(0, dtype=np.int64), 0

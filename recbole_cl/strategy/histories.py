@@ -56,12 +56,17 @@ def looking(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+def last_outputs(model: AllPositions, rows: Interaction) -> torch.Tensor:
+    """Returns the model's output after each row's history, shape ``[B, d]``."""
+    places = torch.arange(rows[model.ITEM_SEQ].size(1), device=rows[model.ITEM_SEQ].device)
+    last = places == (rows[model.ITEM_SEQ_LEN] - 1).unsqueeze(1)
+    return model.outputs(rows[model.ITEM_SEQ], last)
+
+
 def item_logits(model: Any, rows: Interaction, n_items: int) -> torch.Tensor:
     """Returns logits over the items ``1 .. n_items - 1``, shape ``[B, n_items - 1]``; row 0 is padding."""
     if isinstance(model, AllPositions):
-        places = torch.arange(rows[model.ITEM_SEQ].size(1), device=rows[model.ITEM_SEQ].device)
-        last = places == (rows[model.ITEM_SEQ_LEN] - 1).unsqueeze(1)
-        return model.item_scores(model.outputs(rows[model.ITEM_SEQ], last))[:, 1:n_items]
+        return model.item_scores(last_outputs(model, rows))[:, 1:n_items]
     found: torch.Tensor = model.full_sort_predict(rows)
     return found.view(len(rows), -1)[:, 1:n_items]
 

@@ -13,6 +13,7 @@ from recbole_cl.errors import ConfigError
 from recbole_cl.model.mgda import gram_matrix, min_norm_weights
 from recbole_cl.registry import strategies
 from recbole_cl.strategy.base import Pass, StageContext, Strategy
+from recbole_cl.strategy.bounds import only_last_row
 from recbole_cl.stream.stage import Targets
 
 STARTS, WEIGHTS = ("fresh", "previous"), ("equal", "mgda")
@@ -33,6 +34,7 @@ class MTL(Strategy):
     of experts (:class:`recbole_cl.model.multi_task.MMOE`) MMOE and MMOE+ of arXiv 2502.19628, table 1. At stage t the
     tasks 0..t count, so the last row of the matrix is the bound over all tasks. Training stops early by the mean of the
     tasks' primary metrics. A task with fewer batches than the longest goes round; an epoch is one round of the longest.
+    Under ``matrix_cells: last_row`` fresh weights are trained at the last stage only.
     """
 
     prefix = "mtl"
@@ -50,6 +52,8 @@ class MTL(Strategy):
                 raise ConfigError(f"mtl_{key}: {self.params[key]!r} is none of {', '.join(allowed)}")
 
     def plan_stage(self, ctx: StageContext) -> list[Pass]:
+        if self.params["start"] == "fresh" and only_last_row(ctx):
+            return []
         targets = Targets.concat([stage.train for stage in ctx.stream.stages[: ctx.index + 1]])
         init = self.params["start"] if ctx.index else "previous"
         return [Pass("all_tasks", init=init, data=targets, mix_tasks=True)]
