@@ -404,7 +404,11 @@ def test_replay_adds_rows_and_draws_nothing_from_the_loader(context: Any, model:
     assert str(ctx.loader.state_dict()) == state and random.getstate() == python_state
     times = ctx.loader.negatives.times if not ctx.loader.negatives.pairwise else 1
     times = len(batch) // 32 if model == "BERT4Rec" else times
-    assert len(joined) == len(batch) + count * times
+    replayed = strategy.count()
+    assert replayed == (count if TARGETS not in batch else strategy.memory.rows_of(count)) and bool(replayed) == bool(
+        count
+    )
+    assert len(joined) == len(batch) + replayed * times
     for name, column in copy.interaction.items():
         width = column.shape[1] if column.dim() > 1 else None
         ours = joined[name][: len(batch)]
@@ -415,6 +419,28 @@ def test_replay_adds_rows_and_draws_nothing_from_the_loader(context: Any, model:
     assert torch.isfinite(loss)
     if TARGETS in batch:
         assert bool((joined[TARGETS][len(batch) :] > 0).any(dim=1).all())
+
+
+@pytest.mark.parametrize("name", ["ERRandom", "ERFreq", "INFER"])
+def test_replay_counts_targets_in_rows_and_in_windows(context: Any, name: str) -> None:
+    """m replayed targets are m rows, or the windows that hold m targets on average; never none where m > 0."""
+    for model in ("BPR", "SASRec"):
+        before, ctx = context(model, 0), context(model, 1)
+        member: Any = strategies.get(name)
+        strategy = member({**member.defaults, "memory_size": 60, "batch_size": 20})
+        assert strategy.count() == 0, "an empty memory"
+        strategy.end_stage(before)
+        held = strategy.memory
+        if model == "BPR":
+            assert strategy.count() == len(strategy.draw(ctx)) == 20
+            continue
+        per_window = (held.columns[TARGETS] > 0).sum(dim=1).double()
+        assert per_window.mean() > 2, "windows of one target would be rows"
+        assert strategy.count() == round(20 / float(per_window.mean())) < 20
+        drawn = np.mean([int((strategy.draw(ctx)[TARGETS] > 0).sum()) for _ in range(200)])
+        if name != "ERFreq":  # whose draws are weighted
+            assert drawn == pytest.approx(strategy.count() * float(per_window.mean()), rel=0.1)
+        assert held.rows_of(1) == 1 and held.rows_of(0) == 0 and held.rows_of(10**6) == len(held)
 
 
 def test_replayed_negatives_are_known_items_that_the_user_did_not_have(context: Any) -> None:

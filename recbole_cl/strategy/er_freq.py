@@ -39,7 +39,7 @@ class ERFreq(ERRandom):
     """
 
     prefix = "er_freq"
-    defaults = {"memory_size": 1000, "batch_size": 64, "weighting": "inverse", "degree": "user"}
+    defaults = {"memory_size": 1000, "batch_size": 256, "weighting": "inverse", "degree": "user"}
 
     def __init__(self, parameters: Any = None) -> None:
         super().__init__(parameters)
@@ -68,8 +68,7 @@ class ERFreq(ERRandom):
     def draw(self, ctx: StageContext) -> Interaction:
         if self._table is None or self._table[0] is not ctx:  # the memory changes only where a stage ends
             self._table = ctx, AliasTable(self.weights(ctx))
-        count = min(int(self.params["batch_size"]), len(self.memory))
-        return self.memory.rows(self._table[1].draw(count, ctx.generator(f"{self.name}/batches")))
+        return self.memory.rows(self._table[1].draw(self.count(), ctx.generator(f"{self.name}/batches")))
 
     def end_stage(self, ctx: StageContext) -> None:
         super().end_stage(ctx)

@@ -20,21 +20,22 @@ class ERRandom(Strategy):
     """Joins to every batch rows drawn uniformly from a memory that is a uniform sample of all training targets so far.
 
     Chaudhry et al. 2019, "On tiny episodic memories in continual learning" (reservoir variant). With ``m`` replayed
-    rows joined to a batch of ``B`` the loss is the mean over both, so a replayed row weighs as much as a new one::
+    targets joined to a batch of ``B`` the loss is the mean over both, so an old target weighs as much as a new one::
 
-        L = 1 / (B + m) * (sum over the batch + sum over replayed rows)
+        L = 1 / (B + m) * (sum over the batch + sum over replayed targets)
 
     A stage's targets enter the memory when it ends (:class:`~recbole_cl.strategy.memory.ReservoirMemory`). For models
-    trained on all positions an exemplar is a window, and the loss the mean over all supervised positions. Replayed
-    rows keep their ``_position``, ``_stage`` and ``_timestamp``, and draw their negatives from a generator of their
-    own among the items known *now*, as rows of the stage do.
+    trained on all positions an exemplar is a window, the loss the mean over all supervised positions, and as many
+    windows are drawn as hold ``m`` targets at the memory's mean. Replayed rows keep their ``_position``, ``_stage`` and
+    ``_timestamp``, and draw their negatives from a generator of their own among the items known *now*, as rows of the
+    stage do.
 
     Known mistakes elsewhere: the newest stage's rows replace old ones, so the memory is no sample of the past;
     replay draws from the loader's generator, so that replaying nothing already changes training.
     """
 
     prefix = "er"
-    defaults = {"memory_size": 1000, "batch_size": 64}
+    defaults = {"memory_size": 1000, "batch_size": 256}
     neutral = {"batch_size": 0}
     needs = frozenset({"gradient", "batch_rows"})
     kind = "replay"
@@ -63,7 +64,11 @@ class ERRandom(Strategy):
 
     def draw(self, ctx: StageContext) -> Interaction:
         """Returns the rows that are replayed with the next batch, without negatives."""
-        return self.memory.sample(int(self.params["batch_size"]), ctx.generator(f"{self.name}/batches"))
+        return self.memory.sample(self.count(), ctx.generator(f"{self.name}/batches"))
+
+    def count(self) -> int:
+        """Returns the number of rows that are replayed with a batch."""
+        return self.memory.rows_of(int(self.params["batch_size"]))
 
     def _triples(self, ctx: StageContext) -> frozenset[str]:
         """Fields of a knowledge graph's triples, which a batch holds beside its rows."""

@@ -40,7 +40,7 @@ class INFER(ERRandom):
     """
 
     prefix = "infer"
-    defaults = {"memory_size": 1000, "batch_size": 64, "samples": 2000, "reference": 500}
+    defaults = {"memory_size": 1000, "batch_size": 256, "samples": 2000, "reference": 500}
 
     def check(self, config: Any, model: nn.Module) -> None:
         super().check(config, model)

@@ -92,6 +92,7 @@ class ReservoirMemory:
         self.columns: dict[str, torch.Tensor] = {}
         self.vocabulary: dict[str, Any] = {}
         self._checked: Stream | None = None
+        self._mean: float | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -123,7 +124,7 @@ class ReservoirMemory:
 
     def hold(self, ctx: StageContext, keys: np.ndarray, rows: Interaction) -> None:
         """Takes rows and their keys in place of what it held; ids are those of the stage."""
-        self.keys, self.columns = keys, dict(rows.interaction)
+        self.keys, self.columns, self._mean = keys, dict(rows.interaction), None
         known = {"n_users": ctx.stage.n_users, "n_items": ctx.stage.n_items}
         self.vocabulary = {**known, "hash": vocabulary_hash(ctx.stream, **known)}
         self._checked = ctx.stream
@@ -138,6 +139,14 @@ class ReservoirMemory:
             columns = {name: c[:, :width] if c.dim() > 1 else c for name, c in columns.items()}
         return Interaction(columns)
 
+    def rows_of(self, targets: int) -> int:
+        """Returns how many rows hold about so many targets: as many, or fewer windows by what one holds on average."""
+        if TARGETS not in self.columns or not targets:
+            return min(targets, len(self))
+        if self._mean is None:
+            self._mean = float((self.columns[TARGETS] > 0).sum()) / len(self)
+        return min(max(1, round(targets / self._mean)), len(self))
+
     def sample(self, count: int, generator: np.random.Generator) -> Interaction:
         """Returns ``count`` different rows (all, where it holds fewer), uniformly."""
         return self.rows(generator.choice(len(self), size=min(count, len(self)), replace=False, shuffle=False))
@@ -149,5 +158,5 @@ class ReservoirMemory:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Puts a state back; the vocabulary is compared when the memory is next used."""
         require(state, "keys", "columns", "vocabulary")
-        self.keys, self.columns = np.array(state["keys"], dtype=np.float64), dict(state["columns"])
+        self.keys, self.columns, self._mean = np.array(state["keys"], dtype=np.float64), dict(state["columns"]), None
         self.vocabulary, self._checked = dict(state["vocabulary"]), None
