@@ -173,8 +173,16 @@ def test_who_gives_scores_another_meaning_does_not_share(tmp_path: Path) -> None
         assert isinstance(other, AllPositions) and other.shares_prefixes() is shares
 
 
+@pytest.fixture(params=["rows", "tiles"])
+def shape(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Small catalogues a few rows at a time, and as large ones by tiles, of which the last is not whole."""
+    monkeypatch.setattr(fused, "TILED_FROM", 0 if request.param == "tiles" else 10**6)
+    monkeypatch.setattr(fused, "TILE", (50, 16))
+    return str(request.param)
+
+
 @pytest.mark.parametrize("n", [1, 127, 300])
-def test_softmax_loss(n: int) -> None:
+def test_softmax_loss(n: int, shape: str) -> None:
     draw = torch.Generator().manual_seed(0)
     outputs = torch.randn(n, 5, generator=draw).requires_grad_()
     table = torch.randn(40, 5, generator=draw).requires_grad_()
@@ -192,6 +200,37 @@ def test_softmax_loss(n: int) -> None:
         second.append(torch.autograd.grad(sum(g.pow(2).sum() for g in first), (outputs, table)))
     for a, b in zip(*second, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_softmax_loss_of_scores_far_from_zero(shape: str) -> None:
+    """The largest score may come in any tile, and none of the others may overflow."""
+    outputs = torch.tensor([[300.0], [-300.0], [0.0]]).requires_grad_()
+    table = torch.linspace(-1, 1, 40).unsqueeze(1).requires_grad_()
+    items = torch.tensor([39, 39, 7])
+    ours, theirs = fused.softmax_loss(outputs, table, items), F.cross_entropy(outputs @ table.T, items)
+    torch.testing.assert_close(ours, theirs)
+    pairs = [torch.autograd.grad(loss, (outputs, table)) for loss in (ours, theirs)]
+    for a, b in zip(*pairs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("n", [1, 127])
+def test_distillation(n: int, temperature: float, shape: str) -> None:
+    """Autograd of the plain formula; the teacher has another width."""
+    draw = torch.Generator().manual_seed(0)
+    outputs, table = (torch.randn(k, 5, generator=draw).requires_grad_() for k in (n, 40))
+    old, old_table = (torch.randn(k, 3, generator=draw) for k in (n, 40))
+    ours = fused.distillation(outputs, table, old, old_table, temperature)
+    assert "Distillation" in type(ours.grad_fn).__name__
+    new, before = outputs @ table.T / temperature, old @ old_table.T / temperature
+    p = before.softmax(1)
+    theirs = temperature**2 * (p * (before.log_softmax(1) - new.log_softmax(1))).sum(1).mean()
+    torch.testing.assert_close(ours, theirs)
+    for again in (True, False):  # the second frees the graph
+        pairs = [torch.autograd.grad(3 * loss, (outputs, table), create_graph=again) for loss in (ours, theirs)]
+        for a, b in zip(*pairs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_softmax_loss_under_vmap_and_without_gradients() -> None:

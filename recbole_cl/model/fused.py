@@ -7,6 +7,7 @@ layer that is not RecBole's own, or whose parts are hooked as a whole, is called
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,6 +17,12 @@ from torch.nn import functional as F
 
 ROWS_AT_ONCE = 128
 """Rows whose scores of all items are held at once: they stay in the cache, and memory does not grow with the batch."""
+
+TILE = (256, 1024)
+"""Rows and items of a tile: larger catalogues are passed through twice, a tile at a time, none larger than the cache."""
+
+TILED_FROM = 8192
+"""Items from which on tiles are faster, for all their scores being computed twice."""
 
 
 def dropout(x: torch.Tensor, p: float, training: bool) -> torch.Tensor:
@@ -111,11 +118,76 @@ def after_attention(layer: Any, mixed: torch.Tensor, asked: torch.Tensor) -> tor
     return part.LayerNorm(dropout(inner, part.dropout.p, part.dropout.training) + mixed)
 
 
+def _tiles(length: int, size: int) -> Iterator[slice]:
+    return (slice(start, start + size) for start in range(0, length, size))
+
+
+def _tile(rows: torch.Tensor, items: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
+    """Returns the scores ``[r, i]`` of a tile, in the buffer's memory."""
+    return torch.mm(rows, items.t(), out=buffer[: len(rows) * len(items)].view(len(rows), len(items)))
+
+
+def _log_normaliser(outputs: torch.Tensor, table: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
+    """Returns ``log sum_i exp(outputs . table_i)``, shape ``[n, 1]``, by a running maximum and sum over the tiles."""
+    largest, total = outputs.new_full((len(outputs), 1), -torch.inf), outputs.new_zeros(len(outputs), 1)
+    for items in _tiles(len(table), TILE[1]):
+        for part in _tiles(len(outputs), TILE[0]):
+            scores = _tile(outputs[part], table[items], buffer)
+            new = torch.maximum(largest[part], scores.amax(1, keepdim=True))
+            total[part] *= torch.exp(largest[part] - new)
+            total[part] += scores.sub_(new).exp_().sum(1, keepdim=True)
+            largest[part] = new
+    return largest + total.log_()
+
+
+def _tiled_softmax(
+    outputs: torch.Tensor, table: torch.Tensor, chosen: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns the sum of the losses and its gradients on outputs and table."""
+    buffer = outputs.new_empty(TILE[0] * TILE[1])
+    normaliser = _log_normaliser(outputs, table, buffer)
+    grad_outputs, grad_table = torch.zeros_like(outputs), torch.zeros_like(table)
+    for items in _tiles(len(table), TILE[1]):
+        for part in _tiles(len(outputs), TILE[0]):
+            slope = _tile(outputs[part], table[items], buffer).sub_(normaliser[part]).exp_()
+            grad_outputs[part].addmm_(slope, table[items])
+            grad_table[items].addmm_(slope.t(), outputs[part])
+    right = table[chosen]
+    grad_outputs -= right
+    grad_table.index_add_(0, chosen, outputs, alpha=-1)
+    return normaliser.sum() - (outputs * right).sum(), grad_outputs, grad_table
+
+
+def _tiled_divergence(
+    outputs: torch.Tensor, table: torch.Tensor, old: torch.Tensor, old_table: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns the sum over rows of ``KL(softmax(z_old) || softmax(z))``, and its gradients on outputs and table."""
+    buffers = outputs.new_empty(2, TILE[0] * TILE[1])
+    normaliser = _log_normaliser(outputs, table, buffers[0])
+    old_normaliser = _log_normaliser(old, old_table, buffers[1])
+    grad_outputs, grad_table = torch.zeros_like(outputs), torch.zeros_like(table)
+    likely, total = outputs.new_empty(TILE[0] * TILE[1]), outputs.new_zeros(())
+    for items in _tiles(len(table), TILE[1]):
+        for part in _tiles(len(outputs), TILE[0]):
+            new = _tile(outputs[part], table[items], buffers[0]).sub_(normaliser[part])
+            gap = _tile(old[part], old_table[items], buffers[1]).sub_(old_normaliser[part])
+            share = torch.exp(gap, out=likely[: gap.numel()].view_as(gap))
+            total += torch.dot(share.view(-1), gap.sub_(new).view(-1))
+            slope = new.exp_().sub_(share)
+            grad_outputs[part].addmm_(slope, table[items])
+            grad_table[items].addmm_(slope.t(), outputs[part])
+    return total, grad_outputs, grad_table
+
+
 class _SoftmaxLoss(torch.autograd.Function):
-    """The gradients of a softmax over all items are computed with the loss, a few rows at a time."""
+    """The gradients of a softmax over all items are computed with the loss, a few rows or a tile at a time."""
 
     @staticmethod
     def forward(ctx: Any, outputs: torch.Tensor, table: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
+        if len(table) >= TILED_FROM:
+            total, grad_outputs, grad_table = _tiled_softmax(outputs, table, items)
+            ctx.save_for_backward(outputs, table, items, grad_outputs, grad_table)
+            return total / len(outputs)
         grad_outputs, grad_table = torch.empty_like(outputs), torch.zeros_like(table)
         buffer = outputs.new_empty(min(ROWS_AT_ONCE, len(outputs)), len(table))
         total = outputs.new_zeros(())
@@ -170,12 +242,18 @@ def divergence(new: torch.Tensor, old: torch.Tensor, temperature: float) -> torc
 
 
 class _Distillation(torch.autograd.Function):
-    """The gradients of a divergence from a teacher's softmax, computed with it, a few rows at a time."""
+    """The gradients of a divergence from a teacher's softmax, computed with it, a few rows or a tile at a time."""
 
     @staticmethod
     def forward(
         ctx: Any, outputs: torch.Tensor, table: torch.Tensor, old: torch.Tensor, old_table: torch.Tensor, t: float
     ) -> torch.Tensor:
+        ctx.temperature = t
+        if len(table) >= TILED_FROM:
+            total, grad_outputs, grad_table = _tiled_divergence(outputs, table / t, old, old_table / t)
+            # The gradient on outputs was taken with table / t: once more than the rows below take it.
+            ctx.save_for_backward(outputs, table, old, old_table, grad_outputs.mul_(t), grad_table)
+            return total * (t * t / len(outputs))
         grad_outputs, grad_table = torch.empty_like(outputs), torch.zeros_like(table)
         buffers = outputs.new_empty(3, min(ROWS_AT_ONCE, len(outputs)), len(table))
         columns, old_columns = (table / t).t(), (old_table / t).t()
@@ -192,7 +270,6 @@ class _Distillation(torch.autograd.Function):
             torch.mm(slope, table, out=grad_outputs[part])
             grad_table.addmm_(slope.t(), rows)
         ctx.save_for_backward(outputs, table, old, old_table, grad_outputs, grad_table)
-        ctx.temperature = t
         return total * (t * t / len(outputs))
 
     @staticmethod
