@@ -22,6 +22,7 @@ from recbole_cl.evaluation.exposure import exposure_disparity, head_mask
 from recbole_cl.evaluation.matrix import smaller_is_better, summarise_all
 from recbole_cl.evaluation.records import REFERENCE, Records
 from recbole_cl.evaluation.steps import stage_curve, steps_to_95
+from recbole_cl.scoring.metrics import constant_answer
 from recbole_cl.scoring.outcome import Outcome
 from recbole_cl.stream.stage import Stage, Stream
 
@@ -193,7 +194,8 @@ class Journal:
     def _stage_row(self, stage: Stage) -> dict[str, Any]:
         own = [c["n_cold"] for c in self.cold if c["t"] == stage.index == c["s"]]
         more = {"n_cold_targets": own[0] if own else None, "primary_metric": self.primary(stage)}
-        return {**stage.describe(), **more}
+        constant = constant_answer(self.primary(stage), stage)
+        return {**stage.describe(), **more, **({} if constant is None else {"constant_answer": constant})}
 
     def _last_pass(self, stage: Stage) -> list[tuple[int, float | None]]:
         own = [c["pass"] for c in self.curves if c["stage"] == stage.index]

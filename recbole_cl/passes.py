@@ -143,6 +143,10 @@ class PassTrainer(StageModels):
             randomness = ModelRandomness(derive(config["seed"], ctx.index, f"aside/{plan.name}"))
         if plan.graph is not None and plan.graph != config["graph"]:
             ctx = self._with_view(ctx, plan.graph)
+        companions: dict[str, Any] = {}
+        if plan.aside:
+            before = self.strategy.companions_state(ctx) if resumed is None else resumed["trainer"]["companions"]
+            companions = clone_tree(before)
         targets = plan.data if isinstance(plan.data, Targets) else self.stream.trained_targets(ctx.index, plan.data)
         if resumed is None:
             self._initialise(ctx, plan, progress.number, randomness, fresh, stage_start)
@@ -165,6 +169,7 @@ class PassTrainer(StageModels):
             state = trainer_state(trainer, ctx, self.strategy, loader, randomness)
             if plan.aside:
                 state["stage_randomness"] = stage_randomness.state_dict()
+                state["companions"] = companions
             self._save(ctx, phase, progress, state, stage_start)
 
         if hooked is not None and config["checkpoint_steps"]:
@@ -216,6 +221,8 @@ class PassTrainer(StageModels):
             self._carried = clone_tree(moments)
         with randomness.owned():
             self.strategy.end_pass(ctx)
+        if plan.aside:
+            self.strategy.load_companions_state(ctx, companions)
         return ctx
 
     def _trainer(self, ctx: StageContext, plan: Pass) -> Any:

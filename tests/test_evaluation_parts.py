@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from recbole_cl.evaluation import (
     steps_to_95,
     strata_masks,
 )
+from recbole_cl.scoring.metrics import constant_answer
+from recbole_cl.stream.stage import Stage, Targets, Task
 
 # --------------------------------------------------------------------------------------------------------------
 # Steps-to-95 %
@@ -280,3 +283,18 @@ def test_state_round_trip() -> None:
         other.load_state_dict({"columns": state["columns"], "rows": [[1]]})
     assert other == records, "a failed load leaves what was there"
     assert (records == 3) is False
+
+
+def test_the_constant_answer_by_hand() -> None:
+    """Class 1 is the most frequent in training; two of three test targets have it."""
+
+    def targets(*labels: int) -> Targets:
+        zeros = np.zeros(len(labels), dtype=np.int64)
+        return Targets(zeros, zeros, zeros, zeros, np.array(labels), zeros)
+
+    task = Task("classification", "class")
+    stage = Stage(0, "class", 0, 1, targets(0, 1, 1), targets(0), targets(1, 0, 1), task=task)
+    assert constant_answer("accuracy", stage) == pytest.approx(2 / 3)
+    assert constant_answer("macro_f1", stage) == pytest.approx((0 + 2 * 2 / (2 + 3)) / 2)
+    assert constant_answer("accuracy", dataclasses.replace(stage, task=Task("next_item", "items"))) is None
+    assert constant_answer("accuracy", dataclasses.replace(stage, train=targets())) is None

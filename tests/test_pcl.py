@@ -579,6 +579,19 @@ def test_slices_of_time_are_tasks(tmp_path: Path) -> None:
     assert torch.equal(runner.answers[2, 1], runner.answers[1, 1])
 
 
+@pytest.mark.parametrize("setting", [{"weight_decay": 0.01}, {"stage_optimizer": "carry"}])
+def test_what_would_move_old_rows_is_refused_where_items_come_later(tmp_path: Path, setting: dict[str, Any]) -> None:
+    """Decay and carried moments move rows that have no gradient; with one table from the start it is frozen whole."""
+    log = write_planted_drift(tmp_path / "log")
+    settings = {**SETTINGS, **log.settings(), "output_dir": str(tmp_path / "run"), **setting}
+    settings.pop("tasks")
+    with pytest.raises(ConfigError, match=f"{next(iter(setting))}: .*rows of known items"):
+        Watched(CLConfig(model="PCL", dataset=log.name, config_dict=settings)).run()
+    assert not list((tmp_path / "run").rglob("*.safetensors"))
+    runner = walk(write_task_log(tmp_path / "tasks"), tmp_path / "frozen", n_stages=3, epochs=1, **setting)
+    assert len(set(runner.hashes)) == 1, "the backbone has moved after the first task"
+
+
 class Slices(Watched):
     """Keeps the tables of items, and representations of the second slice."""
 
@@ -630,10 +643,15 @@ def test_a_backbone_brings_its_own_properties(folder: Path) -> None:
         ({"pcl_backbone": "SRGNN"}, "no prompt can be added"),
         ({"pcl_backbone": "BERT4Rec"}, "cannot|no forward|no prompt"),
         ({"pcl_prompted_items": 9}, "from 1 to MAX_ITEM_LIST_LENGTH"),
+        ({"pcl_prompted_items": 0}, "pcl_prompted_items: 0 must be from 1"),
+        ({"pcl_init_std": -1.0}, "pcl_init_std: -1.0 must be at least 0"),
+        ({"pcl_context_scope": "al"}, "pcl_context_scope: 'al' is none of so_far, all"),
         ({"pcl_heads": 3}, "must divide"),
         ({"pcl_encoder": "nobody"}, "neither an encoder"),
         ({"pcl_lambda": "much"}, "must be of type float"),
         ({"strategy": "FullRetrain"}, "FullRetrain begins a task with an untrained model"),
+        ({"strategy": "SingleTask"}, "SingleTask begins a task with an untrained model"),
+        ({"strategy": "MTL"}, "MTL begins a task with an untrained model"),
         ({"scratch": True}, "scratch: True begins"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -86,26 +87,24 @@ def test_min_norm_point_by_hand() -> None:
 
 @pytest.mark.parametrize("shape", [(5, 4), (5, 3, 4)])
 def test_mixture_of_experts_is_its_sum(shape: tuple[int, ...]) -> None:
-    """Every row and position equals tower(sum of gate * expert), written as loops; rows have their own task."""
+    """Every row and position equals tower(sum of gate * expert) of the task, written as loops."""
     torch.manual_seed(1)
     mixture = MixtureOfExperts(width=4, n_experts=3, n_tasks=2)
     for p in mixture.parameters():
         torch.nn.init.normal_(p)
     mixture.requires_grad_(False)
-    hidden, task = torch.randn(shape), torch.tensor([0, 1, 1, 0, 1])
-    got = mixture(hidden, task)
-    rows = hidden.view(5, -1, 4)
-    for b in range(5):
-        k = int(task[b])
+    hidden = torch.randn(shape)
+    rows, got = hidden.view(5, -1, 4), [mixture(hidden, k).view(5, -1, 4) for k in range(2)]
+    for k, b in itertools.product(range(2), range(5)):
         for position in range(rows.shape[1]):
             x = rows[b, position]
-            gate = [math.exp(float(mixture.gates[k, e] @ x)) for e in range(3)]
+            gate = [math.exp(float(mixture.gates[k][e] @ x)) for e in range(3)]
             mixed = torch.zeros(4)
             for e in range(3):
                 expert = (mixture.experts[e] @ x + mixture.expert_bias[e]).clamp(min=0)
                 mixed = mixed + gate[e] / sum(gate) * expert
             expected = mixture.towers[k] @ mixed + mixture.tower_bias[k]
-            torch.testing.assert_close(got.view(5, -1, 4)[b, position], expected)
+            torch.testing.assert_close(got[k][b, position], expected)
 
 
 # -- TERACON's masks ----------------------------------------------------------------------------------------------
@@ -608,6 +607,12 @@ def test_a_step_on_all_tasks_by_hand(start: Start, model: str, weights: str, mon
             got = torch.zeros_like(p) if p.grad is None else p.grad
             torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-3, msg=lambda m, name=name: f"{name}: {m}")
         assert any(count == 1 for count in users) and any(count == 3 for count in users)
+        own = [
+            count for name, count in zip(named, users, strict=True) if name.startswith(("mixture.gate", "mixture.tow"))
+        ]
+        assert len(own) == (9 if model == "MMOE" else 0) and set(own) <= {0, 1}, (
+            "each task's gate and tower are its own"
+        )
         checked.append(ctx.step)
 
     monkeypatch.setattr(MTL, "loss_terms", keep)
@@ -618,6 +623,24 @@ def test_a_step_on_all_tasks_by_hand(start: Start, model: str, weights: str, mon
     assert [cost["objectives"] for cost in result["cost"]] == [1, 2, 3]
     for stage in runner.stream.stages:  # a start from fresh weights forgets what was known; every task's targets count
         assert runner.known.items[runner.stream.table.item[stage.train.position]].all()
+
+
+def test_the_first_task_is_the_same_for_all(finished: Callable[..., Any]) -> None:
+    """It is the backbone alone, whatever prompts, heads, experts or orders are drawn beside it."""
+    settings = {"hidden_dropout_prob": 0.2, "attn_dropout_prob": 0.2}
+    rows = {}
+    for model, strategy in (
+        ("PCL", "FineTune"),
+        ("MultiTask", "FineTune"),
+        ("MultiTask", "FineAll"),
+        ("MMOE", "FineTune"),
+    ):
+        runner, result = finished(model, strategy, **settings)
+        rows[model, strategy] = result["matrix"]["primary"][0][0], runner.told[0][0]
+    value, answers = rows["PCL", "FineTune"]
+    for key in (("MultiTask", "FineTune"), ("MultiTask", "FineAll")):
+        assert rows[key][0] == value and torch.equal(rows[key][1], answers), key
+    assert not torch.equal(rows["MMOE", "FineTune"][1], answers), "experts stand before the first task, too"
 
 
 @pytest.mark.parametrize(("model", "weights"), [("MultiTask", "mgda"), ("MMOE", "equal")])

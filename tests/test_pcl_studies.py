@@ -511,6 +511,15 @@ def test_a_study_with_everything(folder: Path, tmp_path: Path, monkeypatch: pyte
         "next five-star",
     ):
         assert words in text, words
+    head = next(line for line in text.splitlines() if line.startswith("| strategy | seeds | next item"))
+    assert head.endswith("| training, s | peak, MB | #B | #F | trainable parameters | bytes per task |")
+    constant = next(line for line in text.splitlines() if line.startswith("| *most frequent class* |"))
+    stages = json.loads((out / plan.cells[0].folder / "result.json").read_text(encoding="utf-8"))["stages"]
+    told = {s["name"]: f"{s['constant_answer']:.4f}" for s in stages if "constant_answer" in s}
+    assert len(told) == 2 and all(0 < float(value) < 1 for value in told.values())
+    assert [cell for cell in constant.split(" | ")[2:6] if cell.strip()] == [
+        told[name] for name in head.split(" | ")[2:6] if name in told
+    ]
     page = (out / "plots.html").read_text(encoding="utf-8")
     assert page.count('class="figure"') == 3 and "validation hit@5" in page and "as task 3" in page
     assert "Content-Security-Policy" in page and "http-equiv" in page

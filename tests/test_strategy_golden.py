@@ -404,7 +404,9 @@ def test_replay_adds_rows_and_draws_nothing_from_the_loader(context: Any, model:
     assert str(ctx.loader.state_dict()) == state and random.getstate() == python_state
     times = ctx.loader.negatives.times if not ctx.loader.negatives.pairwise else 1
     times = len(batch) // 32 if model == "BERT4Rec" else times
-    replayed = strategy.count() if TARGETS in batch else count
+    replayed = strategy.count(ctx)
+    if TARGETS not in batch:  # m counts rows of negatives, as train_batch_size does
+        assert replayed * ctx.loader.negatives.times == count
     assert bool(replayed) == bool(count)
     assert len(joined) == len(batch) + replayed * times
     for name, column in copy.interaction.items():
@@ -426,19 +428,39 @@ def test_replay_counts_targets_in_rows_and_in_windows(context: Any, name: str) -
         before, ctx = context(model, 0), context(model, 1)
         member: Any = strategies.get(name)
         strategy = member({**member.defaults, "memory_size": 60, "batch_size": 20})
-        assert strategy.count() == 0, "an empty memory"
+        assert strategy.count(ctx) == 0, "an empty memory"
         strategy.end_stage(before)
         held = strategy.memory
         if model == "BPR":
-            assert strategy.count() == len(strategy.draw(ctx)) == 20
+            assert strategy.count(ctx) == len(strategy.draw(ctx)) == 20
             continue
         per_window = (held.columns[TARGETS] > 0).sum(dim=1).double()
         assert per_window.mean() > 2, "windows of one target would be rows"
-        assert strategy.count() == round(20 / float(per_window.mean())) < 20
+        assert strategy.count(ctx) == round(20 / float(per_window.mean())) < 20
         drawn = np.mean([int((strategy.draw(ctx)[TARGETS] > 0).sum()) for _ in range(200)])
         if name != "ERFreq":  # whose draws are weighted
-            assert drawn == pytest.approx(strategy.count() * float(per_window.mean()), rel=0.1)
+            assert drawn == pytest.approx(strategy.count(ctx) * float(per_window.mean()), rel=0.1)
         assert held.rows_of(1) == 1 and held.rows_of(0) == 0 and held.rows_of(10**6) == len(held)
+
+
+@pytest.mark.parametrize("name", ["ERRandom", "ERFreq", "INFER"])
+def test_replay_counts_as_the_batch_size_does(context: Any, name: str) -> None:
+    """With m equal to train_batch_size a batch is doubled, whatever negatives a target brings; m > 0 brings one."""
+    for model, num, targets in (("NeuMF", 1, 32), ("NeuMF", 3, 16), ("BPR", 1, 64), ("BPR", 2, 32)):
+        args = {"train_neg_sample_args": {"distribution": "uniform", "sample_num": num}, "train_batch_size": 64}
+        before, ctx = context(model, 0, **args), context(model, 1, **args)
+        ctx.loader = make_loader(ctx, ctx.stage.train, "0/train")
+        member: Any = strategies.get(name)
+        strategy = member({**member.defaults, "memory_size": 100, "batch_size": 64, "samples": 100})
+        strategy.end_stage(before)
+        batch = next(iter(ctx.loader))
+        rows = len(batch)
+        assert (rows, strategy.count(ctx)) == (64, targets)
+        assert len(strategy.augment_batch(ctx, batch)) == 2 * rows
+        strategy.params["batch_size"] = 1
+        assert strategy.count(ctx) == 1
+        strategy.params["batch_size"] = 0
+        assert strategy.count(ctx) == 0
 
 
 def test_replayed_negatives_are_known_items_that_the_user_did_not_have(context: Any) -> None:

@@ -163,7 +163,8 @@ def test_mas_refuses_by_name(context: Any) -> None:
         strategy.check(ctx.config, ctx.model)
     for parameters, told in (({"alpha": 2}, "mas_alpha: 2"), ({"samples": 0}, "mas_samples: 0")):
         with pytest.raises(ConfigError, match=told):
-            strategies.get("MAS")({"alpha": 0.5, "samples": None, **parameters}).check(ctx.config, context("BPR").model)
+            member = strategies.get("MAS")({"lambda": 1.0, "alpha": 0.5, "samples": None, **parameters})
+            member.check(ctx.config, context("BPR").model)
 
 
 # -- LwF ----------------------------------------------------------------------------------------------------------

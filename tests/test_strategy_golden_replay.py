@@ -26,6 +26,7 @@ from recbole_cl.strategy.base import Composite, StageContext
 from recbole_cl.strategy.error_memory import ErrorMemory
 from recbole_cl.strategy.histories import history_vectors, item_logits
 from recbole_cl.strategy.influence import mean_gradient, products
+from recbole_cl.strategy.memory import build_rows
 from recbole_cl.strategy.rows import OwnRows
 from recbole_cl.strategy.selection import herding, quotas, smallest
 from recbole_cl.stream.build import build_stream
@@ -374,6 +375,13 @@ def test_influence_is_what_a_small_step_does(context: Any, model: str) -> None:
         assert fall == pytest.approx(float(scores[n]), rel=0.05, abs=1e-9)
 
 
+def unit_positions(ctx: StageContext) -> list[int]:
+    """The positions by which the rows of all of a stage's targets or windows are known."""
+    units = ctx.loader.units
+    found: list[int] = build_rows(ctx, units, np.arange(ctx.loader.size))["_position"].tolist()
+    return found
+
+
 @pytest.mark.parametrize("model", ["SASRec", "BPR", "NeuMF"])
 def test_infer_keeps_the_best_scored(context: Any, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     strategy = make("INFER", memory_size=15, samples=50, reference=20)
@@ -383,6 +391,11 @@ def test_infer_keeps_the_best_scored(context: Any, model: str, monkeypatch: pyte
     def look(member: Any, ctx: StageContext, rows: Interaction, reference: Interaction) -> np.ndarray:
         found: np.ndarray = original(member, ctx, rows, reference)
         assert len(found) == len(rows) and len(reference) == (10 if ctx.index == 0 else 20)
+        told = set(reference["_position"].tolist())
+        held, stage = set(member.memory.columns.get("_position", torch.empty(0)).tolist()), set(unit_positions(ctx))
+        assert not held & stage and told <= held | stage
+        # Half of what is to be kept are exemplars (none in the first stage), half the new stage's, each row once.
+        assert (len(told & held), len(told & stage)) == (10 if ctx.index else 0, 10)
         seen.append((rows["_position"].numpy(), found))
         return found
 
@@ -614,7 +627,7 @@ def test_two_replays_are_refused_and_the_loops_compose(context: Any) -> None:
     replay, loop, _ = both.members
     replay.end_stage(context("NeuMF", 0))
     batch = replay.augment_batch(ctx, ctx.loader.make(np.arange(10)))
-    assert len(batch) == 2 * 18 and loop.loss_terms(ctx, batch)["ReLoop/correction"].requires_grad
+    assert len(batch) == 2 * (10 + 4) and loop.loss_terms(ctx, batch)["ReLoop/correction"].requires_grad
 
 
 def test_item_logits_are_full_sort_predictions(context: Any) -> None:

@@ -19,7 +19,7 @@ ROWS_AT_ONCE = 128
 """Rows whose scores of all items are held at once: they stay in the cache, and memory does not grow with the batch."""
 
 TILE = (256, 1024)
-"""Rows and items of a tile: larger catalogues are passed through twice, a tile at a time, none larger than the cache."""
+"""Rows and items of a tile: large catalogues are passed through twice, a tile at a time, which the cache holds."""
 
 TILED_FROM = 8192
 """Items from which on tiles are faster, for all their scores being computed twice."""

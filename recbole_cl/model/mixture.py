@@ -27,27 +27,25 @@ class MixtureOfExperts(nn.Module):
         deviation = width**-0.5 if deviation is None else deviation
         self.experts = nn.Parameter(torch.randn(n_experts, width, width) * deviation)
         self.expert_bias = nn.Parameter(torch.zeros(n_experts, width))
-        self.gates = nn.Parameter(torch.randn(n_tasks, n_experts, width) * deviation)
-        self.towers = nn.Parameter(torch.randn(n_tasks, width, width) * deviation)
-        self.tower_bias = nn.Parameter(torch.zeros(n_tasks, width))
+        # A parameter for each task: one tensor of all would look shared to what weighs gradients of shared parameters.
+        self.gates = nn.ParameterList(torch.randn(n_experts, width) * deviation for _ in range(n_tasks))
+        self.towers = nn.ParameterList(torch.randn(width, width) * deviation for _ in range(n_tasks))
+        self.tower_bias = nn.ParameterList(torch.zeros(width) for _ in range(n_tasks))
 
-    def forward(self, hidden: torch.Tensor, task: torch.Tensor) -> torch.Tensor:
-        """Returns what each row's task reads.
+    def forward(self, hidden: torch.Tensor, task: int) -> torch.Tensor:
+        """Returns what a task reads.
 
         Args:
-            hidden: Shared representation, shape ``[B, d]`` or ``[B, L, d]``.
-            task: Index of each row's task, int64, shape ``[B]``.
+            hidden: Shared representation, shape ``[..., d]``.
+            task: Index of the task.
 
         Returns:
             Shape of ``hidden``.
         """
-        flat = hidden.dim() == 2
-        x = hidden.unsqueeze(1) if flat else hidden
-        found = torch.relu(torch.einsum("bld,eod->bleo", x, self.experts) + self.expert_bias)
-        share = torch.einsum("bld,bed->ble", x, self.gates[task]).softmax(-1)
-        mixed = torch.einsum("ble,bleo->blo", share, found)
-        out = torch.einsum("bld,bod->blo", mixed, self.towers[task]) + self.tower_bias[task].unsqueeze(1)
-        return out.squeeze(1) if flat else out
+        found = torch.relu(torch.einsum("...d,eod->...eo", hidden, self.experts) + self.expert_bias)
+        share = (hidden @ self.gates[task].T).softmax(-1)
+        mixed = torch.einsum("...e,...eo->...o", share, found)
+        return mixed @ self.towers[task].T + self.tower_bias[task]
 
 
 class TaskMasks(nn.Module):

@@ -31,8 +31,8 @@ class MultiTask(TaskModel):
 
     def make_heads(self) -> TaskHeads:
         """Returns the heads; a next-item task after the first has one, too, or it would be the first one again."""
-        kinds = self.config[f"{self.prefix}_classifier"], self.config[f"{self.prefix}_next_item"]
-        return TaskHeads(self.tasks, self.width, *kinds)
+        with self.aside("heads"):
+            return self.heads_of(f"{self.prefix}_classifier", f"{self.prefix}_next_item")
 
     @property
     def trains_all_positions(self) -> bool:
@@ -84,7 +84,8 @@ class MMOE(MultiTask):
         experts = config["mmoe_experts"]
         if experts < 1:
             raise ConfigError(f"mmoe_experts: {experts!r} must be at least 1")
-        self.mixture = MixtureOfExperts(self.width, experts, len(self.tasks))
+        with self.aside("mixture"):
+            self.mixture = MixtureOfExperts(self.width, experts, len(self.tasks))
 
     def stage_costs(self) -> dict[str, int]:
         parts = self.mixture
@@ -94,7 +95,7 @@ class MMOE(MultiTask):
         return {**costs, "bytes_per_task": costs["bytes_per_task"] + sum(p.numel() * p.element_size() for p in own)}
 
     def adapt(self, hidden: torch.Tensor, task: int) -> torch.Tensor:
-        return self.mixture(hidden, hidden.new_full((len(hidden),), task, dtype=torch.int64))  # type: ignore[no-any-return]
+        return self.mixture(hidden, task)  # type: ignore[no-any-return]
 
 
 @models.register()
@@ -107,6 +108,7 @@ class SoftMask(MultiTask):
     """
 
     backbone_property = "soft_mask_backbone"
+    serving_backbones = "SASRec"
     prefix = "soft_mask"
     capabilities = ("task_masks",)
 
@@ -118,7 +120,8 @@ class SoftMask(MultiTask):
             )
         if config["soft_mask_scale"] <= 0:
             raise ConfigError(f"soft_mask_scale: {config['soft_mask_scale']!r} must be above 0")
-        self.masks = TaskMasks(len(self.tasks), len(self._halves()), self.width)
+        with self.aside("masks"):
+            self.masks = TaskMasks(len(self.tasks), len(self._halves()), self.width)
         self.train_scale = self.answer_scale = float(config["soft_mask_scale"])
         for half in self._halves():
             object.__setattr__(half, "output_mask", None)

@@ -12,7 +12,7 @@ from recbole_cl.errors import ConfigError
 from recbole_cl.llm.encoders import encode_texts
 from recbole_cl.model.all_positions import last_items
 from recbole_cl.model.state import grow_model
-from recbole_cl.model.task_heads import TaskHeads, TaskModel
+from recbole_cl.model.task_heads import TaskHeads, TaskModel, probing
 from recbole_cl.prompt import (
     ContextualPrompts,
     ItemAttribute,
@@ -23,10 +23,12 @@ from recbole_cl.prompt import (
     describe,
     place_prompts,
 )
-from recbole_cl.registry import models
-from recbole_cl.rng import derive, seeded
+from recbole_cl.registry import models, strategies
 from recbole_cl.stream.batch import TARGETS
 from recbole_cl.stream.vocabulary import Growth
+
+SCOPES = ("so_far", "all")
+"""Tasks that the attention over descriptions sees."""
 
 
 @models.register()
@@ -62,17 +64,22 @@ class PCL(TaskModel):
                 f"a next_item task first"
             )
         self._refuse_new_beginnings(config)
+        self._refuse_what_moves_old_rows()
         length, n_later = config["MAX_ITEM_LIST_LENGTH"], len(self.tasks) - 1
-        self.n_prompted = int(config["pcl_prompted_items"] or length)
+        self.n_prompted = int(length if config["pcl_prompted_items"] is None else config["pcl_prompted_items"])
         if not 1 <= self.n_prompted <= length:
             raise ConfigError(
                 f"pcl_prompted_items: {self.n_prompted} must be from 1 to MAX_ITEM_LIST_LENGTH: {length}, or ~ for that"
             )
+        if config["pcl_init_std"] < 0:
+            raise ConfigError(f"pcl_init_std: {config['pcl_init_std']!r} must be at least 0")
+        if config["pcl_context_scope"] not in SCOPES:
+            raise ConfigError(f"pcl_context_scope: {config['pcl_context_scope']!r} is none of {', '.join(SCOPES)}")
         self.intensity, self.inherit = float(config["pcl_lambda"]), bool(config["pcl_inherit"])
         n_prompts = n_later if config["pcl_prompts"] else 0
         self.contextual: ContextualPrompts | None = None
         whole, n_in_log = dataset.stream.dataset, dataset.stream.table.n_items  # also items that come later
-        with self._aside("parts"):
+        with self.aside("parts"):
             drawn = (torch.randn(length, self.width) * config["pcl_init_std"] for _ in range(n_prompts))
             self.prompts = nn.ParameterList(drawn)
             if config["pcl_contextual"]:
@@ -97,7 +104,11 @@ class PCL(TaskModel):
     @staticmethod
     def _refuse_new_beginnings(config: Any) -> None:
         """Refuses what would train a later task's prompts on a backbone that nobody has pretrained."""
-        anew = [name for name, _ in config.strategy_specs() if name in ("FullRetrain", "Joint", "Scratch")]
+        anew = [
+            name
+            for name, params in config.strategy_specs()
+            if name == "Joint" or strategies.get(name)(params).begins_anew  # Joint trains all tasks' data in each
+        ]
         asked = f"strategy: {anew[0]}" if anew else "scratch: True" if config["scratch"] else None
         if asked:
             raise ConfigError(
@@ -105,36 +116,29 @@ class PCL(TaskModel):
                 f"first task; use FineTune, and fwt_reference: untrained without scratch"
             )
 
-    def _probe(self) -> None:
-        """Asks the backbone for one sequence, so that one that cannot be prompted is refused before it is trained."""
-        sequence, lengths = torch.ones(1, self.max_seq_length, dtype=torch.int64), torch.ones(1, dtype=torch.int64)
-        training = self.backbone.training
-        self.backbone.eval()
-        try:
-            with torch.no_grad(), self.backbone.item_embedding.adding(sequence, None):
-                out = self.backbone.forward(sequence, lengths)
-        except ConfigError:
-            raise
-        except Exception as error:
+    def _refuse_what_moves_old_rows(self) -> None:
+        """Refuses what would move rows of the item table without a gradient, where later slices bring new items."""
+        if self.n_trained_items[-1] == self.n_trained_items[0]:
+            return  # the table is frozen as a whole
+        if self.config["weight_decay"]:
+            raise ConfigError("weight_decay: PCL keeps the rows of known items as they are; set it to 0")
+        if self.config["stage_optimizer"] == "carry":
             raise ConfigError(
-                f"pcl_backbone: {self.config['pcl_backbone']} has no forward(item_seq, item_seq_len) to prompt "
-                f"({type(error).__name__}: {error}); use SASRec, GRU4Rec, NARM or STAMP"
-            ) from error
-        finally:
-            self.backbone.train(training)
-        if tuple(out.shape) != (1, self.width):
-            raise ConfigError(
-                f"pcl_backbone: {self.config['pcl_backbone']} gives {tuple(out.shape)} for one sequence, not one "
-                f"vector as wide as an item's, {self.width}; use SASRec, GRU4Rec, NARM or STAMP"
+                "stage_optimizer: 'carry' would move the rows of known items, which PCL keeps as they are, by "
+                "their old moments; set it to 'reset'"
             )
 
-    def _aside(self, name: str) -> Any:
-        """A context whose draws leave the run's random state alone: pretraining is the same whatever comes after it."""
-        return seeded(derive(self.config["seed"], self.stage, f"PCL/{name}"))
+    def _probe(self) -> None:
+        """Asks the backbone for one sequence, so that one that cannot be prompted is refused before it is trained."""
+        device = self.config["device"]
+        sequence = torch.ones(1, self.max_seq_length, dtype=torch.int64, device=device)
+        prompted = self.backbone.item_embedding.adding(sequence, None)
+        with self.aside("probe"), probing(self.backbone, device), prompted:
+            self.backbone.forward(sequence, sequence[:, 0])
 
     def make_heads(self) -> TaskHeads:
-        with self._aside("heads"):
-            return TaskHeads(self.tasks, self.width, self.config["pcl_adapter"], self.config["pcl_item_adapter"])
+        with self.aside("heads"):
+            return self.heads_of("pcl_adapter", "pcl_item_adapter")
 
     def make_backbone(self, config: Any, dataset: Any) -> Any:
         backbone = super().make_backbone(config, dataset)
@@ -183,8 +187,6 @@ class PCL(TaskModel):
         known = self.n_trained_items[self.stage - 1]
         table = self.backbone.item_embedding.weight
         if len(table) > known:  # slices of time: only the rows of this slice's new items learn
-            if self.config["weight_decay"]:
-                raise ConfigError("weight_decay: PCL keeps the rows of known items as they are; set it to 0")
             table.requires_grad_(True)
             new = (torch.arange(len(table), device=table.device) >= known).unsqueeze(1)
             table.register_hook(lambda gradient: gradient * new.to(gradient))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,13 +15,19 @@ from torch import nn
 from torch.nn import functional as F
 
 from recbole_cl.config.models import get_model_class
-from recbole_cl.errors import ConfigError
+from recbole_cl.errors import ConfigError, RecBoleCLError, nearest
 from recbole_cl.model.all_positions import last_items
+from recbole_cl.rng import derive, seeded
 from recbole_cl.stream.batch import TARGETS, TASK
 from recbole_cl.stream.stage import Task
 
 LABEL = "_label"
 ADAPTERS = ("none", "linear", "mlp")
+LOSSES, PAIR_LOSSES = ("BPR", "CE"), ("BCE", "BPR")
+FORWARD = ["item_seq", "item_seq_len"]
+"""What the ``forward`` of a backbone takes, as the models of RecBole call it that read a history and nothing else."""
+PROBE, TOLERANCE = 3, 1e-4
+"""Histories that a new backbone answers, and how far its scores may be from inner products, to the largest of them."""
 
 
 class NextItemAdapter(nn.Module):
@@ -94,6 +102,7 @@ class TaskModel(SequentialRecommender):
 
     Attributes:
         backbone_property: The property that names the backbone; its defaults become the run's.
+        serving_backbones: Backbones that serve, for messages.
         tasks: The tasks, by stage.
         stage: The stage that is being trained.
         backbone: The sequential model inside; it owns the item embeddings and the rule that scores items.
@@ -101,6 +110,7 @@ class TaskModel(SequentialRecommender):
     """
 
     backbone_property: str
+    serving_backbones = "SASRec, GRU4Rec, NARM or STAMP"
     backbone: Any
     stage: int
 
@@ -109,7 +119,9 @@ class TaskModel(SequentialRecommender):
         self.config = config
         self.tasks: list[Task] = [stage.task for stage in dataset.stream.stages]
         self.stage = dataset.stage_index
-        self.pair_loss: nn.Module = BPRLoss() if config["task_pair_loss"] == "BPR" else BinaryCrossEntropy()
+        chosen(config, "loss_type", LOSSES)
+        pairs = chosen(config, "task_pair_loss", PAIR_LOSSES)
+        self.pair_loss: nn.Module = BPRLoss() if pairs == "BPR" else BinaryCrossEntropy()
         self.backbone = self.make_backbone(config, dataset)
         self.width: int = self.backbone.item_embedding.embedding_dim
         self.heads = self.make_heads()
@@ -118,21 +130,66 @@ class TaskModel(SequentialRecommender):
         """Returns a new backbone over a view, with the run's loss.
 
         Raises:
-            ConfigError: If the model has no table of items of that name.
+            ConfigError: If the model does not read histories alone, cannot be made in this run, or scores items
+                otherwise than by the inner product of its output with ``item_embedding``.
         """
-        backbone = get_model_class(config[self.backbone_property])(config, dataset)
+        kind: Any = get_model_class(config[self.backbone_property])
+        reads = list(inspect.signature(kind.forward).parameters.values())[1:]
+        further = any(p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in reads[2:])
+        if [p.name for p in reads[:2]] != FORWARD or further:
+            takes = ", ".join(p.name for p in reads)
+            raise self._refusal(config, f"its forward takes ({takes}), not ({', '.join(FORWARD)})")
+        try:
+            backbone = kind(config, dataset)
+        except RecBoleCLError:
+            raise
+        except (Exception, SystemExit) as error:  # a model of RecBole ends the process where it has no such loss
+            raise self._refusal(config, self._why_not_made(config, dataset, error)) from error
         if not isinstance(getattr(backbone, "item_embedding", None), nn.Embedding):
-            raise ConfigError(
-                f"{self.backbone_property}: {config[self.backbone_property]} has no item_embedding to build on; use "
-                f"SASRec, GRU4Rec, NARM, STAMP or another model that has"
-            )
+            raise self._refusal(config, "it has no item_embedding to build on")
+        with self.aside("probe"):
+            why_not = why_no_inner_product(backbone, config["device"])
+        if why_not:
+            raise self._refusal(config, why_not)
         if config["loss_type"] == "BPR":  # RecBole's word for a target and a negative
             backbone.loss_fct = self.pair_loss
         return backbone
 
+    def _refusal(self, config: Any, why: str) -> ConfigError:
+        return ConfigError(
+            f"{self.backbone_property}: {config[self.backbone_property]} cannot be the backbone of "
+            f"{type(self).__name__}: {why}; use {self.serving_backbones}"
+        )
+
+    @staticmethod
+    def _why_not_made(config: Any, dataset: Any, error: BaseException) -> str:
+        features, known = config["selected_features"], dataset.stream.dataset.field2type
+        lacking = [field for field in features if field not in known] if isinstance(features, list) else []
+        if lacking:
+            return f"it reads the columns of selected_features, and the log has no {', '.join(map(repr, lacking))}"
+        given = f"loss_type: {config['loss_type']} and the columns of this log"
+        return f"it cannot be made with {given} ({type(error).__name__}: {error})"
+
+    def aside(self, name: str) -> Any:
+        """A context whose draws leave the run's random state alone: the first task is the same whatever else."""
+        return seeded(derive(self.config["seed"], self.stage, f"{type(self).__name__}/{name}"))
+
     def make_heads(self) -> TaskHeads:
-        """Returns the adapters; a subclass reads its own properties here."""
+        """Returns the adapters; a subclass names its own properties here, by :meth:`heads_of`."""
         return TaskHeads(self.tasks, self.width)
+
+    def heads_of(self, classifier: str, next_item: str) -> TaskHeads:
+        """Returns the adapters that two properties name.
+
+        Args:
+            classifier: Property of the adapter of classifications.
+            next_item: Property of the adapter of next-item tasks after the first.
+
+        Raises:
+            ConfigError: If a value is none of the choices; the message names the property.
+        """
+        kinds = chosen(self.config, classifier, ADAPTERS[1:]), chosen(self.config, next_item, ADAPTERS)
+        return TaskHeads(self.tasks, self.width, *kinds)
 
     # -- what a subclass writes -----------------------------------------------------------------------------------
 
@@ -235,6 +292,82 @@ class TaskModel(SequentialRecommender):
     def user_representation(self, batch: Interaction) -> torch.Tensor:
         """Returns the representation of each history for the task in its ``_task``, shape ``[B, d]``."""
         return scatter(batch, [(rows, self.represent(part, task)) for task, rows, part in by_task(batch)])
+
+
+def chosen(config: Any, key: str, choices: Sequence[str]) -> str:
+    """Returns the value of a property that has to be one of several words.
+
+    Raises:
+        ConfigError: If it is none of them.
+    """
+    value = config[key]
+    if value not in choices:
+        raise ConfigError(f"{key}: {value!r} is none of {', '.join(choices)}{nearest(value, choices)}")
+    return str(value)
+
+
+@contextlib.contextmanager
+def probing(backbone: Any, device: Any) -> Iterator[None]:
+    """A context in which a new backbone can be asked as in a run, in eval mode, and is afterwards as it was.
+
+    Some models of RecBole bring what they read to the run's device, so the weights have to be there. Parameters that
+    are all zero are not: behind a zero weight or bias a probe would not see what a model adds to its scores.
+    """
+    modes = [(module, module.training) for module in backbone.modules()]
+    home = backbone.item_embedding.weight.device
+    zeros = [p for p in backbone.parameters() if not p.any()]
+    try:
+        with torch.no_grad():
+            backbone.eval().to(device)
+            for p in zeros:
+                p.fill_(0.1)
+            yield
+    finally:
+        with torch.no_grad():
+            for p in zeros:
+                p.zero_()
+        backbone.to(home)
+        for module, training in modes:
+            module.training = training
+
+
+def why_no_inner_product(backbone: Any, device: Any) -> str | None:
+    """Returns why a model's scores are not ``forward(item_seq, item_seq_len) @ item_embedding.weight.T``, or ``None``.
+
+    Args:
+        backbone: A new sequential model.
+        device: Where the run has it.
+    """
+    table, length = backbone.item_embedding, backbone.max_seq_length
+    lengths = torch.tensor([max(length // n, 1) for n in range(1, PROBE + 1)], device=device)
+    places = torch.arange(PROBE * length, device=device).view(PROBE, length)
+    inside = torch.arange(length, device=device) < lengths.unsqueeze(1)
+    sequence = (places % (table.num_embeddings - 1) + 1) * inside
+    columns = {backbone.ITEM_SEQ: sequence, backbone.ITEM_SEQ_LEN: lengths, backbone.USER_ID: torch.ones_like(lengths)}
+    try:
+        with probing(backbone, device):
+            hidden = backbone.forward(sequence, lengths)
+            if not torch.is_tensor(hidden) or tuple(hidden.shape) != (PROBE, table.embedding_dim):
+                found = tuple(hidden.shape) if torch.is_tensor(hidden) else f"a {type(hidden).__name__}"
+                wanted = (PROBE, table.embedding_dim)
+                return (
+                    f"its forward gives {found} for {PROBE} histories, not a vector as wide as an item's each, {wanted}"
+                )
+            products = (hidden @ table.weight.T)[:, 1:]  # row 0 is padding
+            scores = backbone.full_sort_predict(Interaction(columns)).view(PROBE, -1)[:, 1:]
+            if scores.shape != products.shape:
+                return (
+                    f"its full_sort_predict scores {scores.size(1)} items, not the {products.size(1)} of item_embedding"
+                )
+            gap, largest = float((scores - products).abs().max()), float(products.abs().max())
+    except Exception as error:
+        return f"it cannot answer a history ({type(error).__name__}: {error})"
+    if gap <= TOLERANCE * largest:
+        return None
+    return (
+        f"it does not score items by the inner product of its output with item_embedding (its scores are up to "
+        f"{gap:.2g} from it, where the largest product is {largest:.2g})"
+    )
 
 
 class BinaryCrossEntropy(nn.Module):

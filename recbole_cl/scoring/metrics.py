@@ -172,6 +172,19 @@ def value_metrics(config: Any, names: Iterable[str], score: np.ndarray, label: n
     return out
 
 
+def constant_answer(name: str, stage: Stage) -> float | None:
+    """Returns what a stage's test targets give whoever always answers the most frequent training class.
+
+    Args:
+        name: ``accuracy`` or ``macro_f1``.
+        stage: Its task is a classification, or the answer is ``None``.
+    """
+    if stage.task.kind != "classification" or not len(stage.train) or not len(stage.test):
+        return None
+    guess = np.full(len(stage.test), np.bincount(stage.train.label).argmax())
+    return class_metrics([name], stage.test.label, guess)[name]
+
+
 def class_metrics(names: Iterable[str], truth: np.ndarray, guess: np.ndarray) -> dict[str, float]:
     """Returns accuracy and F1, the mean over the classes that occur, of guessed classes; both of shape ``[n]``."""
     if not len(truth):

@@ -17,6 +17,7 @@ from recbole_cl.model.all_positions import AllPositions
 from recbole_cl.model.fused import distillation, divergence, softmax_loss
 from recbole_cl.registry import strategies
 from recbole_cl.strategy.base import StageContext, Strategy, require
+from recbole_cl.strategy.checks import check_number, check_strength
 from recbole_cl.strategy.histories import (
     full_softmax,
     history_vectors,
@@ -86,9 +87,9 @@ class ADER(Strategy):
         for key, choices in CHOICES.items():
             if self.params[key] not in choices:
                 raise ConfigError(f"ader_{key}: {self.params[key]!r} is none of {', '.join(choices)}")
-        for key in ("memory_size", "batch_size"):
-            if self.params[key] is not None and self.params[key] < 1:
-                raise ConfigError(f"ader_{key}: {self.params[key]} is too small; it must be at least 1")
+        check_strength(self)
+        check_number(self, "memory_size", "the default is 30000 exemplars", least=1)
+        check_number(self, "batch_size", "~ spreads the exemplars over an epoch's batches", least=1, optional=True)
         if not full_softmax(model):
             raise ConfigError(
                 f"strategy: {self.name} cannot serve the model {config['model']}: it distils a softmax over all items; "

@@ -38,8 +38,9 @@ class Pass:
         early_stopping: Stop by the validation metric and keep the best epoch.
         mix_tasks: ``data`` holds targets of several stages' tasks: each step has a batch of every one of them
             (:class:`recbole_cl.stream.task_loader.TaskLoader`), and the mean of their primary metrics stops training.
-        aside: A pass beside the plan: it draws from generators of its own and hands on no optimiser state, so the
-            passes after it have the bits that they have without it (PISA's forward model).
+        aside: A pass beside the plan: it draws from generators of its own, hands on no optimiser state, and leaves the
+            strategies beside the one that planned it as they were, so the passes after it have the bits that they
+            have without it (PISA's forward model).
     """
 
     name: str = "train"
@@ -149,6 +150,13 @@ class StageContext:
         """Returns the states of the strategies' generators."""
         return {name: g.bit_generator.state for name, g in self._generators.items()}
 
+    def forget_generators(self, but: str) -> None:
+        """Starts all generators anew whose name does not begin with ``but``; who holds one goes on with the same."""
+        for name, generator in self._generators.items():
+            if not name.startswith(but):
+                fresh = numpy_generator(self.config["seed"], self.index, name)
+                generator.bit_generator.state = fresh.bit_generator.state
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Puts the generators back."""
         for name, value in state.items():
@@ -170,6 +178,7 @@ class Strategy:
         excludes: Kinds that cannot be combined with another strategy of the same kind (``bound``, ``replay``).
         kind: Its own kind.
         priority: Order of combination; equal priorities are ordered by name.
+        plans_passes: Its :meth:`plan_stage` gives passes at some stage; two such strategies do not compose.
         wants_data_gradients: Keep the gradients of the data loss apart (``ctx.data_gradients``).
     """
 
@@ -180,6 +189,7 @@ class Strategy:
     needs: ClassVar[frozenset[str]] = frozenset()
     kind: ClassVar[str] = ""
     priority: ClassVar[int] = 50
+    plans_passes: ClassVar[bool] = False
     wants_data_gradients: ClassVar[bool] = False
 
     def __init__(self, parameters: Mapping[str, Any] | None = None) -> None:
@@ -189,6 +199,11 @@ class Strategy:
     def name(self) -> str:
         """Its registered name."""
         return type(self).__name__
+
+    @property
+    def begins_anew(self) -> bool:
+        """True where it trains a stage after the first from new weights, which not every model can (PCL, parts)."""
+        return False
 
     def check(self, config: Any, model: nn.Module) -> None:
         """Raises a :class:`ConfigError` where parameters or the model make no sense for it."""
@@ -303,6 +318,13 @@ class Composite:
             same = [s.name for s in self.members if s.kind == kind]
             if len(same) > 1:
                 raise ConfigError(f"strategy: {' and '.join(same)} are both a {kind}; keep one of them")
+        self._one_plan([s.name for s in self.members if s.plans_passes])
+        self.planner: str | None = None
+
+    @staticmethod
+    def _one_plan(names: list[str]) -> None:
+        if len(names) > 1:
+            raise ConfigError(f"strategy: {' and '.join(names)} both plan a stage's passes; keep one")
 
     def hooked(self, *hooks: str) -> list[Strategy]:
         """Returns the members that implement one of the hooks."""
@@ -342,15 +364,31 @@ class Composite:
             s.prepare_model(ctx)
 
     def plan_stage(self, ctx: StageContext) -> list[Pass]:
-        """Returns the one plan that a member gives, or one default pass.
+        """Returns the one plan that a member gives (``planner`` is its name), or one default pass.
 
         Raises:
-            ConfigError: If two members give a plan.
+            ConfigError: If two members give a plan, of which one did not say so (``plans_passes``).
         """
         plans = [(s.name, plan) for s in self.members if (plan := s.plan_stage(ctx)) is not None]
-        if len(plans) > 1:
-            raise ConfigError(f"strategy: {' and '.join(n for n, _ in plans)} both plan a stage's passes; keep one")
+        self._one_plan([name for name, _ in plans])
+        self.planner = plans[0][0] if plans else None
         return plans[0][1] if plans else [Pass()]
+
+    def companions_state(self, ctx: StageContext) -> dict[str, Any]:
+        """Returns what a pass aside may not change: the states of who did not plan it, and of their generators."""
+        own = f"{self.planner}/"
+        return {
+            "strategies": {s.name: s.state_dict() for s in self.members if s.name != self.planner},
+            "generators": {name: value for name, value in ctx.state_dict().items() if not name.startswith(own)},
+        }
+
+    def load_companions_state(self, ctx: StageContext, state: Mapping[str, Any]) -> None:
+        """Puts back what :meth:`companions_state` returned; generators that came since are forgotten."""
+        for s in self.members:
+            if s.name != self.planner:
+                s.load_state_dict(state["strategies"][s.name])
+        ctx.forget_generators(f"{self.planner}/")
+        ctx.load_state_dict(state["generators"])
 
     def adjust_scores(self, ctx: StageContext, batch: Interaction, scores: torch.Tensor) -> torch.Tensor:
         """Passes the scores through every member."""

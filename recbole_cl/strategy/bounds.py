@@ -30,6 +30,7 @@ class Pretrain(Strategy):
     """Trains on the first stage, then is only evaluated: nothing is forgotten, nothing is learnt."""
 
     prefix = "pretrain"
+    plans_passes = True
     why_not_neutral = _NOT_NEUTRAL
     kind = "bound"
 
@@ -46,8 +47,13 @@ class FullRetrain(Strategy):
     """
 
     prefix = "fullretrain"
+    plans_passes = True
     why_not_neutral = _NOT_NEUTRAL
     kind = "bound"
+
+    @property
+    def begins_anew(self) -> bool:
+        return True
 
     def plan_stage(self, ctx: StageContext) -> list[Pass]:
         if only_last_row(ctx):
@@ -60,6 +66,7 @@ class Joint(Strategy):
     """Goes on training, on all data so far."""
 
     prefix = "joint"
+    plans_passes = True
     why_not_neutral = _NOT_NEUTRAL
     kind = "bound"
 
@@ -72,8 +79,13 @@ class Scratch(Strategy):
     """Trains from a new initialisation on the stage alone: plasticity without any past."""
 
     prefix = "scratch"
+    plans_passes = True
     why_not_neutral = _NOT_NEUTRAL
     kind = "bound"
+
+    @property
+    def begins_anew(self) -> bool:
+        return True
 
     def plan_stage(self, ctx: StageContext) -> list[Pass]:
         return [Pass(init="fresh", data="stage", graph="stage")]

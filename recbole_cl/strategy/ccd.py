@@ -16,6 +16,7 @@ from recbole_cl.errors import ConfigError
 from recbole_cl.registry import strategies
 from recbole_cl.rng import torch_generator
 from recbole_cl.strategy.base import StageContext, Strategy, require
+from recbole_cl.strategy.checks import check_number, check_strength
 from recbole_cl.strategy.lessons import all_lessons, lesson_loss
 from recbole_cl.strategy.outputs import Towers, check_layers, final, layers
 from recbole_cl.stream.vocabulary import Growth, fixed_axis, item_axis, user_axis
@@ -67,14 +68,19 @@ class CCD(Strategy):
 
     def check(self, config: Any, model: nn.Module) -> None:
         check_layers(self.name, config, model)
-        for key in ("teacher_size", "top", "samples"):
-            if self.params[key] < 1:
-                raise ConfigError(f"ccd_{key}: {self.params[key]} is too small; it must be at least 1")
-        for key in PROXIES:
-            if not 0 <= self.params[key] <= 1:
-                raise ConfigError(f"ccd_{key}: {self.params[key]} is not between 0 and 1, the share of the old average")
-        if not self.params["annealing"] > 0:
-            raise ConfigError(f"ccd_annealing: {self.params['annealing']} is not positive; the default is 10 epochs")
+        check_strength(self)
+        for key, usual in (("teacher_size", 128), ("top", 50), ("samples", 5)):
+            check_number(self, key, f"the default is {usual}", least=1)
+        for key, share in zip(PROXIES, (0.9, 0.1), strict=True):
+            check_number(self, key, f"it is the share of the old average, {share} by default", least=0, most=1)
+        stability, plasticity = (self.params[key] for key in PROXIES)
+        if not stability > plasticity:
+            raise ConfigError(
+                f"ccd_stability: {stability} must be more than ccd_plasticity, {plasticity}: the stability proxy is "
+                f"the one that keeps more of the past; the defaults are 0.9 and 0.1"
+            )
+        check_number(self, "sharpness", "0 draws uniformly, the default is 1", least=0)
+        check_number(self, "annealing", "the default is 10 epochs", above=0)
 
     def _rows(self, side: str, first: int, n: int) -> torch.Tensor:
         """Returns new rows of a teacher's table, ids from ``first`` to ``n - 1``."""
@@ -137,7 +143,9 @@ class CCD(Strategy):
         strength = float(self.params["lambda"]) * math.exp(-ctx.epoch / float(self.params["annealing"]))
         losses = {}
         for name, towers in (("student", student), ("teacher", teacher)):
-            items, labels = (self.lessons[name][key].to(ctx.device)[users] for key in ("items", "labels"))
+            # A state that was put back lies on the CPU; what is in its place is not copied.
+            lesson = self.lessons[name] = {key: value.to(ctx.device) for key, value in self.lessons[name].items()}
+            items, labels = (lesson[key][users] for key in ("items", "labels"))
             losses[name] = strength * lesson_loss(towers, users, items, labels)
         return {f"{self.name}/teacher": teaching + losses["teacher"], f"{self.name}/replay": losses["student"]}
 

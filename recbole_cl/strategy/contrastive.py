@@ -9,10 +9,10 @@ import torch
 from recbole.data.interaction import Interaction
 from torch import nn
 
-from recbole_cl.errors import ConfigError
 from recbole_cl.registry import strategies
 from recbole_cl.rng import numpy_generator
 from recbole_cl.strategy.base import StageContext, Strategy
+from recbole_cl.strategy.checks import check_number, check_strength
 from recbole_cl.strategy.neighbours import draw_neighbours, past_pairs
 from recbole_cl.strategy.outputs import Towers, check_layers, layers
 
@@ -53,13 +53,10 @@ class Contrastive(Strategy):
 
     def check(self, config: Any, model: nn.Module) -> None:
         check_layers(self.name, config, model)
-        temperature, negatives = self.params["temperature"], self.params["negatives"]
-        if not temperature > 0:
-            raise ConfigError(f"{self.prefix}_temperature: {temperature} is not positive; the default is 1.0")
-        if self.params["positives"] < 1:
-            raise ConfigError(f"{self.prefix}_positives: {self.params['positives']} is too small; make it at least 1")
-        if negatives is not None and negatives < 1:
-            raise ConfigError(f"{self.prefix}_negatives: {negatives} is too small; make it at least 1, or ~ for all")
+        check_strength(self)
+        check_number(self, "temperature", "the default is 1.0", above=0)
+        check_number(self, "positives", "the default is 15", least=1)
+        check_number(self, "negatives", "~ takes all that the old model knows", least=1, optional=True)
 
     def old_layers(self, teacher: nn.Module) -> list[Towers]:
         """Returns the layers of the frozen old model, propagated once a stage."""

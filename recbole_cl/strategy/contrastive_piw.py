@@ -12,6 +12,7 @@ from torch import nn
 from recbole_cl.registry import strategies
 from recbole_cl.rng import torch_generator
 from recbole_cl.strategy.base import StageContext
+from recbole_cl.strategy.checks import check_number
 from recbole_cl.strategy.contrastive import Contrastive
 from recbole_cl.strategy.imitation import ImitationWeights
 from recbole_cl.strategy.outputs import Towers, final, layers
@@ -45,6 +46,7 @@ class ContrastivePIW(Contrastive):
     def check(self, config: Any, model: nn.Module) -> None:
         super().check(config, model)
         self.imitation.check(self.prefix, self.params)
+        check_number(self, "cluster", "it weighs the loss that trains the centres; the default is 0.1", least=0)
 
     def prepare_model(self, ctx: StageContext) -> None:
         """Makes its own parameters once; they do not depend on the numbers of users and items."""

@@ -38,6 +38,7 @@ class CONURE(Strategy):
     """
 
     prefix = "conure"
+    plans_passes = True
     defaults = {"keep": 0.3, "retrain_epochs": None}
     why_not_neutral = "pruning has no strength that could be zero: with keep = 1 the first task takes every weight"
     needs = frozenset({"gradient"})
@@ -56,6 +57,11 @@ class CONURE(Strategy):
         epochs = self.params["retrain_epochs"]
         if epochs is not None and epochs < 0:
             raise ConfigError(f"conure_retrain_epochs: {epochs!r} must be at least 0, or ~ for epochs")
+        if hasattr(model, "grow_in_place"):
+            raise ConfigError(
+                f"strategy: CONURE cannot serve the model {config['model']}, which itself freezes what earlier tasks "
+                f"trained, so no weights are free for a later one; use FineTune, or CONURE with the model MultiTask"
+            )
         if not self._matrices(model):
             raise ConfigError(f"strategy: CONURE cannot serve {config['model']}, which has embeddings and no matrix")
 

@@ -32,6 +32,7 @@ class DualLoRA(PartTuning):
     """
 
     prefix = "dual_lora"
+    plans_passes = True
     defaults = {"rank": 8, "long_share": 0.5}
 
     def validate(self) -> None:

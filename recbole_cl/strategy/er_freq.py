@@ -68,7 +68,7 @@ class ERFreq(ERRandom):
     def draw(self, ctx: StageContext) -> Interaction:
         if self._table is None or self._table[0] is not ctx:  # the memory changes only where a stage ends
             self._table = ctx, AliasTable(self.weights(ctx))
-        return self.memory.rows(self._table[1].draw(self.count(), ctx.generator(f"{self.name}/batches")))
+        return self.memory.rows(self._table[1].draw(self.count(ctx), ctx.generator(f"{self.name}/batches")))
 
     def end_stage(self, ctx: StageContext) -> None:
         super().end_stage(ctx)

@@ -11,6 +11,7 @@ from torch import nn
 from recbole_cl.errors import ConfigError
 from recbole_cl.registry import strategies
 from recbole_cl.strategy.base import StageContext, Strategy, require
+from recbole_cl.strategy.checks import check_number
 from recbole_cl.strategy.memory import ReservoirMemory, join_rows
 from recbole_cl.strategy.rows import OwnRows
 
@@ -26,9 +27,10 @@ class ERRandom(Strategy):
 
     A stage's targets enter the memory when it ends (:class:`~recbole_cl.strategy.memory.ReservoirMemory`). For models
     trained on all positions an exemplar is a window, the loss the mean over all supervised positions, and as many
-    windows are drawn as hold ``m`` targets at the memory's mean. Replayed rows keep their ``_position``, ``_stage`` and
-    ``_timestamp``, and draw their negatives from a generator of their own among the items known *now*, as rows of the
-    stage do.
+    windows are drawn as hold ``m`` targets at the memory's mean. ``batch_size`` counts as ``train_batch_size`` does in
+    RecBole: where a target comes with rows of negatives (pointwise models), these count too, and m is the rest.
+    Replayed rows keep their ``_position``, ``_stage`` and ``_timestamp``, and draw their negatives from a generator of
+    their own among the items known *now*, as rows of the stage do.
 
     Known mistakes elsewhere: the newest stage's rows replace old ones, so the memory is no sample of the past;
     replay draws from the loader's generator, so that replaying nothing already changes training.
@@ -46,9 +48,20 @@ class ERRandom(Strategy):
         self._own: OwnRows | None = None
 
     def check(self, config: Any, model: nn.Module) -> None:
-        for key, least in (("memory_size", 1), ("batch_size", 0)):
-            if self.params[key] < least:
-                raise ConfigError(f"{self.prefix}_{key}: {self.params[key]} is too small; it must be at least {least}")
+        check_number(self, "memory_size", "the default is 1000 exemplars", least=1)
+        check_number(self, "batch_size", "the default is 256, 0 is FineTune", least=0)
+        if hasattr(model, "grow_in_place"):
+            raise ConfigError(
+                f"strategy: {self.name} cannot serve the model {config['model']}, which keeps what earlier stages "
+                f"trained as it is, so that replay has nothing to keep; use FineTune"
+            )
+        if config["scheduler"] == "TaskStream" and hasattr(model, "predict_task"):
+            # A model with heads reads other fields for each kind of task (labels, windows): no batch holds rows of two.
+            raise ConfigError(
+                f"strategy: {self.name} cannot serve the model {config['model']} under the scheduler TaskStream: rows "
+                f"of old tasks have other fields than the batches that they would join; use MTL, which trains "
+                f"all tasks so far side by side, CONURE, TERACON, or the model PCL with FineTune"
+            )
 
     def own_rows(self, ctx: StageContext) -> OwnRows:
         """Returns what makes stored rows batch rows in this stage; its generators' states are the context's."""
@@ -64,11 +77,13 @@ class ERRandom(Strategy):
 
     def draw(self, ctx: StageContext) -> Interaction:
         """Returns the rows that are replayed with the next batch, without negatives."""
-        return self.memory.sample(self.count(), ctx.generator(f"{self.name}/batches"))
+        return self.memory.sample(self.count(ctx), ctx.generator(f"{self.name}/batches"))
 
-    def count(self) -> int:
-        """Returns the number of rows that are replayed with a batch."""
-        return self.memory.rows_of(int(self.params["batch_size"]))
+    def count(self, ctx: StageContext) -> int:
+        """Returns the number of rows, without negatives, that are replayed with a batch: m as the loader counts B."""
+        wanted = int(self.params["batch_size"])
+        targets = max(wanted // self.own_rows(ctx).loader.negatives.times, 1) if wanted else 0
+        return self.memory.rows_of(targets)
 
     def _triples(self, ctx: StageContext) -> frozenset[str]:
         """Fields of a knowledge graph's triples, which a batch holds beside its rows."""

@@ -10,8 +10,9 @@ from torch import nn
 
 from recbole_cl.registry import strategies
 from recbole_cl.strategy.base import StageContext, require
+from recbole_cl.strategy.checks import check_samples, check_strength
 from recbole_cl.strategy.importance import check_loss, stage_importance
-from recbole_cl.strategy.quadratic import QuadraticPenalty, check_samples
+from recbole_cl.strategy.quadratic import QuadraticPenalty
 
 
 @strategies.register()
@@ -46,6 +47,7 @@ class EWC(QuadraticPenalty):
 
     def check(self, config: Any, model: nn.Module) -> None:
         check_loss(self.name, config, model)
+        check_strength(self)
         check_samples(self)
 
     def weight(self) -> float:
@@ -63,6 +65,7 @@ class EWC(QuadraticPenalty):
         """Moves the mean anchor towards ``theta`` by its share of the importance."""
         if name not in self.importance:
             self.importance[name], self.anchor[name] = torch.zeros_like(theta), theta.clone()
+        self.bring(name, theta)
         total = self.importance[name] + fisher
         share = torch.where(total > 0, fisher / total, 0.0)
         gap = theta - self.anchor[name]

@@ -13,6 +13,7 @@ from torch import nn
 from recbole_cl.errors import ConfigError
 from recbole_cl.registry import strategies
 from recbole_cl.strategy.base import StageContext
+from recbole_cl.strategy.checks import check_number, check_samples
 from recbole_cl.strategy.er_random import ERRandom
 from recbole_cl.strategy.importance import check_loss
 from recbole_cl.strategy.influence import mean_gradient, products
@@ -44,9 +45,8 @@ class INFER(ERRandom):
 
     def check(self, config: Any, model: nn.Module) -> None:
         super().check(config, model)
-        for key in ("samples", "reference"):
-            if self.params[key] is not None and self.params[key] < 1:
-                raise ConfigError(f"infer_{key}: {self.params[key]} is too small; it must be at least 1")
+        check_samples(self)
+        check_number(self, "reference", "the default is 500 samples, half of them old exemplars", least=1)
         check_loss(self.name, config, model)
         if config["MODEL_TYPE"] == ModelType.KNOWLEDGE:
             raise ConfigError(

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from recbole_cl.errors import ConfigError
 from recbole_cl.model.fused import distillation, divergence
+from recbole_cl.model.task_heads import TaskModel
 from recbole_cl.registry import strategies
 from recbole_cl.strategy.base import StageContext, Strategy
 from recbole_cl.strategy.outputs import second_forward
@@ -57,6 +58,16 @@ class LwF(Strategy):
         self._known: TeacherRows | None = None  # made anew from the context where a run is resumed: no state
 
     def check(self, config: Any, model: nn.Module) -> None:
+        if isinstance(model, TaskModel):
+            instead = (
+                "FineTune, under which its answers to earlier tasks stay as they are"
+                if hasattr(model, "grow_in_place")
+                else "TERACON with the model SoftMask, which distils answers to earlier tasks, EWC, CONURE or FineAll"
+            )
+            raise ConfigError(
+                f"strategy: {self.name} cannot serve the model {config['model']}: it holds on to what the model of the "
+                f"stage before answers to the rows of this stage, whose task that model has not learnt; use {instead}"
+            )
         temperature = self.params["temperature"]
         if not temperature > 0:
             raise ConfigError(f"lwf_temperature: {temperature} is not positive; the usual value is 2")

@@ -9,12 +9,12 @@ import torch
 from recbole.data.interaction import Interaction
 from torch import nn
 
-from recbole_cl.errors import ConfigError
 from recbole_cl.registry import strategies
 from recbole_cl.strategy.base import StageContext
+from recbole_cl.strategy.checks import check_number, check_samples, check_strength
 from recbole_cl.strategy.importance import Objective, mean_of_gradients
 from recbole_cl.strategy.outputs import check_user_vectors, user_vectors
-from recbole_cl.strategy.quadratic import QuadraticPenalty, check_samples
+from recbole_cl.strategy.quadratic import QuadraticPenalty
 from recbole_cl.strategy.rows import OwnRows
 
 
@@ -47,10 +47,9 @@ class MAS(QuadraticPenalty):
 
     def check(self, config: Any, model: nn.Module) -> None:
         check_user_vectors(self.name, config, model)
+        check_strength(self)
         check_samples(self)
-        alpha = self.params["alpha"]
-        if not 0 <= alpha <= 1:
-            raise ConfigError(f"mas_alpha: {alpha} is not in [0, 1]; it is the old importance's share, 0.5 by default")
+        check_number(self, "alpha", "it is the old importance's share, 0.5 by default", least=0, most=1)
 
     def weight(self) -> float:
         return float(self.params["lambda"])
@@ -59,6 +58,7 @@ class MAS(QuadraticPenalty):
         found = sensitivities(ctx.model, OwnRows(ctx, self.name).batches(self.params["samples"]), ctx.parameters())
         alpha = float(self.params["alpha"])
         for name, p in ctx.parameters().items():
+            self.bring(name, p)
             old = self.importance.get(name)
             self.importance[name] = found[name] if old is None else alpha * old + (1 - alpha) * found[name]
             self.anchor[name] = p.detach().clone()

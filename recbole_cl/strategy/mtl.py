@@ -38,6 +38,7 @@ class MTL(Strategy):
     """
 
     prefix = "mtl"
+    plans_passes = True
     why_not_neutral = "a bound has no strength that could be zero"
     kind = "bound"
     priority = 0  # its gradients are those of the data: nobody's penalty may be in them yet
@@ -45,6 +46,10 @@ class MTL(Strategy):
     def __init__(self, parameters: Mapping[str, Any] | None = None) -> None:
         super().__init__(parameters)
         self._losses: dict[int, torch.Tensor] = {}  # lives from loss_terms to add_gradients: no state
+
+    @property
+    def begins_anew(self) -> bool:
+        return bool(self.params["start"] == "fresh")
 
     def check(self, config: Any, model: nn.Module) -> None:
         for key, allowed in (("weights", WEIGHTS), ("start", STARTS)):

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from recbole_cl.errors import ConfigError
 from recbole_cl.registry import strategies
+from recbole_cl.strategy.checks import check_number
 from recbole_cl.strategy.ewc import EWC
 
 
@@ -35,12 +35,11 @@ class OnlineEWC(EWC):
 
     def check(self, config: Any, model: nn.Module) -> None:
         super().check(config, model)
-        gamma = self.params["gamma"]
-        if not 0 <= gamma <= 1:
-            raise ConfigError(f"online_ewc_gamma: {gamma} is not in [0, 1]; 1 keeps all importance, 0.95 lets it fade")
+        check_number(self, "gamma", "1 keeps all importance, 0.95 lets it fade", least=0, most=1)
 
     def _add_anchor(self, name: str, fisher: torch.Tensor, theta: torch.Tensor) -> None:
         """Fades the importance, adds the stage's and moves the anchor to ``theta``; nothing is left over."""
+        self.bring(name, theta)
         if name in self.importance:
             fisher = float(self.params["gamma"]) * self.importance[name] + fisher
         self.importance[name], self.anchor[name] = fisher.clone(), theta.clone()  # theta is a view of the parameter

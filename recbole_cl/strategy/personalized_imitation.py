@@ -13,6 +13,7 @@ from recbole_cl.errors import ConfigError
 from recbole_cl.registry import strategies
 from recbole_cl.rng import torch_generator
 from recbole_cl.strategy.base import StageContext, Strategy
+from recbole_cl.strategy.checks import check_number, check_strength
 from recbole_cl.strategy.imitation import ImitationWeights
 from recbole_cl.strategy.outputs import has_vectors, second_forward, vectors
 
@@ -58,6 +59,8 @@ class PersonalizedImitation(Strategy):
                 f"or another strategy (LwF)"
             )
         self.imitation.check(self.prefix, self.params)
+        check_strength(self)
+        check_number(self, "cluster", "it weighs the loss that trains the centres; the default is 0.1", least=0)
 
     def prepare_model(self, ctx: StageContext) -> None:
         """Makes its own parameters once; they do not depend on the numbers of users and items."""

@@ -46,6 +46,7 @@ class PISA(Strategy):
     """
 
     prefix = "pisa"
+    plans_passes = True
     defaults = {"alpha": 0.5, "temperature": 0.5, "clusters": 20, "least": 0.2}
     neutral = {"alpha": 0.0}
     needs = frozenset({"gradient", "batch_rows", "pairwise"})

@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 
 import torch
 
-from recbole_cl.errors import ConfigError
 from recbole_cl.strategy.base import StageContext, Strategy, require
 from recbole_cl.stream.vocabulary import Growth
 
@@ -42,9 +41,20 @@ class QuadraticPenalty(Strategy):
         """Returns the factor of the sum."""
         raise NotImplementedError
 
+    def bring(self, name: str, p: torch.Tensor) -> None:
+        """Moves the tensors of a parameter to its device: a state that was put back lies on the CPU.
+
+        Where they are there already, as in every step but the first after that, nothing is copied.
+        """
+        for attribute in self.state:
+            tensors = getattr(self, attribute)
+            if name in tensors and tensors[name].device != p.device:
+                tensors[name] = tensors[name].to(p.device)
+
     def add_gradients(self, ctx: StageContext) -> None:
         strength = 2 * self.weight()
         for name, p in ctx.parameters().items():
+            self.bring(name, p)
             if name not in self.importance:
                 continue
             if p.grad is None:
@@ -58,6 +68,7 @@ class QuadraticPenalty(Strategy):
     def penalty(self, ctx: StageContext) -> torch.Tensor:
         total = torch.zeros((), dtype=torch.float64)
         for name, p in ctx.parameters().items():
+            self.bring(name, p)
             if name in self.importance:
                 drift = p.detach().double() - self.anchor[name]
                 total += (self.importance[name] * drift.square()).sum().cpu()
@@ -76,10 +87,3 @@ class QuadraticPenalty(Strategy):
         require(state, *self.state)
         for attribute in self.state:
             setattr(self, attribute, dict(state[attribute]))
-
-
-def check_samples(strategy: Strategy) -> None:
-    """Raises a :class:`ConfigError` where a strategy's ``samples`` is neither ``None`` nor at least 1."""
-    samples = strategy.params["samples"]
-    if samples is not None and samples < 1:
-        raise ConfigError(f"{strategy.prefix}_samples: {samples} is too small; it must be at least 1, or ~ for all")

@@ -14,6 +14,7 @@ from torch import nn
 from recbole_cl.errors import ConfigError
 from recbole_cl.registry import strategies
 from recbole_cl.strategy.base import Pass, StageContext, Strategy, require
+from recbole_cl.strategy.checks import check_number
 from recbole_cl.strategy.error_memory import ErrorMemory
 from recbole_cl.strategy.histories import full_softmax, item_logits, known_targets, looking
 from recbole_cl.strategy.outputs import check_user_vectors, user_vectors
@@ -59,12 +60,13 @@ class ReLoop2(Strategy):
 
     def __init__(self, parameters: Mapping[str, Any] | None = None) -> None:
         super().__init__(parameters)
+        # The memory is made here, so its size is checked here: 40 bits would ask for terabytes.
+        check_number(self, "arrays", "the default is 8", least=1, most=64)
+        check_number(self, "bits", "an array has 2^bits buckets; the default is 10", least=2, most=20)
         self.memory = ErrorMemory(int(self.params["arrays"]), int(self.params["bits"]))
 
     def check(self, config: Any, model: nn.Module) -> None:
-        for key, least, most in (("arrays", 1, 64), ("bits", 2, 20)):
-            if not least <= self.params[key] <= most:
-                raise ConfigError(f"reloop2_{key}: {self.params[key]} is not between {least} and {most}")
+        check_number(self, "lambda", "it is the share of the remembered error that is added, 0.5 by default", least=0)
         if self.params["observed"] not in ("valid", "train", "both"):
             raise ConfigError(f"reloop2_observed: {self.params['observed']!r} is none of valid, train, both")
         if full_softmax(model):

@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from recbole_cl.registry import strategies
 from recbole_cl.strategy.base import StageContext
+from recbole_cl.strategy.checks import check_number, check_strength
 from recbole_cl.strategy.quadratic import QuadraticPenalty
 
 
@@ -43,6 +45,10 @@ class SI(QuadraticPenalty):
         super().__init__(parameters)
         self._before: dict[str, torch.Tensor] = {}  # lives from add_gradients to after_step: no state
 
+    def check(self, config: Any, model: nn.Module) -> None:
+        check_strength(self, "c")
+        check_number(self, "xi", "it bounds Omega where a parameter did not move; the default is 0.1", above=0)
+
     def _begin_path(self, ctx: StageContext) -> None:
         self.start = {name: p.detach().clone() for name, p in ctx.parameters().items()}
         self.path = {name: torch.zeros_like(p) for name, p in self.start.items()}
@@ -70,6 +76,7 @@ class SI(QuadraticPenalty):
 
     def end_stage(self, ctx: StageContext) -> None:
         for name, p in ctx.parameters().items():
+            self.bring(name, p)
             moved = (p.detach() - self.start[name]).square()
             total = self.importance.get(name, 0.0) + self.path[name] / (moved + float(self.params["xi"]))
             self.importance[name] = total.clamp(min=0.0)

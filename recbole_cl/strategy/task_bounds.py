@@ -17,7 +17,12 @@ class SingleTask(KeepsModels):
     """
 
     prefix = "single_task"
+    plans_passes = True
     why_not_neutral = _NOT_NEUTRAL
+
+    @property
+    def begins_anew(self) -> bool:
+        return True
 
     def plan_stage(self, ctx: StageContext) -> list[Pass]:
         return [Pass(init="fresh", data="stage", graph="stage")]

@@ -88,8 +88,10 @@ class PartTuning(Strategy):
         self._choose(ctx, {})  # masks of this stage's shapes are not known yet; a pass begins by settling
 
     def check(self, config: Any, model: Any) -> None:
-        for name, _ in config.strategy_specs():
+        for name, params in config.strategy_specs():
             cls = strategies.get(name)
+            if cls(params).begins_anew:
+                raise ConfigError(_nothing_to_adapt(self, f"the strategy {name}"))
             if not issubclass(cls, PartTuning) and cls.mask_gradients is not Strategy.mask_gradients:
                 raise ConfigError(
                     f"{self.who} cannot be combined with the strategy {name}, which decides itself what of the whole "
@@ -234,12 +236,18 @@ def with_trainable(config: Any, members: Iterable[Strategy]) -> list[Strategy]:
 
 
 def refuse_new_beginnings(members: Iterable[Strategy], plan: Iterable[Pass]) -> None:
-    """Raises a :class:`ConfigError` where parts are to be trained in a base that a plan makes anew."""
+    """Raises a :class:`ConfigError` where parts are to be trained in a base that a plan makes anew.
+
+    Strategies that say so (``begins_anew``) have been refused before anything was trained.
+    """
     for pass_ in plan:
         for member in members:
             if pass_.init == "fresh" and isinstance(member, PartTuning):
-                raise ConfigError(
-                    f"{member.who} adapts a base that was trained before, but the pass {pass_.name!r} of another "
-                    f"strategy starts from new weights: there would be nothing to adapt; use Joint or FineTune, or "
-                    f"train the whole model"
-                )
+                raise ConfigError(_nothing_to_adapt(member, f"the pass {pass_.name!r} of another strategy"))
+
+
+def _nothing_to_adapt(member: PartTuning, who: str) -> str:
+    return (
+        f"{member.who} adapts a base that was trained before, but {who} starts from new weights: there would be "
+        f"nothing to adapt; use Joint or FineTune, or train the whole model"
+    )

@@ -73,6 +73,7 @@ class StreamDatasetMixin(_Mixed):
         raw_phase: See :func:`recbole_cl.stream.split.vocabulary_phase`.
         raw_late: Rows whose item the first stage shall not know (:meth:`Scheduler.late_items`).
         slice_names: Names of the slices.
+        number_counts: Of each column of numbers that lacks some, how many numbers each row has; RecBole fills the gaps.
     """
 
     stream_warnings: list[str]
@@ -82,6 +83,7 @@ class StreamDatasetMixin(_Mixed):
     raw_phase: np.ndarray
     raw_late: np.ndarray
     slice_names: list[str]
+    number_counts: dict[str, np.ndarray]
     inter_feat: Any
     item_feat: Any
     _n_read: int
@@ -231,10 +233,15 @@ class StreamDatasetMixin(_Mixed):
 
     def _fill_nan(self) -> None:
         # RecBole fills with the mean of the whole log, a statistic of later stages.
+        self.number_counts = {}
         for name in self.feat_name_list:
             feat = getattr(self, name)
             for field in feat:
+                if self.field2type[field] == FeatureType.FLOAT_SEQ:
+                    lengths = [np.size(row) if isinstance(row, np.ndarray) else 0 for row in feat[field]]
+                    self.number_counts[field] = np.asarray(lengths, dtype=np.int64)
                 if self.field2type[field] == FeatureType.FLOAT and feat[field].isna().any():
+                    self.number_counts[field] = feat[field].notna().to_numpy().astype(np.int64)
                     base = feat[field][self._base_rows(feat)]
                     mean = base.mean()
                     feat[field] = feat[field].fillna(0.0 if np.isnan(mean) else mean)

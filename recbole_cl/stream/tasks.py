@@ -43,7 +43,7 @@ class Condition:
     Args:
         field: Column of the .inter, .user or .item file, or :data:`REPEAT`.
         op: One of :data:`OPS`, ``in`` or ``not in``. On a column of several values (genres), ``==`` and ``in`` ask
-            whether any of them matches, ``!=`` and ``not in`` whether none does.
+            whether any of them matches, ``!=`` and ``not in`` whether none does. Where there is no value, none matches.
         value: A number or a text; a list of them for ``in`` and ``not in``.
     """
 
@@ -145,35 +145,54 @@ def _parse(number: int, given: Any) -> TaskSpec:
     candidates = given.get("candidates", "all")
     if candidates not in ("all", "targets"):
         raise ConfigError(f"{where}: candidates is {candidates!r}; it must be 'all' or 'targets'")
+    if kind == "classification" and candidates != "all":
+        raise ConfigError(
+            f"{where}: candidates is {candidates!r}, but a classification ranks no items; leave candidates out, or set "
+            f"kind: next_item"
+        )
+    metric = given.get("metric")
+    if metric is not None and not (isinstance(metric, str) and metric):
+        raise ConfigError(f"{where}: metric is {metric!r}; it must be a name such as hit@5 or macro_f1, or left out")
     attributes = given.get("attributes") or ()
+    attributes = [attributes] if isinstance(attributes, str) else attributes
+    if not isinstance(attributes, list | tuple) or not all(isinstance(name, str) for name in attributes):
+        raise ConfigError(f"{where}: attributes is {attributes!r}; it must be a list of columns of the .item file")
     return TaskSpec(
         name=name,
         kind=kind,
-        filter=tuple(_condition(where, condition) for condition in _listed(given.get("filter"))),
+        filter=tuple(_condition(where, condition) for condition in _listed(where, given.get("filter"))),
         target=target,
         bins=None if bins is None else tuple(float(b) for b in bins),
         classes=given.get("classes"),
-        metric=given.get("metric"),
+        metric=metric,
         description=str(given.get("description") or ""),
-        attributes=(attributes,) if isinstance(attributes, str) else tuple(attributes),
+        attributes=tuple(attributes),
         train_per_user=given.get("train_per_user"),
         eval_per_user=given.get("eval_per_user"),
         candidates=candidates,
     )
 
 
-def _listed(given: Any) -> Sequence[Any]:
+FORM = "{field: rating, op: '>=', value: 4}"
+
+
+def _listed(where: str, given: Any) -> Sequence[Any]:
+    if given is not None and not isinstance(given, Mapping | list | tuple):
+        raise ConfigError(f"{where}: the filter {given!r} is no condition; write {FORM}, or a list of such")
     return [given] if isinstance(given, Mapping) else list(given or ())
 
 
 def _condition(where: str, given: Any) -> Condition:
     if not isinstance(given, Mapping) or set(given) != {"field", "op", "value"}:
-        raise ConfigError(f"{where}: the filter {given!r} is not of the form {{field: rating, op: '>=', value: 4}}")
+        raise ConfigError(f"{where}: the filter {given!r} is not of the form {FORM}")
     op, value = given["op"], given["value"]
-    if op not in OPS and op not in SETS:
+    if not isinstance(op, str) or (op not in OPS and op not in SETS):
         raise ConfigError(f"{where}: the filter's op is {op!r}; it must be one of {', '.join([*OPS, *SETS])}")
-    if (op in SETS) != isinstance(value, list | tuple):
-        raise ConfigError(f"{where}: the filter's op {op!r} with value {value!r}: 'in' and 'not in' take a list")
+    if (op in SETS) != isinstance(value, list | tuple) or (op in SETS and not value):
+        raise ConfigError(
+            f"{where}: the filter on {given['field']!r} has op {op!r} with value {value!r}; 'in' and 'not in' take a "
+            f"list of at least one value, the others a number or a text"
+        )
     return Condition(str(given["field"]), op, tuple(value) if op in SETS else value)
 
 
@@ -198,7 +217,17 @@ class Columns:
         return self.dataset.field2source.get(name) == FeatureSource.USER
 
     def _feature(self, name: str) -> tuple[np.ndarray, np.ndarray | None]:
-        """Returns the values of a field's own file, and the row of each position in it."""
+        """Returns the values of a field's own file, NaN where a number is missing, and the row of each position."""
+        values, rows = self._stored(name)
+        if values.ndim > 1 and self.dataset.field2type.get(name) == FeatureType.FLOAT:
+            values = values[:, 0]  # of RecBole's numerical_features, whose second number is a weight
+        counts = self.dataset.number_counts.get(name)
+        if counts is not None:  # what RecBole put into the gaps is nobody's value
+            there = counts > 0 if values.ndim == 1 else np.arange(values.shape[1]) < counts[:, None]
+            values = np.where(there, values, values.dtype.type(np.nan))
+        return values, rows
+
+    def _stored(self, name: str) -> tuple[np.ndarray, np.ndarray | None]:
         if name == REPEAT:
             return self.repeat, None
         dataset, source = self.dataset, self.dataset.field2source.get(name)
@@ -225,8 +254,11 @@ class Columns:
         is_token = name != REPEAT and self.dataset.field2type.get(name) in tokenised
         return np.asarray(self.dataset.field2id_token[name]).astype(str) if is_token else None
 
-    def matches(self, task: str, condition: Condition) -> np.ndarray:
-        """Returns the flags of the positions that meet a condition, shape ``[N]``.
+    def matches(self, task: str, condition: Condition) -> tuple[np.ndarray, np.ndarray]:
+        """Looks which positions meet a condition.
+
+        Returns:
+            Flags of the positions that meet it, and of those without a value to compare; both of shape ``[N]``.
 
         Raises:
             ConfigError: If a text is compared with numbers or the other way round, or a text never occurs.
@@ -234,32 +266,45 @@ class Columns:
         values, rows = self._feature(condition.field)
         tokens, op = self._tokens(condition.field), condition.op
         asked = list(condition.value) if op in SETS else [condition.value]
+        odd = [value for value in asked if not (is_number(value) or isinstance(value, bool))]
+        where = f"tasks: {task!r}: the filter {condition}"
         found: np.ndarray
-        if tokens is None:
-            if not all(is_number(value) or isinstance(value, bool) for value in asked):
-                raise ConfigError(f"tasks: {task!r}: the filter {condition} compares the number {condition.field} so")
-            found = np.isin(values, asked) if op in SETS else np.asarray(OPS[op](values, condition.value))
-            found = ~found if op == "not in" else found
-        else:
-            if op not in ("==", "!=", *SETS):
+        if tokens is None or op not in ("==", "!=", *SETS):
+            if odd:
+                what = "orders numbers" if tokens is not None else f"compares the number {condition.field}"
+                remedy = " or use op '==', '!=', 'in' or 'not in'" if tokens is not None else " in its place"
+                raise ConfigError(f"{where} {what}, but {odd[0]!r} is none; write a number{remedy}")
+            if tokens is not None:
                 numbers = _numbers(tokens)
-                found = np.asarray(OPS[op](numbers, condition.value))[values]
-            else:
-                unknown = [value for value in asked if _text(value) not in tokens[1:]]
-                if unknown:
-                    hint = nearest(str(unknown[0]), tokens[1:].tolist()) or f"; it has {', '.join(tokens[1:6])}, ..."
-                    raise ConfigError(f"tasks: {task!r}: {condition.field} never is {unknown[0]!r}{hint}")
-                found = np.isin(values, np.flatnonzero(np.isin(tokens, [_text(value) for value in asked])))
-            found = np.asarray(found.any(axis=1)) if found.ndim > 1 else found
-            found = ~found if op in ("!=", "not in") else found
-        return np.asarray(found if rows is None else found[rows])
+                if len(tokens) > 1 and np.isnan(numbers).all():
+                    raise ConfigError(
+                        f"{where} orders numbers, but {condition.field} holds words, such as {str(tokens[1])!r}; use "
+                        f"op '==', '!=', 'in' or 'not in', or another field"
+                    )
+                values = numbers[values]
+            none = np.isnan(values)
+            kind = values.dtype.type if values.dtype.kind == "f" else np.float64  # 0.1 is what the column has for it
+            values = values.astype(kind)
+            one = OPS["==" if op in ("!=", *SETS) else op]
+            found = np.logical_or.reduce([one(values, kind(value)) for value in asked]) & ~none
+        else:
+            unknown = [value for value in asked if _text(value) not in tokens[1:]]
+            if unknown:
+                hint = nearest(str(unknown[0]), tokens[1:].tolist()) or f"; it has {', '.join(tokens[1:6])}, ..."
+                raise ConfigError(f"{where}: {condition.field} never is {unknown[0]!r}{hint}")
+            none = values == 0  # RecBole's padding
+            found = np.isin(values, np.flatnonzero(np.isin(tokens, [_text(value) for value in asked])))
+        if found.ndim > 1:
+            found, none = np.asarray(found.any(axis=1)), np.asarray(none.all(axis=1))
+        found = ~found if op in ("!=", "not in") else found
+        return np.asarray(found if rows is None else found[rows]), np.asarray(none if rows is None else none[rows])
 
     def raw_labels(self, spec: TaskSpec) -> tuple[np.ndarray, list[str] | None]:
         """Returns what a classification's classes are made of.
 
         Returns:
-            A value of each position, shape ``[N]``: ids of names, where -1 means that there is none, or numbers. And
-            the names of the ids; ``None`` for numbers.
+            A value of each position, shape ``[N]``: ids of names, -1 where there is none, or numbers, NaN where there
+            is none. And the names of the ids; ``None`` for numbers.
 
         Raises:
             ConfigError: If bins are asked of words.
@@ -271,8 +316,11 @@ class Columns:
         names: list[str] | None
         if spec.bins is not None:
             numbers = values.astype(np.float64) if tokens is None else _numbers(tokens)[values]
-            if tokens is not None and np.isnan(_numbers(tokens)[1:]).all():
-                raise ConfigError(f"tasks: {spec.name!r}: bins cut numbers, but {spec.target} holds {tokens[1]!r}")
+            if tokens is not None and len(tokens) > 1 and np.isnan(_numbers(tokens)).all():
+                raise ConfigError(
+                    f"tasks: {spec.name!r}: bins cut numbers, but {spec.target} holds words, such as "
+                    f"{str(tokens[1])!r}; leave bins out, and set classes to keep the most frequent of them"
+                )
             ids = np.where(np.isnan(numbers), -1, np.digitize(numbers, spec.bins))
             edges = [f"{edge:g}" for edge in spec.bins]
             inner = [f"{low} to below {high}" for low, high in itertools.pairwise(edges)]
@@ -303,6 +351,11 @@ def _numbers(tokens: np.ndarray) -> np.ndarray:
 MOST_CLASSES = 1000
 
 
+def labelled(values: np.ndarray, names: list[str] | None) -> np.ndarray:
+    """Returns the flags of the raw labels that are one, see :meth:`Columns.raw_labels`."""
+    return np.asarray(~np.isnan(values) if names is None else values != -1)
+
+
 def label_classes(
     spec: TaskSpec, values: np.ndarray, names: list[str] | None, train: np.ndarray, held_out: np.ndarray
 ) -> tuple[np.ndarray, list[str]]:
@@ -312,7 +365,7 @@ def label_classes(
         spec: The task.
         values: Raw labels of the positions, see :meth:`Columns.raw_labels`.
         names: Names of the ids.
-        train: Positions of the training targets.
+        train: Positions of the training targets, those that are trained on.
         held_out: Positions of the validation and test targets.
 
     Returns:
@@ -327,26 +380,26 @@ def label_classes(
         return f"{value:g}" if names is None else str(names[int(value)])
 
     where = f"tasks: {spec.name!r} (target {spec.target})"
-    known = values[train][values[train] != -1] if names is not None else values[train]
+    known, later = (of[labelled(of, names)] for of in (values[train], values[held_out]))
     classes, counts = np.unique(known, return_counts=True)
     if spec.classes is not None and len(classes) > spec.classes:
         classes = np.sort(classes[np.lexsort((classes, -counts))[: spec.classes]])
     if len(classes) < 2:
-        found = f"the single class {name(classes[0])!r}" if len(classes) else "no label"
+        found = f"{len(train)} training targets hold the single class {name(classes[0])!r}" if len(classes) else ""
         raise DataError(
-            f"{where}: its {len(train)} training targets hold {found}; choose another target, other bins, or loosen "
-            f"its filter"
+            f"{where}: its {found or 'training targets hold no label'}; choose another target or other "
+            f"bins, loosen its filter, or raise train_per_user"
         )
     if len(classes) > MOST_CLASSES:
         raise DataError(f"{where}: {len(classes)} classes are more than {MOST_CLASSES}; set bins or classes")
-    later = np.setdiff1d(values[held_out][values[held_out] != -1] if names is not None else values[held_out], classes)
+    later = np.setdiff1d(later, classes)
     if len(later) and spec.classes is None:
         raise DataError(
             f"{where}: the class {name(later[0])!r} is to be predicted but occurs in no training target; set classes "
-            f"to keep only the most frequent ones of training, or wider bins"
+            f"to keep only the most frequent ones of training, wider bins, or a larger train_per_user"
         )
     at = np.minimum(np.searchsorted(classes, values), len(classes) - 1)
     return np.where(classes[at] == values, at, -1), [name(value) for value in classes]
 
 
-__all__ = ["KINDS", "REPEAT", "Columns", "Condition", "TaskSpec", "label_classes", "parse_tasks"]
+__all__ = ["KINDS", "REPEAT", "Columns", "Condition", "TaskSpec", "label_classes", "labelled", "parse_tasks"]

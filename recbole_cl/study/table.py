@@ -24,6 +24,13 @@ from recbole_cl.study.walk import PROBE, REFUSED, RESULT, state
 SUMMARIES = ("final_average", "LA", "AF", "BWT", "FWT")
 """Columns where a study does not name its own."""
 COSTS = {"train_seconds": "training, s", "peak_memory_mb": "peak, MB"}
+COUNTS = {
+    "backbones": "#B",
+    "objectives": "#F",
+    "trainable_parameters": "trainable parameters",
+    "bytes_per_task": "bytes per task",
+}
+"""What models of several tasks cost at the last task, told where they say how many backbones are kept."""
 
 
 def mean_and_interval(values: Any, confidence: float = 0.95) -> tuple[float, float]:
@@ -57,6 +64,7 @@ def rows(plan: Plan, folder: Path) -> pd.DataFrame:
                 row |= {f"{name}:{metric}": value for metric, value in by_metric.items()}
             last = result["matrix"].get(result["primary_metric"], [[]])[-1]
             row |= {f"last:{s['name']}": value for s, value in zip(result["stages"], last, strict=False)}
+            row |= {f"constant:{s['name']}": s["constant_answer"] for s in result["stages"] if "constant_answer" in s}
             for stratum in plan.report.get("strata") or ():
                 within = result["strata"].get(result["primary_metric"], {}).get(stratum, [[]])[-1]
                 named = list(zip(result["stages"], within, strict=False))[1:]  # all is new to the first stage
@@ -65,7 +73,7 @@ def rows(plan: Plan, folder: Path) -> pd.DataFrame:
             row["eval_seconds"] = sum(c["eval_seconds"] for c in result["cost"])
             row["peak_memory_mb"] = max(c["peak_memory_mb"] for c in result["cost"])
             costs = result["cost"][-1]
-            row |= {name: costs[name] for name in ("trainable_parameters", "backbones", "objectives") if name in costs}
+            row |= {name: costs[name] for name in COUNTS if name in costs}
         out.append(row)
     return pd.DataFrame(out)
 
@@ -83,21 +91,23 @@ def comparison(plan: Plan, folder: Path) -> str:
             continue
         lines += [f"### {model} on {dataset}, {scheduler}", ""]
         told = [name.removeprefix("last:").replace(":", " ") for name in columns]
-        lines.append("| strategy | seeds | " + " | ".join([*told, *COSTS.values()]) + " |")
-        lines.append("|---" * (2 + len(columns) + len(COSTS)) + "|")
+        costs = {**COSTS, **(COUNTS if "backbones" in group and group["backbones"].notna().any() else {})}
+        lines.append("| strategy | seeds | " + " | ".join([*told, *costs.values()]) + " |")
+        lines.append("|---" * (2 + len(columns) + len(costs)) + "|")
         for keys, own in group.groupby(["strategy", *(["order"] if "order" in group else [])], sort=False):
             strategy = ", ".join(keys)
             if (own["state"] == "refused").any():
-                lines.append(f"| {strategy} | - | refused" + " |" * (len(columns) + len(COSTS)))
+                lines.append(f"| {strategy} | - | refused" + " |" * (len(columns) + len(costs)))
                 continue
             finished = own[own["state"] == "done"]
             if not len(finished):
                 continue
             cells = [_told(finished[name], scale) for name in columns]
-            cells += [f"{finished[name].mean():.0f}" for name in COSTS]
+            cells += [_count(finished, name) for name in costs]
             lines.append(f"| {strategy} | {len(finished)} | " + " | ".join(cells) + " |")
+        lines += _constant_row(group, columns, scale, len(costs))
         for strategy, figures in (report.get("published") or {}).items():
-            cells = [f"{figures[name]:g}" if name in figures else "" for name in columns] + [""] * len(COSTS)
+            cells = [f"{figures[name]:g}" if name in figures else "" for name in columns] + [""] * len(costs)
             lines.append(f"| *{strategy}, published* | | " + " | ".join(cells) + " |")
         lines.append("")
         if "orders" in (report.get("plots") or ()):
@@ -110,6 +120,20 @@ def comparison(plan: Plan, folder: Path) -> str:
     if report.get("source"):
         lines.append(f"Published figures: {report['source']}")
     return "\n".join(lines) + "\n"
+
+
+def _count(finished: pd.DataFrame, name: str) -> str:
+    return "-" if finished[name].isna().all() else f"{finished[name].mean():,.0f}"
+
+
+def _constant_row(group: pd.DataFrame, columns: list[str], scale: float, more: int) -> list[str]:
+    """Returns a row of what the most frequent class scores, where a column is a classification."""
+    names = [name.replace("last:", "constant:", 1) for name in columns]
+    if not any(name in group for name in names):
+        return []
+    seeds = group[group["state"] == "done"].drop_duplicates("seed")
+    cells = [_told(seeds[name], scale) if name in group else "" for name in names] + [""] * more
+    return [f"| *most frequent class* | {len(seeds)} | " + " | ".join(cells) + " |"]
 
 
 def probe_rows(plan: Plan, folder: Path) -> pd.DataFrame:

@@ -6,6 +6,7 @@
         strategy = "EWC"
         strength = "lambda"
         drift_grid = (0.0, 1.0, 10.0)
+        grows = {"importance": "tables", "anchor": "tables"}
 
 Each test walks a planted-drift stream of three growing stages (:mod:`recbole_cl.testing.toy`) with a small model.
 """
@@ -61,6 +62,9 @@ class StrategyContract:
         strength: Parameter that scales an anchored penalty; with :attr:`drift_grid`.
         drift_grid: Strengths from 0 on over which the importance-weighted drift falls; empty where there is no anchor.
         data_importance: True where ``end_stage`` takes importances from data, which the batch size must not change.
+        grows: What of its state grows with the users and items, by its path in the state: ``tables`` for tensors by
+            parameter name, of all the model's tables of users and items among them; ``users`` or ``items`` for one
+            tensor with a row for each. Empty where nothing does.
         companion: Strategy that it is composed with.
         settings: Further properties of the runs.
     """
@@ -71,6 +75,7 @@ class StrategyContract:
     strength: ClassVar[str | None] = None
     drift_grid: ClassVar[tuple[float, ...]] = ()
     data_importance: ClassVar[bool] = False
+    grows: ClassVar[Mapping[str, str]] = {}
     companion: ClassVar[str] = "SI"
     settings: ClassVar[Mapping[str, Any]] = {}
 
@@ -202,14 +207,29 @@ class StrategyContract:
         assert all(a > b for a, b in pairs), f"drift {drifts} over strengths {self.drift_grid}"
 
     def test_growth(self, backbone: str, known: Callable[..., Runner]) -> None:
-        """Over a growing stream its tensors end with the shapes of the model's parameters."""
+        """Over a growing stream its tensors end with the shapes of the model's parameters; all that it declares do."""
         runner = known(backbone, self.active())
         stages = runner.stream.stages
         assert stages[-1].n_users > stages[0].n_users and stages[-1].n_items > stages[0].n_items
+        rows = {"users": stages[-1].n_users, "items": stages[-1].n_items}
         shapes = {name: p.shape for name, p in runner.model.named_parameters()}
+        tables = {name for name, shape in shapes.items() if shape and shape[0] in rows.values()}
+        assert tables, "the model has no table of users or items"
+        found: dict[str, int] = {}
         for path, name, value in leaves(self._live(runner).state_dict()):
-            if name in shapes and torch.is_tensor(value):
+            if not torch.is_tensor(value):
+                continue
+            part = path.strip("/")
+            if name in shapes:
                 assert value.shape == shapes[name], f"{path} has {tuple(value.shape)}, the model {tuple(shapes[name])}"
+                part = part.removesuffix(f"/{name}")
+                if name in tables:
+                    found[part] = found.get(part, 0) + 1
+            elif self.grows.get(part) in rows:
+                assert len(value) == rows[self.grows[part]], f"{path} has {len(value)} rows, not one for each"
+                found[part] = 1
+        declared = {part: len(tables) if kind == "tables" else 1 for part, kind in self.grows.items()}
+        assert found == declared, f"the state has growing tensors {found}, {type(self).__name__}.grows says {declared}"
 
     def test_state_survives_a_checkpoint(
         self, backbone: str, run: Callable[..., Runner], monkeypatch: pytest.MonkeyPatch, tmp_path: Path

@@ -350,7 +350,7 @@ def main(wanted: list[str]) -> None:
         bounds_table([("192 windows, softmax", 192, {}), ("192 windows, pairs", 192, PAIRS)])
     if "epochs" in wanted:
         print("\n| epoch of ml-100k, stage 2 of 2 | FineTune, CPU s | strategy | times FineTune |\n|---|---|---|---|")
-        for model, rounds, members in (("BPR", 7, MEMBERS), ("SASRec", 3, (*MEMBERS[:3], FEWER))):
+        for model, rounds, members in (("BPR", 7, MEMBERS), ("SASRec", 3, MEMBERS[:3])):
             times: dict[str, list[float]] = {}
             for _ in range(rounds):
                 for told, name, settings in (("FineTune", "FineTune", {}), *members):
@@ -377,7 +377,6 @@ MEMBERS: tuple[Member, ...] = (
     ("ERRandom", "ERRandom", {}),
     ("EWC", "EWC", {"ewc_samples": 16}),  # the Fisher is no part of an epoch
 )
-FEWER: Member = ("ERRandom, 8 windows a batch", "ERRandom", {"er_batch_size": 8})
 
 if __name__ == "__main__":
     main(sys.argv[1:])

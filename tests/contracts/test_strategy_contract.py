@@ -8,6 +8,7 @@ class TestEWC(StrategyContract):
     strength = "lambda"
     drift_grid = (0.0, 1.0, 10.0, 100.0)
     data_importance = True
+    grows = {"importance": "tables", "anchor": "tables"}
 
 
 class TestSI(StrategyContract):
@@ -16,8 +17,9 @@ class TestSI(StrategyContract):
     strength = "c"
     drift_grid = (0.0, 1.0, 10.0, 100.0)
     companion = "EWC"
+    grows = {part: "tables" for part in ("path", "start", "importance", "anchor")}
 
 
-class TestERRandom(StrategyContract):
+class TestERRandom(StrategyContract):  # its rows hold ids, which stay: nothing grows
     strategy = "ERRandom"
     parameters = {"memory_size": 60, "batch_size": 16}

@@ -18,6 +18,7 @@ class PartsContract(StrategyContract):
     """They have more parameters than FineTune's model, and act by what moves rather than by a term of the loss."""
 
     backbones = ("SASRec",)
+    grows = {"frozen": "tables"}
 
     def test_it_acts_after_drift(
         self, backbone: str, run: Callable[..., Runner], monkeypatch: pytest.MonkeyPatch

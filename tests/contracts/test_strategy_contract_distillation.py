@@ -30,6 +30,7 @@ class TestContrastivePIW(TowerContract):
 
 class TestPISA(TowerContract):
     strategy = "PISA"
+    grows = {"forward": "users"}
 
     def test_an_interrupted_second_pass_goes_on_with_the_same_bits(
         self, backbone: str, toy: PlantedDrift, known: Callable[..., Runner], monkeypatch: Any, tmp_path: Path
@@ -80,6 +81,11 @@ class TestPISA(TowerContract):
 class TestCCD(TowerContract):
     strategy = "CCD"
     parameters = {"teacher_size": 12, "top": 10, "samples": 3}
+    grows = {
+        f"{part}/{side}": side
+        for part in ("teacher", "proxies/stability", "proxies/plasticity")
+        for side in ("users", "items")
+    }
 
     def test_the_teacher_grows(self, backbone: str, known: Callable[..., Runner]) -> None:
         """The teacher and both proxies end with a row for every user and item, and the proxies differ."""

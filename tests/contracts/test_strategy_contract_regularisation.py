@@ -10,6 +10,7 @@ class TestOnlineEWC(StrategyContract):
     strength = "lambda"
     drift_grid = (0.0, 1.0, 10.0, 100.0)
     data_importance = True
+    grows = {"importance": "tables", "anchor": "tables"}
 
 
 class TestMAS(StrategyContract):
@@ -17,6 +18,7 @@ class TestMAS(StrategyContract):
     strength = "lambda"
     drift_grid = (0.0, 0.1, 1.0, 10.0)
     data_importance = True
+    grows = {"importance": "tables", "anchor": "tables"}
 
 
 class TestLwF(StrategyContract):

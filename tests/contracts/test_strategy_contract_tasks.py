@@ -8,6 +8,7 @@ from recbole_cl.testing.contract import StrategyContract
 class TestCONURE(StrategyContract):
     strategy = "CONURE"
     backbones = ("SASRec",)
+    grows = {"owner": "tables"}
 
 
 class TestTERACON(StrategyContract):

@@ -12,7 +12,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from task_helpers import SETTINGS, TASKS, read_log, write_task_log
+from task_helpers import SETTINGS, START, TASKS, read_log, write_task_log
 
 from recbole_cl.config import CLConfig, list_datasets
 from recbole_cl.errors import ConfigError, DataError
@@ -210,19 +210,224 @@ TWO = [{"field": "rating", "op": "==", "value": 5}]
         ({"name": "a", "kind": "classification", "target": "age", "bins": [3, 1]}, ConfigError, "increasing"),
         ({"name": "a", "kind": "classification", "target": "group", "bins": [3]}, ConfigError, "bins cut numbers"),
         ({"name": "a", "kind": "classification", "target": "colour"}, ConfigError, "no column of tasks-log.inter"),
-        ({"name": "a", "filter": {"field": "rating", "op": ">", "value": 9}}, DataError, "no training target"),
+        (
+            {"name": "a", "filter": {"field": "rating", "op": ">", "value": 9}},
+            DataError,
+            "'a' has no training target; no interactions of the log meet rating > 9; loosen its filter",
+        ),
         (
             {"name": "a", "kind": "classification", "target": "rating", "filter": TWO},
             DataError,
             "single class '5'",
         ),
         ({"name": "a", "kind": "classification", "target": "age"}, DataError, "occurs in no training target"),
+        ({"name": "a", "filter": 5}, ConfigError, "'a': the filter 5 is no condition; write {field"),
+        ({"name": "a", "filter": "rating > 3"}, ConfigError, "'a': the filter 'rating > 3' is no condition; write"),
+        ({"name": "a", "filter": ["rating > 3"]}, ConfigError, "'a': the filter 'rating > 3' is not of the form"),
+        (
+            {"name": "a", "filter": {"field": "rating", "op": ["=="], "value": 5}},
+            ConfigError,
+            r"op is \['=='\]; it must",
+        ),
+        ({"name": "a", "filter": {"field": "rating", "op": "in", "value": []}}, ConfigError, "at least one value"),
+        (
+            {"name": "a", "filter": {"field": "age", "op": ">=", "value": "forty"}},
+            ConfigError,
+            "'a': the filter age >= forty orders numbers, but 'forty' is none; write a number or use op '=='",
+        ),
+        (
+            {"name": "a", "filter": {"field": "group", "op": ">=", "value": 3}},
+            ConfigError,
+            "'a': the filter group >= 3 orders numbers, but group holds words, such as 'g[012]'; use op '=='",
+        ),
+        (
+            {"name": "a", "filter": {"field": "rating", "op": "in", "value": [5, "x"]}},
+            ConfigError,
+            "'x' is none; write",
+        ),
+        ({"name": "a", "attributes": 5}, ConfigError, "'a': attributes is 5; it must be a list of columns"),
+        ({"name": "a", "attributes": [5]}, ConfigError, r"'a': attributes is \[5\]; it must be a list of columns"),
+        ({"name": "a", "metric": 5}, ConfigError, "'a': metric is 5; it must be a name such as hit@5"),
+        (
+            {"name": "a", "kind": "classification", "target": "genre", "bins": [3]},
+            ConfigError,
+            "'a': bins cut numbers, but genre holds words, such as 'early'; leave bins out",
+        ),
+        (
+            {"name": "a", "kind": "classification", "target": "genre", "candidates": "targets"},
+            ConfigError,
+            "'a': candidates is 'targets', but a classification ranks no items; leave candidates out",
+        ),
     ],
 )
 def test_what_makes_no_sense_is_refused(folder: Path, task: dict[str, Any], error: type[Exception], words: str) -> None:
     """The message names task, field and remedy, and no code is ever run."""
     with pytest.raises(error, match=words):
         stream(folder, tasks=[TASKS[0], task])
+
+
+def test_why_there_is_no_training_target(folder: Path) -> None:
+    """Interactions that meet the filter but come first of all, or are held out, are told from none."""
+    early = [{"field": "timestamp", "op": "<", "value": START + 36}]  # everybody's first interaction
+    with pytest.raises(
+        DataError, match=r"36 interactions of the log meet timestamp < .*, none of them in training and"
+    ):
+        stream(folder, tasks=[TASKS[0], {"name": "a", "filter": early}])
+    with pytest.raises(ConfigError, match="'a' reads 'rating' as the file has it; take it out of discretization"):
+        stream(
+            folder,
+            tasks=[TASKS[0], {"name": "a", "filter": TWO}],
+            numerical_features=["rating"],
+            discretization={"rating": {"method": "LD"}},
+        )
+
+
+def write_rows(folder: Path, suffix: str, header: str, rows: list[tuple[Any, ...]]) -> None:
+    """Writes one of the atomic files of a log."""
+    lines = ["\t".join(header.split()), *("\t".join(map(str, row)) for row in rows)]
+    (folder / "tasks-log" / f"tasks-log.{suffix}").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def gaps(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The log with columns that have gaps: every third user, item and interaction has no value."""
+    folder = write_task_log(tmp_path_factory.mktemp("gaps"))
+    inter, users, items = read_log(folder)
+    told = [(*row, "" if number % 3 == 0 else number % 5) for number, row in enumerate(inter)]
+    write_rows(folder, "inter", "user_id:token item_id:token rating:float timestamp:float mood:float", told)
+    people = [(u, g, age, "" if int(u[1:]) % 3 == 0 else age) for u, (g, age, _) in users.items()]
+    write_rows(folder, "user", "user_id:token group:token age:token years:float", people)
+    things = [
+        (i, genres, "" if k % 3 == 0 else genres.split()[0], "" if k % 3 == 0 else k, "" if k % 3 == 0 else f"{k} {-k}")
+        for k, (i, (genres,)) in enumerate(items.items())
+    ]
+    write_rows(folder, "item", "item_id:token genre:token_seq half:token size:float both:float_seq", things)
+    return folder
+
+
+SIZE = {f"i{k}": None if k % 3 == 0 else k for k in range(24)}
+WHOLE = {"task_train_per_user": None, "task_eval_per_user": None}
+
+
+@pytest.mark.parametrize("features", [[], ["size", "rating"]])
+def test_a_missing_number_meets_no_condition(gaps: Path, features: list[str]) -> None:
+    """RecBole puts the mean into gaps; a filter does not take it for a value, and says how many have none."""
+    cases: list[tuple[str, str, Any, Any]] = [
+        ("size", ">", -1, lambda k: k is not None),
+        ("size", "<", 12, lambda k: k is not None and k < 12),
+        ("size", "in", [1, 2, 4], lambda k: k in (1, 2, 4)),
+        ("size", "!=", 4, lambda k: k != 4),
+        ("size", "not in", [4, 5], lambda k: k not in (4, 5)),
+        ("both", "<", 1, lambda k: k is not None),
+        ("both", "==", -4, lambda k: k == 4),
+        ("both", "!=", 0, lambda k: True),
+        ("rating", "!=", 1, lambda k: True),
+        ("half", "==", "early", lambda k: k is not None and k % 8 < 4),
+        ("half", "!=", "early", lambda k: k is None or k % 8 >= 4),
+    ]
+    tasks = [
+        {"name": f"task {n}", "filter": {"field": f, "op": op, "value": v}} for n, (f, op, v, _) in enumerate(cases)
+    ]
+    found = stream(gaps, tasks=[TASKS[0], *tasks], numerical_features=features, **WHOLE)
+    rows = [(item, time) for r in parts_of_gaps(gaps).values() for item, time in r[1:]]
+    without = sum(SIZE[item] is None for r in parts_of_gaps(gaps).values() for item, _ in r)
+    total = len(found.table)
+    for stage, (field, op, _, meets) in zip(found.stages[1:], cases, strict=True):
+        have = sorted(time for part in SPLITS for _, _, time in told(found, stage.split(part)))
+        assert have == sorted(time for item, time in rows if meets(SIZE[item])), stage.name
+        verb = "keeps" if op in ("!=", "not in") else "leaves out"
+        words = f"'{stage.name}': {without} of {total} interactions have no {field}; the filter {field} {op} "
+        warned = any(words in warning and f"{verb} them" in warning for warning in found.warnings)
+        assert warned == (field != "rating"), stage.name
+
+
+def parts_of_gaps(folder: Path) -> dict[str, list[tuple[str, int]]]:
+    """Returns each user's interactions: (item, time)."""
+    by_user: dict[str, list[tuple[str, int]]] = {}
+    for user, item, _, time, *_ in read_log(folder)[0]:
+        by_user.setdefault(user, []).append((item, int(time)))
+    return by_user
+
+
+def test_a_missing_number_is_no_label(gaps: Path) -> None:
+    """Of users, items and interactions, with bins and without: like a missing word, left out with a warning."""
+    tasks: list[dict[str, Any]] = [
+        {"name": "years", "kind": "classification", "target": "years", "bins": [30, 45]},
+        {"name": "size", "kind": "classification", "target": "size", "bins": [12]},
+        {"name": "plain size", "kind": "classification", "target": "size", "classes": 20},
+        {"name": "mood", "kind": "classification", "target": "mood"},
+        {"name": "half", "kind": "classification", "target": "half"},
+        {"name": "both", "kind": "classification", "target": "both", "bins": [12]},
+    ]
+    found = stream(gaps, tasks=[TASKS[0], *tasks], **WHOLE)
+    inter, users, _ = read_log(gaps)
+    years, mood = (
+        {u: row[2] for u, row in users.items()},
+        {int(row[3]): row[4] if len(row) > 4 else "" for row in inter},
+    )
+    item_at = {(row[0], int(row[3])): row[1] for row in inter}
+    for stage in found.stages[1:]:
+        seen = 0
+        for part in SPLITS:
+            targets = stage.split(part)
+            for (user, _, time), label in zip(told(found, targets), targets.label, strict=True):
+                assert stage.task.labels is not None
+                size, seen, name = SIZE[item_at[user, time]], seen + 1, stage.task.labels[label]
+                if stage.name == "years":
+                    assert years[user]
+                    assert label == sum(int(years[user]) >= edge for edge in (30, 45))
+                elif stage.name == "mood":
+                    assert mood[time] == name
+                else:
+                    assert size is not None
+                    if stage.name in ("size", "both"):
+                        assert label == int(size >= 12)
+                    if stage.name == "plain size":
+                        assert name == str(size)
+        assert seen > 10
+        lost = (36 if stage.name == "years" else len(inter) - 36) - seen
+        words = f"'{stage.name}': {lost} of {lost + seen} targets have no label or none of its"
+        assert lost and any(words in warning for warning in found.warnings), stage.name
+    with pytest.raises(DataError, match="its training targets hold no label"):
+        nothing = [{"field": "user_id", "op": "in", "value": ["u0", "u3"]}]
+        stream(gaps, tasks=[TASKS[0], {**tasks[0], "filter": nothing}])
+
+
+@pytest.fixture(scope="module")
+def turning(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The log with a ``phase``: ``old`` in the first half of a user's interactions, then ``new``, ``end`` at last."""
+    folder = write_task_log(tmp_path_factory.mktemp("turning"))
+    inter = []
+    for user, rows in parts_of(folder).items():
+        for n, (item, part, rating, time) in enumerate(rows):
+            phase = "old" if n < 6 else "new" if part == "train" or user != "u0" else "end"
+            inter.append((user, item, rating, time, phase, f"{phase}{n % 2}" if n < 6 else "new0" if n % 3 else "new1"))
+    write_rows(
+        folder, "inter", "user_id:token item_id:token rating:float timestamp:float phase:token fine:token", inter
+    )
+    return folder
+
+
+def test_classes_are_those_of_the_targets_that_are_kept(turning: Path) -> None:
+    """Checks and class lists look at the newest training targets, after ``train_per_user``, and at no others."""
+    phase = {"name": "phase", "kind": "classification", "target": "phase"}
+    started = {"name": "phase", "kind": "classification", "target": "phase", "classes": 3}
+    assert stream(turning, tasks=[TASKS[0], started], **WHOLE).stages[1].task.labels == ("old", "new")
+    for task in (phase, started):  # the newest two of everybody are new
+        with pytest.raises(DataError, match=r"its 72 training targets hold the single class 'new'; .* train_per_user"):
+            stream(turning, tasks=[TASKS[0], {**task, "train_per_user": 2}])
+    with pytest.raises(DataError, match="the class 'end' is to be predicted but occurs in no training target; set"):
+        stream(turning, tasks=[TASKS[0], phase], **WHOLE)
+    # of all, old ones are the most frequent; of the newest three, new ones
+    fine = {"name": "fine", "kind": "classification", "target": "fine", "classes": 2}
+    whole, few = (stream(turning, tasks=[TASKS[0], {**fine, **own}], **WHOLE) for own in ({}, {"train_per_user": 3}))
+    assert set(whole.stages[1].task.labels or ()) == {"new0", "old1"}
+    assert set(few.stages[1].task.labels or ()) == {"new0", "new1"}
+    for part in SPLITS:
+        labels = few.stages[1].split(part).label
+        assert len(labels) and set(labels.tolist()) == {0, 1}, part
+    newest = stream(turning, tasks=[TASKS[0], {"name": "all", "train_per_user": 3}], **WHOLE).stages[1].train
+    assert set(few.stages[1].train.position.tolist()) <= set(newest.position.tolist())
 
 
 def test_other_refusals(folder: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from recbole_cl.schema import is_integer, is_number
 from recbole_cl.stream.schedulers.base import Log, Scheduler, Slices
 from recbole_cl.stream.stage import Stage, Targets, Task
 from recbole_cl.stream.table import TEST, TRAIN, VALID, InteractionTable
-from recbole_cl.stream.tasks import REPEAT, Columns, TaskSpec, label_classes, parse_tasks
+from recbole_cl.stream.tasks import REPEAT, Columns, TaskSpec, label_classes, labelled, parse_tasks
 
 if TYPE_CHECKING:
     from recbole_cl.stream.dataset import StreamDatasetMixin
@@ -99,6 +100,10 @@ class TaskStream(Scheduler):
                         f"tasks: {spec.name!r} reads {field!r} as the file has it; take it out of normalize_field and "
                         f"set normalize_all: False"
                     )
+                if field in (final.get("discretization") or ()):
+                    raise ConfigError(
+                        f"tasks: {spec.name!r} reads {field!r} as the file has it; take it out of discretization"
+                    )
                 wanted[suffix].append(field)
         load = final.get("load_col")
         if load is not None:
@@ -169,7 +174,15 @@ class TaskStream(Scheduler):
         table = columns.table
         meets = np.ones(len(table), dtype=bool)
         for condition in spec.filter:
-            meets &= columns.matches(spec.name, condition)
+            flags, none = columns.matches(spec.name, condition)
+            meets &= flags
+            if none.any():
+                kept = "keeps" if flags[none].any() else "leaves out"
+                dataset.stream_warnings.append(
+                    f"tasks: {spec.name!r}: {int(none.sum())} of {len(none)} interactions have no {condition.field}; "
+                    f"the filter {condition} {kept} them"
+                )
+        met = int(meets.sum())
         if spec.kind == "classification" and columns.of_user(spec.target or ""):
             found, role = self._users(spec, table, meets, dataset)
         else:
@@ -188,24 +201,19 @@ class TaskStream(Scheduler):
             found, role = found[keep], role[keep]
         if not (role == TRAIN).any():
             told = " and ".join(map(str, spec.filter))
-            raise DataError(f"tasks: {spec.name!r} has no training target{told and f'; no interaction meets {told}'}")
-        labels: list[str] | None = None
-        if spec.kind == "classification":
-            values, names = columns.raw_labels(spec)
-            train, held_out = found.position[role == TRAIN], found.position[role != TRAIN]
-            label, labels = label_classes(spec, values, names, train, held_out)
-            chosen = label[found.position]
-            found = Targets(found.position, found.user, found.lo, found.hi, chosen)[chosen >= 0]
-            role = role[chosen >= 0]
-            if (left := int((chosen < 0).sum())) > 0:
-                dataset.stream_warnings.append(
-                    f"tasks: {spec.name!r}: {left} of {len(chosen)} targets have no label or none of its "
-                    f"{len(labels)} classes and are left out"
-                )
+            how = f"; {met or 'no'} interactions of the log meet {told}" if told else ""
+            why = ", none of them in training and after a history" if told and met else ""
+            raise DataError(
+                f"tasks: {spec.name!r} has no training target{how}{why}; "
+                f"{'loosen its filter' if told else 'raise the first of stage_ratios'} or leave the task out"
+            )
         eval_most = spec.eval_per_user or self.config["task_eval_per_user"]
         train_most = spec.train_per_user or (None if first else self.config["task_train_per_user"])
         most = {TRAIN: train_most, VALID: eval_most, TEST: eval_most}
-        parts = {part: _newest(found[role == part], most[part]) for part in (TRAIN, VALID, TEST)}
+        parts, labels = {part: found[role == part] for part in most}, None
+        if spec.kind == "classification":
+            parts, labels = _classes(spec, columns, parts, most)
+        parts = {part: _newest(targets, most[part]) for part, targets in parts.items()}
         task = Task(
             kind=spec.kind,
             name=spec.name,
@@ -239,6 +247,45 @@ class TaskStream(Scheduler):
             role[index] = part
         last = table.seq[hi - 1]
         return Targets(last, users, lo, hi, np.zeros(len(users), dtype=np.int64)), role
+
+
+def _classes(
+    spec: TaskSpec, columns: Columns, parts: dict[int, Targets], most: dict[int, int | None]
+) -> tuple[dict[int, Targets], list[str]]:
+    """Gives the targets of a classification their classes.
+
+    Args:
+        spec: The task.
+        columns: The columns of the log.
+        parts: Targets by role.
+        most: How many of a user's targets are kept, by role.
+
+    Returns:
+        The targets that have a class, and the classes' names.
+    """
+    values, names = columns.raw_labels(spec)
+    known = labelled(values, names)
+    without = sum(int((~known[targets.position]).sum()) for targets in parts.values())
+    parts = {part: targets[known[targets.position]] for part, targets in parts.items()}
+    for part in parts:
+        # The classes are those of what is trained on. Where they are not chosen, every held-out target must have one
+        # of them; where they are, a user's newest ones that have one are kept.
+        if part == TRAIN or spec.classes is None:
+            parts[part] = _newest(parts[part], most[part])
+    held_out = Targets.concat([parts[VALID], parts[TEST]])
+    label, labels = label_classes(spec, values, names, parts[TRAIN].position, held_out.position)
+    chosen = {part: replace(targets, label=label[targets.position]) for part, targets in parts.items()}
+    parts, total = {part: targets[targets.label >= 0] for part, targets in chosen.items()}, without + _number(chosen)
+    if (left := total - _number(parts)) > 0:
+        columns.dataset.stream_warnings.append(
+            f"tasks: {spec.name!r}: {left} of {total} targets have no label or none of its {len(labels)} classes and "
+            f"are left out"
+        )
+    return parts, labels
+
+
+def _number(parts: dict[int, Targets]) -> int:
+    return sum(map(len, parts.values()))
 
 
 def _items(spec: TaskSpec, train: Targets, late_from: int | None) -> np.ndarray | None:
