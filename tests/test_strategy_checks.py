@@ -313,6 +313,8 @@ def test_replay_refuses_streams_of_tasks(
     """Rows of several tasks have several sets of fields; that is told before the first epoch, with what serves."""
     monkeypatch.setattr("recbole_cl.trainer.HookedTrainer._train_epoch", lambda *_, **__: pytest.fail("it trained"))
     told = f"{name} cannot serve the model {model} under the scheduler TaskStream.*use MTL.*CONURE, TERACON.*PCL"
+    if model == "PCL":
+        told = f"{name} cannot serve the model PCL, which keeps what earlier stages trained.*use FineTune"
     with pytest.raises(ConfigError, match=told):
         on_tasks(tasks, tmp_path, model, strategy={name: {}}, train_positions=positions).run()
 

@@ -59,8 +59,8 @@ class ERRandom(Strategy):
             # A model with heads reads other fields for each kind of task (labels, windows): no batch holds rows of two.
             raise ConfigError(
                 f"strategy: {self.name} cannot serve the model {config['model']} under the scheduler TaskStream: rows "
-                f"of old tasks have other fields than the batches that they would join; use MTL, which trains "
-                f"all tasks so far side by side, CONURE, TERACON, or the model PCL with FineTune"
+                f"of old tasks have other fields than the batches that they would join; use MTL, which trains all "
+                f"tasks so far side by side, CONURE, TERACON with the model SoftMask, or FineTune with the model PCL"
             )
 
     def own_rows(self, ctx: StageContext) -> OwnRows:

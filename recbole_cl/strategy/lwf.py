@@ -18,6 +18,7 @@ from recbole_cl.model.fused import distillation, divergence
 from recbole_cl.model.task_heads import TaskModel
 from recbole_cl.registry import strategies
 from recbole_cl.strategy.base import StageContext, Strategy
+from recbole_cl.strategy.checks import check_strength
 from recbole_cl.strategy.outputs import second_forward
 from recbole_cl.strategy.teacher import TeacherRows
 from recbole_cl.stream.batch import TARGETS
@@ -58,6 +59,7 @@ class LwF(Strategy):
         self._known: TeacherRows | None = None  # made anew from the context where a run is resumed: no state
 
     def check(self, config: Any, model: nn.Module) -> None:
+        check_strength(self)
         if isinstance(model, TaskModel):
             instead = (
                 "FineTune, under which its answers to earlier tasks stay as they are"

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from recbole_cl.errors import ConfigError
 from recbole_cl.registry import strategies
 from recbole_cl.strategy.base import Pass, StageContext, Strategy, require
+from recbole_cl.strategy.checks import check_strength
 from recbole_cl.strategy.outputs import Towers, check_layers, final, layers
 
 FORWARD = "forward"
@@ -58,6 +59,7 @@ class PISA(Strategy):
 
     def check(self, config: Any, model: nn.Module) -> None:
         check_layers(self.name, config, model)
+        check_strength(self, "alpha")
         if not self.params["temperature"] > 0:
             raise ConfigError(f"pisa_temperature: {self.params['temperature']} is not positive; the default is 0.5")
         if self.params["clusters"] < 2:

@@ -321,7 +321,9 @@ class Columns:
                     f"tasks: {spec.name!r}: bins cut numbers, but {spec.target} holds words, such as "
                     f"{str(tokens[1])!r}; leave bins out, and set classes to keep the most frequent of them"
                 )
-            ids = np.where(np.isnan(numbers), -1, np.digitize(numbers, spec.bins))
+            # RecBole holds numbers in single precision: so must the edges, or 1.65 falls below an edge of 1.65.
+            cuts = np.asarray(spec.bins, dtype=values.dtype if tokens is None else np.float64)
+            ids = np.where(np.isnan(numbers), -1, np.digitize(numbers, cuts.astype(np.float64)))
             edges = [f"{edge:g}" for edge in spec.bins]
             inner = [f"{low} to below {high}" for low, high in itertools.pairwise(edges)]
             names = [f"below {edges[0]}", *inner, f"{edges[-1]} and above"]

@@ -175,6 +175,19 @@ def test_bins_and_numbers_of_classes(folder: Path) -> None:
     assert any("'stars'" in warning and "left out" in warning for warning in found.warnings)
 
 
+def test_a_number_on_an_edge_belongs_above_it(folder: Path, tmp_path: Path) -> None:
+    """1.65 is no float32: read as one it lies below the edge of 1.65 in double precision."""
+    (tmp_path / "tasks-log").mkdir()
+    for suffix in ("inter", "user"):
+        source = folder / "tasks-log" / f"tasks-log.{suffix}"
+        (tmp_path / "tasks-log" / source.name).write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
+    rows = [(f"i{item}", 1.65 if item % 2 else 4.95, "g") for item in range(24)]
+    write_rows(tmp_path, "item", "item_id:token price:float genre:token_seq", rows)
+    tasks = [TASKS[0], {"name": "price", "kind": "classification", "target": "price", "bins": [1.65, 4.95]}]
+    found = stream(tmp_path, tasks=tasks).stages[1]
+    assert found.task.labels == ("1.65 to below 4.95", "4.95 and above") and set(found.train.label) == {0, 1}
+
+
 def test_order_number_and_fingerprint(folder: Path) -> None:
     """``task_order`` permutes the stages, ``n_stages`` keeps the first; a task's users do not depend on its place."""
     plain, turned = stream(folder), stream(folder, task_order=[1, 4, 2])
