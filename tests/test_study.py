@@ -122,6 +122,7 @@ def test_runs_once_refuses_and_tells(tmp_path: Path, log: PlantedDrift) -> None:
     text = write_tables(plan, out)
     assert "### BPR on" in text and "| PersonalizedImitation | - | refused" in text
     assert "PersonalizedImitation cannot serve the model SASRec" in text
+    assert "most frequent class" not in text, "no column is a classification"
     assert (out / "table.csv").read_text(encoding="utf-8").count("\n") == 1 + len(plan.cells)
     with pytest.raises(ConfigError, match="another --output_dir"):
         walk(read_plan(study(tmp_path, log, seeds=[1], settings={**SMALL, "epochs": 2}), "laptop"), out)

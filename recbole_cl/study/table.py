@@ -128,7 +128,7 @@ def _count(finished: pd.DataFrame, name: str) -> str:
 
 def _constant_row(group: pd.DataFrame, columns: list[str], scale: float, more: int) -> list[str]:
     """Returns a row of what the most frequent class scores, where a column is a classification."""
-    names = [name.replace("last:", "constant:", 1) for name in columns]
+    names = [f"constant:{name.removeprefix('last:')}" for name in columns]
     if not any(name in group for name in names):
         return []
     seeds = group[group["state"] == "done"].drop_duplicates("seed")
