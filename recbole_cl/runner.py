@@ -123,7 +123,7 @@ class Runner(PassTrainer):
             load_owned_state(ctx.model, stage_start["model"])
             self.strategy.load_state_dict(clone_tree(stage_start["strategy"]))
         passes = self.strategy.plan_stage(ctx)
-        refuse_new_beginnings(self.strategy.members, passes)
+        refuse_new_beginnings(ctx, self.strategy.members, passes)
         progress = Progress(best_score=self._worst(stage))
         if resumed is not None:
             progress = Progress.of(resumed["progress"])

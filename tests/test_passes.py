@@ -10,8 +10,9 @@ import torch
 from run_helpers import configure, run, toy
 
 from recbole_cl.errors import ConfigError
+from recbole_cl.registry import strategies
 from recbole_cl.runner import Runner
-from recbole_cl.strategy.base import StageContext
+from recbole_cl.strategy.base import Pass, StageContext, Strategy
 from recbole_cl.strategy.pisa import PISA
 from recbole_cl.testing.toy import PlantedDrift
 
@@ -54,6 +55,28 @@ def test_a_pass_aside_leaves_companions_as_they_were(
         run(log, tmp_path / "broken", "BPR", strategy=both, **settings)
     resumed, _ = run(log, tmp_path / "broken", "BPR", strategy=both, resume=True, **settings)
     assert_same(expected, resumed)
+
+
+class Anew(Strategy):
+    """Begins every stage from new weights, and does not say so beforehand."""
+
+    neutral = {}
+
+    def plan_stage(self, ctx: StageContext) -> list[Pass]:
+        return [Pass(init="fresh")]
+
+
+def test_a_model_that_builds_on_itself_refuses_a_new_beginning(
+    log: PlantedDrift, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a strategy of another package has not said that it begins anew: PCL would prompt random weights."""
+    strategies.names()
+    for name in ("_members", "_names"):
+        monkeypatch.setattr(strategies, name, dict(getattr(strategies, name)))
+    strategies.register()(Anew)
+    settings = {"pcl_encoder": "random", "weight_decay": 0.0, "strategy": "Anew"}
+    with pytest.raises(ConfigError, match="starts stage 2 from new weights, but the model PCL builds on"):
+        run(log, tmp_path, "PCL", **settings)
 
 
 def assert_same(one: Runner, other: Runner) -> None:

@@ -149,6 +149,12 @@ def test_a_fresh_start_trains_once_for_a_last_row(log: PlantedDrift, tmp_path: P
     once = run(log, tmp_path / "b", model, strategy="FullRetrain", matrix_cells="last_row")[1]
     assert once["matrix"]["ndcg@10"][2] == every["matrix"]["ndcg@10"][2]
     assert {curve["stage"] for curve in once["curves"]} == {2} < {curve["stage"] for curve in every["curves"]}
+    beside = {"FullRetrain": {}, "EWC": {"lambda": 10.0, "samples": 50}}
+    pairs = [
+        run(log, tmp_path / f"beside{cells}", model, strategy=beside, matrix_cells=cells)[1]
+        for cells in ("all", "last_row")
+    ]
+    assert pairs[1]["matrix"]["ndcg@10"][2] == pairs[0]["matrix"]["ndcg@10"][2], "EWC learns from every stage's model"
     joint = run(log, tmp_path / "c", model, strategy="Joint", matrix_cells="last_row")[1]
     assert {curve["stage"] for curve in joint["curves"]} == {0, 1, 2}, "Joint goes on from where it was"
 

@@ -9,8 +9,12 @@ _NOT_NEUTRAL = "a bound has no strength that could be zero"
 
 
 def only_last_row(ctx: StageContext) -> bool:
-    """Tells whether no result is asked of the stage: a strategy that starts afresh at each stage need not train it."""
-    return ctx.config["matrix_cells"] == "last_row" and ctx.index + 1 < len(ctx.stream)
+    """Tells whether a strategy that starts afresh at each stage need not train this one.
+
+    That is where no result is asked of the stage, and no strategy beside it learns from the stage's model.
+    """
+    alone = len(ctx.config.strategy_specs()) == 1
+    return alone and ctx.config["matrix_cells"] == "last_row" and ctx.index + 1 < len(ctx.stream)
 
 
 @strategies.register()

@@ -15,7 +15,7 @@ from recbole.data.interaction import Interaction
 from recbole.utils import ModelType
 from torch import nn
 
-from recbole_cl.model.all_positions import AllPositions
+from recbole_cl.model.all_positions import AllPositions, last_items
 from recbole_cl.model.prefixes import prefix_outputs
 from recbole_cl.strategy.base import StageContext
 from recbole_cl.strategy.outputs import user_vectors
@@ -58,9 +58,8 @@ def looking(model: nn.Module) -> Iterator[None]:
 
 def last_outputs(model: AllPositions, rows: Interaction) -> torch.Tensor:
     """Returns the model's output after each row's history, shape ``[B, d]``."""
-    places = torch.arange(rows[model.ITEM_SEQ].size(1), device=rows[model.ITEM_SEQ].device)
-    last = places == (rows[model.ITEM_SEQ_LEN] - 1).unsqueeze(1)
-    return model.outputs(rows[model.ITEM_SEQ], last)
+    sequence = rows[model.ITEM_SEQ]
+    return model.outputs(sequence, last_items(rows[model.ITEM_SEQ_LEN], sequence.size(1)))
 
 
 def item_logits(model: Any, rows: Interaction, n_items: int) -> torch.Tensor:

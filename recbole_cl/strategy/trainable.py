@@ -235,11 +235,17 @@ def with_trainable(config: Any, members: Iterable[Strategy]) -> list[Strategy]:
     return [*found, Trainable({"kind": kind, "size": config["trainable_size"]})]
 
 
-def refuse_new_beginnings(members: Iterable[Strategy], plan: Iterable[Pass]) -> None:
-    """Raises a :class:`ConfigError` where parts are to be trained in a base that a plan makes anew.
+def refuse_new_beginnings(ctx: StageContext, members: Iterable[Strategy], plan: Iterable[Pass]) -> None:
+    """Raises a :class:`ConfigError` where parts or prompts are to be trained in a base that a plan makes anew.
 
     Strategies that say so (``begins_anew``) have been refused before anything was trained.
     """
+    anew = [pass_.name for pass_ in plan if pass_.init == "fresh"]
+    if anew and ctx.index and hasattr(ctx.model, "grow_in_place"):
+        raise ConfigError(
+            f"the pass {anew[0]!r} starts stage {ctx.index + 1} from new weights, but the model {ctx.config['model']} "
+            f"builds on what it learnt in the stages before; use a strategy that goes on, such as FineTune"
+        )
     for pass_ in plan:
         for member in members:
             if pass_.init == "fresh" and isinstance(member, PartTuning):
