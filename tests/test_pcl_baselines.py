@@ -30,6 +30,7 @@ from recbole_cl.strategy.conure import CONURE, largest
 from recbole_cl.strategy.mtl import MTL
 from recbole_cl.strategy.task_bounds import FineAll
 from recbole_cl.strategy.teracon import TERACON, annealed
+from recbole_cl.stream.batch import TARGETS
 from recbole_cl.stream.loader import make_loader
 from recbole_cl.stream.task_loader import TaskLoader
 from recbole_cl.testing.contract import assert_same
@@ -570,6 +571,30 @@ def test_task_loader_goes_round() -> None:
         again = make()
         again.load_state_dict(loader.state_dict())
         assert list(steps(again)) == whole[stop:]
+
+
+def test_an_epoch_on_all_tasks_sees_each_target_once(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short tasks are spread over the steps of the longest, whether their targets come in windows or in rows."""
+    steps: list[dict[int, int]] = []
+    original = MTL.loss_terms
+
+    def keep(member: MTL, ctx: StageContext, batch: Interaction) -> dict[str, torch.Tensor]:
+        if ctx.index == 3:
+            batches = {**ctx.loader.others, ctx.index: batch}
+            steps.append({k: int((b[TARGETS] > 0).sum()) if TARGETS in b else len(b) for k, b in batches.items()})
+        return original(member, ctx, batch)
+
+    monkeypatch.setattr(MTL, "loss_terms", keep)
+    runner = start("MultiTask", "MTL", epochs=1, train_batch_size=24, task_train_per_user=3)
+    runner.run()
+    targets = [len(stage.train) for stage in runner.stream.stages[:4]]
+    assert runner.stream.stages[3].task.kind == "classification" and targets[0] > 2 * max(targets[1:])
+    assert len(steps) == -(-targets[0] // 24)
+    for task, n in enumerate(targets):
+        sizes = [step[task] for step in steps]
+        spread = -(-n // len(steps))
+        assert n <= sum(sizes) <= n + 3 * spread + 8, f"task {task}: {sum(sizes)} of {n}"
+        assert max(sizes) <= spread + 8, f"task {task}: {sizes}"  # a batch of windows may be a window too large
 
 
 @pytest.mark.parametrize(("model", "weights"), [("MultiTask", "equal"), ("MultiTask", "mgda"), ("MMOE", "mgda")])

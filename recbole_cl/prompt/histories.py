@@ -77,14 +77,15 @@ class TransformerHistories:
         hidden = backbone.LayerNorm(embedded + backbone.position_embedding(place))
         before = torch.arange(kept[0].size(2), device=row.device) < first.unsqueeze(1)
         unseen = torch.zeros(before.shape, device=row.device).masked_fill_(~before, -torch.inf)
+        groups = Groups(row, len(sequence))
         layers = backbone.trm_encoder.layer
         for index, layer in enumerate(layers):
             asked, later = hidden, causal_mask(len(prompts), row.device)
             if index + 1 == len(layers):  # of the top layer the last item's output is asked for
                 asked = hidden[torch.arange(len(row), device=row.device), number].unsqueeze(1)
                 later = later[number].view(len(row), 1, 1, -1)
-            keys, values = (x[row] for x in kept[2 * index : 2 * index + 2])
-            hidden = _layer(layer, asked, hidden, keys, values, unseen.view(len(row), 1, 1, -1), later)
+            keys, values = (groups.of(x) for x in kept[2 * index : 2 * index + 2])
+            hidden = _layer(layer, asked, hidden, keys, values, groups, unseen.view(len(row), 1, 1, -1), later)
         return hidden.squeeze(1)
 
 
@@ -94,6 +95,7 @@ def _layer(
     hidden: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
+    groups: Groups,
     unseen: torch.Tensor,
     later: torch.Tensor,
 ) -> torch.Tensor:
@@ -103,8 +105,9 @@ def _layer(
         layer: RecBole's layer.
         asked: Inputs whose outputs are wanted, shape ``[n, s, d]``.
         hidden: Inputs of the prompted items, shape ``[n, t, d]``.
-        keys: What is kept, shape ``[n, heads, L, d / heads]``.
+        keys: What is kept of each group's sequence, shape ``[g, heads, L, d / heads]``.
         values: The same.
+        groups: The groups that the n histories are in.
         unseen: Added to the scores of what is kept, broadcast to ``[n, heads, s, L]``.
         later: Added to the scores of the prompted items, broadcast to ``[n, heads, s, t]``.
     """
@@ -114,10 +117,54 @@ def _layer(
         for part, x in ((attention.query, asked), (attention.key, hidden), (attention.value, hidden))
     )
     query = query / attention.sqrt_attention_head_size
-    scores = torch.cat([query @ keys.transpose(-2, -1) + unseen, _products(query, key) + later], dim=-1)
+    scores = torch.cat([groups.times(query, keys.transpose(-2, -1)) + unseen, _products(query, key) + later], dim=-1)
     old, new = scores.softmax(dim=-1).split([keys.size(2), hidden.size(1)], dim=-1)
-    mixed = old @ values + _mixed(new, value)
+    mixed = groups.times(old, values) + _mixed(new, value)
     return after_attention(layer, mixed.transpose(1, 2).flatten(2), asked)
+
+
+class Groups:
+    """Histories of the same sequence, in groups of at most m: what is kept of the sequence is read once for a group.
+
+    m is the mean number of histories of a sequence, so the groups hold few empty places, however uneven they are.
+
+    Args:
+        row: The sequence of each history, shape ``[n]``, in rising order.
+        n_sequences: Sequences in all.
+    """
+
+    def __init__(self, row: torch.Tensor, n_sequences: int) -> None:
+        sequence, inverse, counts = torch.unique_consecutive(row, return_inverse=True, return_counts=True)
+        self.m = max(-(-len(row) // max(len(sequence), 1)), 1)
+        self.number = -(-counts // self.m)  # groups of each sequence
+        place = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[inverse]
+        before = (self.number.cumsum(0) - self.number)[inverse]
+        self.slot = (before + place // self.m) * self.m + place % self.m
+        self.sequence = sequence.repeat_interleave(self.number)
+        self.alone = self.m == 1  # then a group is a history, and nothing has to be moved
+        self.all = len(self.sequence) == n_sequences == len(sequence)
+
+    def of(self, kept: torch.Tensor) -> torch.Tensor:
+        """Returns what is kept of each group's sequence, ``[g, ...]``, for what is kept of all, ``[W, ...]``."""
+        return kept if self.all else kept.index_select(0, self.sequence)
+
+    def times(self, rows: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+        """Returns the product of each history's rows with what is kept of its group.
+
+        Args:
+            rows: Shape ``[n, heads, s, k]``.
+            kept: Shape ``[g, heads, k, j]``.
+
+        Returns:
+            Shape ``[n, heads, s, j]``.
+        """
+        if self.alone:
+            return rows @ kept
+        n, heads, s, k = rows.shape
+        places = rows.new_zeros(len(kept) * self.m, heads, s, k).index_copy(0, self.slot, rows)
+        together = places.view(-1, self.m, heads, s, k).transpose(1, 2).reshape(-1, heads, self.m * s, k)
+        product = (together @ kept).view(-1, heads, self.m, s, kept.size(-1)).transpose(1, 2)
+        return product.reshape(-1, heads, s, kept.size(-1)).index_select(0, self.slot)
 
 
 class RecurrentHistories:
@@ -198,7 +245,8 @@ class KeptHistories:
     Args:
         compute: Returns tensors whose first dimension is that of the sequences it is given.
         length: Longest sequence L.
-        limit: Bytes that may be kept.
+        limit: Bytes that may be kept. The room for them is asked for at once; a system that gives memory out as it is
+            written to (Linux, on a CPU) gives no more than is used.
     """
 
     def __init__(self, compute: Callable[[torch.Tensor], list[torch.Tensor]], length: int, limit: int) -> None:
@@ -213,41 +261,32 @@ class KeptHistories:
         keys = [row.tobytes() for row in sequence.cpu().numpy()]
         missing = [index for index, key in enumerate(keys) if key not in self.number]
         if not missing:
-            return self._kept([self.number[key] for key in keys])
-        fresh = self._computed(sequence[missing])
-        size = sum(x[0].numel() * x.element_size() for x in fresh)
-        room = max(self.limit // size - len(self.number), 0)
-        self._keep([keys[index] for index in missing], fresh, room)
-        if len(missing) == len(keys):
-            return fresh
-        known = [index for index in range(len(keys)) if index not in set(missing)]
-        out = [x.new_empty(len(keys), *x.shape[1:]) for x in fresh]
-        for whole, new, old in zip(out, fresh, self._kept([self.number[keys[i]] for i in known]), strict=True):
-            whole[missing], whole[known] = new, old
+            return [store.index_select(0, self._numbers(keys)) for store in self.kept]
+        known = [index for index, key in enumerate(keys) if key in self.number]
+        out: list[torch.Tensor] = []
+        for part in torch.tensor(missing).split(ROWS_AT_ONCE):
+            rows = sequence[part.to(sequence.device)]
+            block = [x[: len(part)] for x in self.compute(F.pad(rows, (0, 0, 0, ROWS_AT_ONCE - len(part))))]
+            out = out or [x.new_empty(len(keys), *x.shape[1:]) for x in block]
+            for whole, x in zip(out, block, strict=True):
+                whole[part.to(x.device)] = x
+            self._keep([keys[index] for index in part], block)
+        if known:
+            numbers = self._numbers([keys[index] for index in known])
+            for whole, store in zip(out, self.kept, strict=True):
+                whole[known] = store[numbers]
         return out
 
-    def _computed(self, sequence: torch.Tensor) -> list[torch.Tensor]:
-        blocks = []
-        for part in sequence.split(ROWS_AT_ONCE):
-            block = self.compute(F.pad(part, (0, 0, 0, ROWS_AT_ONCE - len(part))))
-            blocks.append([x[: len(part)] for x in block])
-        return [torch.cat(parts) for parts in zip(*blocks, strict=True)]
-
-    def _keep(self, keys: list[bytes], fresh: list[torch.Tensor], room: int) -> None:
-        new = {key: index for index, key in enumerate(keys)}  # one that occurs twice is kept once
-        chosen = list(new.items())[:room]
-        if not chosen:
-            return
-        begin, end = len(self.number), len(self.number) + len(chosen)
-        if not self.kept or end > len(self.kept[0]):
-            grown = [x.new_empty(max(end, 2 * begin), *x.shape[1:]) for x in fresh]
-            for wide, narrow in zip(grown, self.kept, strict=False):
-                wide[:begin] = narrow[:begin]
-            self.kept = grown
-        for store, x in zip(self.kept, fresh, strict=True):
-            store[begin:end] = x[[index for _, index in chosen]]
+    def _keep(self, keys: list[bytes], block: list[torch.Tensor]) -> None:
+        if not self.kept:
+            room = self.limit // sum(x[0].numel() * x.element_size() for x in block)
+            self.kept = [x.new_empty(room, *x.shape[1:]) for x in block]
+        begin = len(self.number)
+        new = {key: index for index, key in enumerate(keys) if key not in self.number}  # one that occurs twice is kept once
+        chosen = list(new.items())[: len(self.kept[0]) - begin]
+        for store, x in zip(self.kept, block, strict=True):
+            store[begin : begin + len(chosen)] = x[[index for _, index in chosen]]
         self.number.update({key: begin + place for place, (key, _) in enumerate(chosen)})
 
-    def _kept(self, numbers: list[int]) -> list[torch.Tensor]:
-        index = torch.tensor(numbers, device=self.kept[0].device)
-        return [store.index_select(0, index) for store in self.kept]
+    def _numbers(self, keys: list[bytes]) -> torch.Tensor:
+        return torch.tensor([self.number[key] for key in keys], device=self.kept[0].device)

@@ -376,13 +376,16 @@ def make_sampler(
     )
 
 
-def make_loader(ctx: Any, targets: Targets, name: str) -> StageLoader | KnowledgeStageLoader:
+def make_loader(
+    ctx: Any, targets: Targets, name: str, batch_size: int | None = None
+) -> StageLoader | KnowledgeStageLoader:
     """Returns the loader of one pass.
 
     Args:
         ctx: The stage (:class:`recbole_cl.strategy.base.StageContext`).
         targets: Training targets of the pass.
         name: Name of the pass; its generators are derived from it.
+        batch_size: Targets of a batch, where they are not ``train_batch_size``.
     """
     config, batcher, seed = ctx.config, ctx.batcher, ctx.config["seed"]
     if config["parity"]:
@@ -422,7 +425,7 @@ def make_loader(ctx: Any, targets: Targets, name: str) -> StageLoader | Knowledg
         batcher,
         units,
         negatives,
-        config["train_batch_size"],
+        batch_size or config["train_batch_size"],
         order_generator,
         shuffle=bool(config["shuffle"]),
         shift=bool(config["window_shift"]),

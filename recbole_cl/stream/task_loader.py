@@ -18,9 +18,12 @@ class TaskLoader:
 
     ::
 
-        task 0   a0 a1 a2 a3 a4 | an epoch lasts until the longest has been seen whole
-        task 1   b0 b1 b2 b0'b1'| a shorter one begins anew, in a new order
-        task 2   c0 c0'c0"...   | the batch that is yielded; those of a and b lie in ``others``
+        task 0   a0 a1 a2 a3 a4 | the longest: batches of train_batch_size, and an epoch lasts until it is seen whole
+        task 1   b0 b1 b2 b3 b4 | a shorter one is spread over the same steps, by smaller batches
+        task 2   c0 c1 c2 c3 c0'| the batch that is yielded; those of a and b lie in ``others``
+
+    One whose targets come in fewer batches all the same (windows hold unequal numbers of them) begins anew, in a new
+    order.
 
     Args:
         loaders: One loader a task by stage index, that of the stage's own task last.
@@ -46,11 +49,12 @@ class TaskLoader:
             name: Name of the pass; the loaders' generators are derived from it, the task and the stage.
         """
         tasks = targets.task if targets.task is not None else np.full(len(targets), ctx.index)
+        parts = {int(index): targets[tasks == index] for index in np.unique(np.r_[tasks, ctx.index])}
+        steps = -(-max(len(own) for own in parts.values()) // ctx.config["train_batch_size"])
         loaders = {}
-        for index in np.unique(np.r_[tasks, ctx.index]):
-            loaders[int(index)] = make_loader(
-                replace(ctx, index=int(index)), targets[tasks == index], f"{name}/stage{ctx.index}"
-            )
+        for index, own in parts.items():
+            size = -(-len(own) // max(steps, 1))
+            loaders[index] = make_loader(replace(ctx, index=index), own, f"{name}/stage{ctx.index}", max(size, 1))
         return cls(loaders)
 
     def __getattr__(self, name: str) -> Any:
