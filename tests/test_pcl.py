@@ -25,6 +25,7 @@ from recbole_cl.model.pcl import PCL
 from recbole_cl.model.state import tree_hash
 from recbole_cl.model.task_heads import BinaryCrossEntropy, TaskHeads
 from recbole_cl.prompt import ContextualPrompts, KeptHistories, PromptedEmbedding, describe, place_prompts
+from recbole_cl.prompt.histories import Groups
 from recbole_cl.runner import Runner
 from recbole_cl.stream.batch import Batcher
 from recbole_cl.stream.stage import Stage, Task
@@ -487,6 +488,23 @@ def test_what_is_kept_has_the_bits_of_what_is_not(whole: Watched) -> None:
         for kept, anew in zip(whole_batch, few.of(sequence), strict=True):
             assert torch.equal(kept, anew)
         assert len(few.number) == 40 and len(few.kept[0]) == 40
+
+
+@pytest.mark.parametrize("counts", [[1, 1, 1], [3, 3], [1, 0, 7, 2], [0, 9], [40, 1, 1, 1, 1]])
+def test_histories_of_a_sequence_are_read_in_groups(counts: list[int]) -> None:
+    """Products with what is kept of each history's sequence, and their gradients; few places stay empty."""
+    torch.manual_seed(0)
+    row = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    kept = torch.randn(len(counts), 2, 5, 6)
+    rows = torch.randn(len(row), 2, 3, 5, requires_grad=True)
+    groups = Groups(row, len(counts))
+    out, expected = groups.times(rows, groups.of(kept)), rows @ kept[row]
+    assert torch.allclose(out, expected, atol=1e-6)
+    weight = torch.randn_like(out)
+    got, wanted = (torch.autograd.grad((x * weight).sum(), rows)[0] for x in (out, expected))
+    assert torch.allclose(got, wanted, atol=1e-6)
+    used = sum(n > 0 for n in counts)
+    assert len(groups.of(kept)) <= 2 * used and len(groups.of(kept)) * groups.m <= 2 * (len(row) + used)
 
 
 def test_other_weights_have_other_histories(whole: Watched) -> None:

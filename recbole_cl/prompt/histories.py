@@ -160,7 +160,7 @@ class Groups:
         """
         if self.alone:
             return rows @ kept
-        n, heads, s, k = rows.shape
+        heads, s, k = rows.shape[1:]
         places = rows.new_zeros(len(kept) * self.m, heads, s, k).index_copy(0, self.slot, rows)
         together = places.view(-1, self.m, heads, s, k).transpose(1, 2).reshape(-1, heads, self.m * s, k)
         product = (together @ kept).view(-1, heads, self.m, s, kept.size(-1)).transpose(1, 2)
@@ -282,7 +282,8 @@ class KeptHistories:
             room = self.limit // sum(x[0].numel() * x.element_size() for x in block)
             self.kept = [x.new_empty(room, *x.shape[1:]) for x in block]
         begin = len(self.number)
-        new = {key: index for index, key in enumerate(keys) if key not in self.number}  # one that occurs twice is kept once
+        # One that occurs twice is kept once.
+        new = {key: index for index, key in enumerate(keys) if key not in self.number}
         chosen = list(new.items())[: len(self.kept[0]) - begin]
         for store, x in zip(self.kept, block, strict=True):
             store[begin : begin + len(chosen)] = x[[index for _, index in chosen]]
