@@ -30,6 +30,10 @@ from recbole_cl.trainer import HookedTrainer, Watched, load_optimizer_by_name, m
 LOGGER = logging.getLogger("recbole_cl")
 
 
+LEAST_SCORE = 1e-4
+"""What a task's metric counts at least in the mean over tasks: one that is still zero must not hide the others."""
+
+
 @dataclass
 class Progress:
     """Where a stage's training stands; part of every checkpoint."""
@@ -335,7 +339,10 @@ class PassTrainer(StageModels):
         )
 
     def _mean_score(self, ctx: StageContext, own: float) -> float:
-        """Returns the mean of the tasks' primary metrics on their validation targets, for a pass that trains them all.
+        """Returns the geometric mean of the tasks' primary metrics on validation targets, for a pass over all of them.
+
+        Metrics of tasks are of different sizes: an accuracy of .3 with noise of .05 would decide over a hit rate of
+        .04 in a plain mean. In this one a tenth more counts the same in each.
 
         Args:
             ctx: The stage.
@@ -346,4 +353,4 @@ class PassTrainer(StageModels):
             if len(stage.valid) and self.journal.bigger(stage) == self.journal.bigger(ctx.stage):
                 metrics = self.evaluator.evaluate(ctx, self.known, stage, "valid").metrics
                 scores.append(metrics.get(self.journal.primary(stage), own))
-        return sum(scores) / len(scores)
+        return math.exp(sum(math.log(max(score, LEAST_SCORE)) for score in scores) / len(scores))

@@ -683,7 +683,7 @@ def test_all_tasks_at_once_are_trained_once_for_a_last_row(start: Start, model: 
 
 
 def test_the_best_epoch_is_that_of_all_tasks(start: Start) -> None:
-    """A stage on all tasks keeps the epoch with the best mean of the primary metrics on validation targets."""
+    """A stage on all tasks keeps the epoch with the best mean score of the tasks on validation targets."""
     runner = start("MultiTask", "MTL", epochs=4, n_stages=3)
     means: list[tuple[int, float]] = []
     original = runner._mean_score
@@ -697,6 +697,23 @@ def test_the_best_epoch_is_that_of_all_tasks(start: Start) -> None:
     mine = [value for index, value in means if index == 2]
     best = max(point["epoch"] for point in result["curves"] if point["stage"] == 2 and point["best"])
     assert best == max(i for i, value in enumerate(mine) if value == max(mine))
+
+
+def test_the_mean_over_tasks_is_geometric(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tenth more counts the same in each task, whatever the size of its metric; zero is not minus infinity."""
+    runner = start("MultiTask", "MTL", epochs=1, n_stages=3)
+    runner.run()
+    values = {0: 0.04, 1: 0.0}
+    ctx = SimpleNamespace(index=2, stage=runner.stream.stages[2])
+
+    def evaluate(ctx: Any, known: Any, stage: Any, part: str) -> Any:
+        assert part == "valid"
+        return SimpleNamespace(metrics={runner.journal.primary(stage): values[stage.index]})
+
+    monkeypatch.setattr(runner.evaluator, "evaluate", evaluate)
+    assert runner._mean_score(ctx, 0.3) == pytest.approx((0.04 * 1e-4 * 0.3) ** (1 / 3))
+    values[1] = 0.05
+    assert runner._mean_score(ctx, 0.3) == pytest.approx((0.04 * 0.05 * 0.3) ** (1 / 3))
 
 
 # -- the model with heads -----------------------------------------------------------------------------------------

@@ -37,7 +37,8 @@ class Pass:
         graph: What a graph model sees: ``all``, ``stage``, or ``None`` for the configuration's ``graph``.
         early_stopping: Stop by the validation metric and keep the best epoch.
         mix_tasks: ``data`` holds targets of several stages' tasks: each step has a batch of every one of them
-            (:class:`recbole_cl.stream.task_loader.TaskLoader`), and the mean of their primary metrics stops training.
+            (:class:`recbole_cl.stream.task_loader.TaskLoader`), and the geometric mean of their primary metrics stops
+            training.
         aside: A pass beside the plan: it draws from generators of its own, hands on no optimiser state, and leaves the
             strategies beside the one that planned it as they were, so the passes after it have the bits that they
             have without it (PISA's forward model).

@@ -32,10 +32,10 @@ class MTL(Strategy):
 
     while a parameter of one task alone follows its own gradient. On a shared bottom this is MTL and MTL+, on a mixture
     of experts (:class:`recbole_cl.model.multi_task.MMOE`) MMOE and MMOE+ of arXiv 2502.19628, table 1. At stage t the
-    tasks 0..t count, so the last row of the matrix is the bound over all tasks. Training stops early by the mean of the
-    tasks' primary metrics. The longest task has batches of ``train_batch_size``, the others are spread over as many
-    steps: an epoch sees each target once, and a step has the mean losses of a batch of every task. Under
-    ``matrix_cells: last_row`` fresh weights are trained at the last stage only.
+    tasks 0..t count, so the last row of the matrix is the bound over all tasks. The longest task has batches of
+    ``train_batch_size``, the others are spread over as many steps: an epoch sees each target once, and a step has the
+    mean losses of a batch of every task. Training stops early by the geometric mean of the tasks' primary metrics,
+    which are of different sizes. Under ``matrix_cells: last_row`` fresh weights are trained at the last stage only.
     """
 
     prefix = "mtl"
