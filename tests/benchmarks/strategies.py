@@ -335,11 +335,11 @@ def main(wanted: list[str]) -> None:
             single = {**log, "train_positions": "last"}
             fisher_table(
                 [
-                    ("SASRec, 20,000 items, 128 windows, pairs", "SASRec", 128, ">= 10x", {**log, **PAIRS}),
-                    ("SASRec, 20,000 items, 128 single targets, softmax", "SASRec", 128, ">= 10x", single),
-                    ("SASRec, 20,000 items, 128 single targets, pairs", "SASRec", 128, ">= 10x", {**single, **PAIRS}),
+                    ("SASRec, 20,000 items, 320 windows, pairs", "SASRec", 320, ">= 10x", {**log, **PAIRS}),
+                    ("SASRec, 20,000 items, 512 single targets, softmax", "SASRec", 512, ">= 10x", single),
+                    ("SASRec, 20,000 items, 512 single targets, pairs", "SASRec", 512, ">= 10x", {**single, **PAIRS}),
                 ],
-                pairs=1,
+                pairs=3,
                 chunks=(4, 11),
             )
     if "penalty" in wanted and EWCPlugin is not None:
