@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from collections.abc import Callable
@@ -63,6 +64,34 @@ class Progress:
         if isinstance(progress.partial_loss, list):
             progress.partial_loss = tuple(progress.partial_loss)
         return progress
+
+
+@dataclass
+class Running:
+    """A pass whose training has begun.
+
+    Attributes:
+        plan: The pass.
+        progress: Where it stands.
+        trainer: Its trainer, RecBole's with hooks or the model's own.
+        loader: Its batches.
+        randomness: The random state that its training draws from.
+        clock: Seconds spent on the stage.
+        save: Writes a checkpoint of a phase.
+    """
+
+    plan: Pass
+    progress: Progress
+    trainer: Any
+    loader: Any
+    randomness: ModelRandomness
+    clock: Callable[[], float]
+    save: Callable[[str], None]
+
+    @property
+    def hooked(self) -> HookedTrainer | None:
+        """RecBole's trainer with hooks; ``None`` where the model trains its stages by itself."""
+        return self.trainer if isinstance(self.trainer, HookedTrainer) else None
 
 
 class PassTrainer(StageModels):
@@ -158,15 +187,9 @@ class PassTrainer(StageModels):
         ctx.pass_, ctx.epoch, ctx.step = plan, progress.epoch, progress.step
         self.strategy.begin_pass(ctx)
         make = TaskLoader.over if plan.mix_tasks else make_loader
-        ctx.loader = loader = make(ctx, targets, f"{'aside' if plan.aside else place}/{plan.name}")
+        loader = make(ctx, targets, f"{'aside' if plan.aside else place}/{plan.name}")
+        ctx.loader = loader
         trainer = self._trainer(ctx, plan)
-        hooked = trainer if isinstance(trainer, HookedTrainer) else None
-        continues = plan.init == "previous" or (plan.init == "stage_start" and place == 0)
-        if resumed is None and hooked is not None and config["stage_optimizer"] == "carry" and continues:
-            load_optimizer_by_name(hooked, ctx.model, self.strategy, self._carried)
-        epochs = plan.epochs if plan.epochs is not None else int(getattr(trainer, "epochs", config["epochs"]))
-        if config["train_neg_sample_args"].get("dynamic", False):
-            loader.get_model(ctx.model)
 
         def save(phase: str) -> None:
             progress.step, progress.seconds = ctx.step, clock()
@@ -176,51 +199,26 @@ class PassTrainer(StageModels):
                 state["companions"] = companions
             self._save(ctx, phase, progress, state, stage_start)
 
-        if hooked is not None and config["checkpoint_steps"]:
-            done = {"steps": 0}
-
-            def after_batch() -> None:
-                done["steps"] += 1
-                if done["steps"] % config["checkpoint_steps"] == 0:
-                    progress.partial_loss, progress.terms = hooked.partial_loss, ctx.terms
-                    save("train")
-
-            hooked.after_batch = after_batch
+        running = Running(plan, progress, trainer, loader, randomness, clock, save)
+        continues = plan.init == "previous" or (plan.init == "stage_start" and place == 0)
+        if resumed is None and running.hooked is not None and config["stage_optimizer"] == "carry" and continues:
+            load_optimizer_by_name(running.hooked, ctx.model, self.strategy, self._carried)
+        if config["train_neg_sample_args"].get("dynamic", False):
+            loader.get_model(ctx.model)
+        self._save_between_steps(ctx, running)
         if resumed is not None:
-            load_owned_state(ctx.model, resumed["model"])
-            self.strategy.load_state_dict(clone_tree(resumed["strategy"]))
-            load_trainer_state(trainer, ctx, self.strategy, loader, randomness, resumed["trainer"])
+            self._restore(ctx, running, resumed)
             if plan.aside:
                 stage_randomness.load_state_dict(resumed["trainer"]["stage_randomness"])
-            ctx.terms = {k: list(v) for k, v in progress.terms.items()}
-            if hooked is not None:
-                hooked.resumed_loss = progress.partial_loss
+        epochs = plan.epochs if plan.epochs is not None else int(getattr(trainer, "epochs", config["epochs"]))
         while progress.epoch < epochs and not progress.stopped:
-            ctx.epoch = progress.epoch
-            if progress.partial_loss is None:
-                ctx.terms, progress.epoch_start = {}, ctx.step
-            told = f"stage {ctx.index + 1}/{len(self.stream)} {plan.name} epoch {progress.epoch}"
-            watched = Watched(loader, None if config["show_progress"] and self.main else True, told)
-            with randomness.owned():
-                if hooked is not None and progress.partial_loss is None:
-                    hooked.begin_epoch(progress.epoch)
-                loss = (
-                    hooked._train_epoch(watched, progress.epoch)
-                    if hooked is not None
-                    else trainer.train_epoch(watched, progress.epoch)
-                )
-            keep_alike(ctx, self.strategy, loader.state_dict(), randomness.state_dict(), ctx.state_dict())
-            progress.partial_loss = None
-            progress.epoch += 1
-            progress.targets += loader.n_targets
-            self._end_epoch(ctx, plan, progress, loss, clock)
-            progress.terms = {}
-            save("train")
+            self._epoch(ctx, running)
         if progress.best is not None:
             load_owned_state(ctx.model, progress.best["model"])
             self.strategy.load_state_dict(clone_tree(progress.best["strategy"]))
             clear_caches(ctx.model)
         if not plan.aside:
+            hooked = running.hooked
             moments = optimizer_by_name(hooked, ctx.model, self.strategy) if hooked is not None else {}
             self._carried = clone_tree(moments)
         with randomness.owned():
@@ -228,6 +226,52 @@ class PassTrainer(StageModels):
         if plan.aside:
             self.strategy.load_companions_state(ctx, companions)
         return ctx
+
+    def _save_between_steps(self, ctx: StageContext, running: Running) -> None:
+        """Lets the trainer save every ``checkpoint_steps`` steps."""
+        every, hooked = self.config["checkpoint_steps"], running.hooked
+        if hooked is None or not every:
+            return
+        done = itertools.count(1)
+
+        def after_batch() -> None:
+            if next(done) % every == 0:
+                running.progress.partial_loss, running.progress.terms = hooked.partial_loss, ctx.terms
+                running.save("train")
+
+        hooked.after_batch = after_batch
+
+    def _restore(self, ctx: StageContext, running: Running, resumed: dict[str, Any]) -> None:
+        """Puts the pass back to where a checkpoint was written."""
+        load_owned_state(ctx.model, resumed["model"])
+        self.strategy.load_state_dict(clone_tree(resumed["strategy"]))
+        load_trainer_state(running.trainer, ctx, self.strategy, running.loader, running.randomness, resumed["trainer"])
+        ctx.terms = {k: list(v) for k, v in running.progress.terms.items()}
+        if running.hooked is not None:
+            running.hooked.resumed_loss = running.progress.partial_loss
+
+    def _epoch(self, ctx: StageContext, running: Running) -> None:
+        """Trains an epoch, or the rest of one, validates and saves."""
+        progress, hooked, loader = running.progress, running.hooked, running.loader
+        ctx.epoch = progress.epoch
+        if progress.partial_loss is None:
+            ctx.terms, progress.epoch_start = {}, ctx.step
+        told = f"stage {ctx.index + 1}/{len(self.stream)} {running.plan.name} epoch {progress.epoch}"
+        watched = Watched(loader, None if self.config["show_progress"] and self.main else True, told)
+        with running.randomness.owned():
+            if hooked is None:
+                loss = running.trainer.train_epoch(watched, progress.epoch)
+            else:
+                if progress.partial_loss is None:
+                    hooked.begin_epoch(progress.epoch)
+                loss = hooked._train_epoch(watched, progress.epoch)
+        keep_alike(ctx, self.strategy, loader.state_dict(), running.randomness.state_dict(), ctx.state_dict())
+        progress.partial_loss = None
+        progress.epoch += 1
+        progress.targets += loader.n_targets
+        self._end_epoch(ctx, running.plan, progress, loss, running.clock)
+        progress.terms = {}
+        running.save("train")
 
     def _trainer(self, ctx: StageContext, plan: Pass) -> Any:
         """Returns RecBole's trainer of the model with the hooks in it, or the model's own."""
