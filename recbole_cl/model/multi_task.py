@@ -46,15 +46,15 @@ class MultiTask(TaskModel):
     def represent(self, batch: Interaction, task: int) -> torch.Tensor:
         return self.adapt(super().represent(batch, task), task)
 
-    def every_position(self, batch: Interaction, task: int) -> torch.Tensor:
-        """Returns the representation after every input of windows, shape ``[B, L, d]``."""
-        return self.adapt(self.backbone.encode(batch[self.ITEM_SEQ]), task)
+    def at_positions(self, batch: Interaction, task: int, wanted: torch.Tensor) -> torch.Tensor:
+        """Returns the representations of windows at flagged positions, ``[n, d]``, for flags ``[B, L]``."""
+        return self.adapt(self.backbone.outputs(batch[self.ITEM_SEQ], wanted), task)
 
     def calculate_loss(self, batch: Interaction) -> torch.Tensor:
         """Returns the mean loss of the rows, or of the supervised positions of windows."""
         if TARGETS not in batch:
             return super().calculate_loss(batch)
-        return self.windows_loss(batch, lambda rows, task, at: self.every_position(rows, task)[at])
+        return self.windows_loss(batch, self.at_positions)
 
     def answers(self, batch: Interaction, task: int) -> torch.Tensor:
         """Returns a task's logits for the histories of a batch of any task: of its classes, or of all items."""
@@ -150,9 +150,9 @@ class SoftMask(MultiTask):
         with _Masked(self._halves(), self.task_masks(task)):
             return super().represent(batch, task)
 
-    def every_position(self, batch: Interaction, task: int) -> torch.Tensor:
+    def at_positions(self, batch: Interaction, task: int, wanted: torch.Tensor) -> torch.Tensor:
         with _Masked(self._halves(), self.task_masks(task)):
-            return super().every_position(batch, task)
+            return super().at_positions(batch, task, wanted)
 
     def stage_costs(self) -> dict[str, int]:
         numbers = self.masks.embedding[0].numel() + self.masks.weight[0].numel() + self.masks.bias[0].numel()
