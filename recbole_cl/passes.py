@@ -30,7 +30,6 @@ from recbole_cl.trainer import HookedTrainer, Watched, load_optimizer_by_name, m
 
 LOGGER = logging.getLogger("recbole_cl")
 
-
 LEAST_SCORE = 1e-4
 """What a task's metric counts at least in the mean over tasks: one that is still zero must not hide the others."""
 

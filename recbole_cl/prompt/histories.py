@@ -136,11 +136,11 @@ class Groups:
     def __init__(self, row: torch.Tensor, n_sequences: int) -> None:
         sequence, inverse, counts = torch.unique_consecutive(row, return_inverse=True, return_counts=True)
         self.m = max(-(-len(row) // max(len(sequence), 1)), 1)
-        self.number = -(-counts // self.m)  # groups of each sequence
+        number = -(-counts // self.m)  # groups of each sequence
         place = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[inverse]
-        before = (self.number.cumsum(0) - self.number)[inverse]
+        before = (number.cumsum(0) - number)[inverse]
         self.slot = (before + place // self.m) * self.m + place % self.m
-        self.sequence = sequence.repeat_interleave(self.number)
+        self.sequence = sequence.repeat_interleave(number)
         self.alone = self.m == 1  # then a group is a history, and nothing has to be moved
         self.all = len(self.sequence) == n_sequences == len(sequence)
 
