@@ -7,6 +7,7 @@ scored by a random row.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -84,10 +85,12 @@ class Evaluator:
         clear_caches(model)
         kept = [clone_tree(s.state_dict()) for s in self._adjusting]
         randomness = ModelRandomness(derive(self.config["seed"], ctx.index, f"evaluate/{stage.index}"))
+        between = getattr(model, "validating", contextlib.nullcontext) if split == "valid" else contextlib.nullcontext
         try:
-            if self._group.size == 1:
-                return self._outcome(ctx, known, stage, split, randomness)
-            return self._shared(ctx, known, stage, split, randomness)
+            with between():
+                if self._group.size == 1:
+                    return self._outcome(ctx, known, stage, split, randomness)
+                return self._shared(ctx, known, stage, split, randomness)
         finally:
             for strategy, state in zip(self._adjusting, kept, strict=True):
                 strategy.load_state_dict(state)

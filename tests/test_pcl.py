@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,8 +26,10 @@ from recbole_cl.model.pcl import PCL
 from recbole_cl.model.state import tree_hash
 from recbole_cl.model.task_heads import BinaryCrossEntropy, TaskHeads
 from recbole_cl.prompt import ContextualPrompts, KeptHistories, PromptedEmbedding, describe, place_prompts
-from recbole_cl.prompt.histories import Groups
+from recbole_cl.prompt.histories import ROWS_AT_ONCE, Groups
 from recbole_cl.runner import Runner
+from recbole_cl.scoring.known import Known
+from recbole_cl.strategy.base import StageContext
 from recbole_cl.stream.batch import Batcher
 from recbole_cl.stream.stage import Stage, Task
 from recbole_cl.testing.toy import write_planted_drift
@@ -309,21 +312,23 @@ def walk_to(whole: Watched, task: int, **changed: Any) -> tuple[Any, Interaction
     return model, batcher.rows(stage.train[np.arange(24)])
 
 
-def test_the_loss_of_a_task_by_hand(whole: Watched) -> None:
+@pytest.mark.parametrize("attributes", [True, "prompted", False])
+def test_the_loss_of_a_task_by_hand(whole: Watched, attributes: bool | str) -> None:
     """The backbone run by hand on embeddings to which prompts, context and attributes were added one by one."""
-    model, rows = walk_to(whole, task=2, pcl_prompted_items=3, pcl_lambda=0.7)
+    model, rows = walk_to(whole, task=2, pcl_prompted_items=3, pcl_lambda=0.7, pcl_attributes=attributes)
     model.eval()
     table, backbone = model.backbone.item_embedding, model.backbone
     sequence, lengths = rows["item_id_list"], rows["item_length"]
     context = model.contextual(2)
     embedded = table.weight[sequence].clone()
-    values = model.attributes[2][0]
     for row in range(len(sequence)):
         for place in range(int(lengths[row])):
-            genres = values.of_item[sequence[row, place]]
-            known = genres[genres > 0]
-            embedded[row, place] = embedded[row, place] + values.table.weight[known].mean(dim=0)
             back = int(lengths[row]) - place
+            if attributes is True or (attributes and back <= 3):
+                values = model.attributes[2][0]
+                genres = values.of_item[sequence[row, place]]
+                known = genres[genres > 0]
+                embedded[row, place] = embedded[row, place] + values.table.weight[known].mean(dim=0)
             if back <= 3:
                 embedded[row, place] = embedded[row, place] + model.prompts[1][-back] + 0.7 * context
     positions = backbone.position_embedding.weight[: sequence.size(1)]
@@ -399,13 +404,15 @@ def test_all_tasks_share_the_look_up(whole: Watched, monkeypatch: pytest.MonkeyP
 # -- histories that are computed once -----------------------------------------------------------------------------
 
 
-def varied(whole: Watched, **changed: Any) -> tuple[Any, Interaction]:
-    """Returns a model of two layers at the second task, far from its beginning, and a batch of histories of 1 to 8."""
-    model, rows = walk_to(whole, task=1, n_layers=2, **changed)
+def varied(whole: Watched, task: int = 1, **changed: Any) -> tuple[Any, Interaction]:
+    """Returns a model of two layers at a task, far from its beginning, and a batch of histories of 1 to 8."""
+    model, rows = walk_to(whole, task=task, n_layers=2, **changed)
     torch.manual_seed(7)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
+        for attribute in model.attributes[task]:
+            attribute.table.weight[0] = 0  # padding
     lengths = torch.arange(len(rows)) % 8 + 1
     items = torch.randint(1, model.n_items, (len(rows), 8)) * (torch.arange(8) < lengths.unsqueeze(1))
     rows.interaction.update({model.ITEM_SEQ: items, model.ITEM_SEQ_LEN: lengths})
@@ -420,19 +427,22 @@ def gradients(model: Any, hidden: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("t", [1, 3, 8])
+@pytest.mark.parametrize("task", [1, 2])
 @pytest.mark.parametrize("backbone", ["SASRec", "GRU4Rec"])
-def test_prompted_ends_equal_whole_passes(whole: Watched, backbone: str, t: int) -> None:
+def test_prompted_ends_equal_whole_passes(whole: Watched, backbone: str, task: int, t: int) -> None:
     """Outputs and gradients, where histories are kept and where there is no room for any."""
-    model, rows = varied(whole, pcl_backbone=backbone, pcl_prompted_items=t)
+    settings = {"pcl_backbone": backbone, "pcl_prompted_items": t, "pcl_attributes": "prompted"}
+    model, rows = varied(whole, task, **settings)
     sequence, lengths = rows[model.ITEM_SEQ], rows[model.ITEM_SEQ_LEN]
-    with model.backbone.item_embedding.adding(sequence, model.added(sequence, lengths, 1)):
+    with model.backbone.item_embedding.adding(sequence, model.added(sequence, lengths, task)):
         expected = model._output(sequence, lengths)
     wanted = gradients(model, expected)
-    assert {"prompts.0", "contextual.value.weight"} <= set(wanted)
+    assert {f"prompts.{task - 1}", "contextual.value.weight"} <= set(wanted)
+    assert ("attributes.2.0.table.weight" in wanted) == (task == 2), "task 2 names an attribute"
     for megabytes in (1, 0):
         model.config["pcl_memory_mb"], model._histories = megabytes, None
         for _ in range(2):  # computed, then kept
-            found = model._at_ends(sequence, torch.arange(len(rows)), lengths - 1, 1)
+            found = model._at_ends(sequence, torch.arange(len(rows)), lengths - 1, task)
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
             for name, gradient in gradients(model, found).items():
                 torch.testing.assert_close(gradient, wanted[name], rtol=1e-5, atol=1e-5)
@@ -474,20 +484,34 @@ def test_what_is_kept_has_the_bits_of_what_is_not(whole: Watched) -> None:
         calls.append(len(sequence))
         return prompter.compute(sequence)
 
-    sequence = torch.randint(1, model.n_items, (150, 8))
+    sequence = torch.randint(1, model.n_items, (150, 8)) * (torch.arange(8) < torch.randint(2, 9, (150, 1)))
+    sequence[:, 0], sequence[:, 1] = torch.arange(150) // 15 + 1, torch.arange(150) % 15 + 1  # all differ
     one, other = (KeptHistories(counted, 8, 1 << 20) for _ in range(2))
-    whole_batch = one.of(sequence)
-    assert len(calls) == 3 and len(one.number) == 150
+    whole_batch = seen(one, sequence)
+    assert len(calls) <= 12 and set(calls) == {ROWS_AT_ONCE["cpu"]} and len(one.number) == 150
+    at_first = len(calls)
     for part in (sequence[100:], sequence[20:130].flip(0), sequence):
         other.of(part)
-    for kept, again, anew in zip(whole_batch, one.of(sequence), other.of(sequence), strict=True):
+    for kept, again, anew in zip(whole_batch, seen(one, sequence), seen(other, sequence), strict=True):
         assert torch.equal(kept, again) and torch.equal(kept, anew)
-    assert len(calls) == 3 + 1 + 2 + 1 and len(other.number) == 150, "a history was computed twice"
+    assert len(calls) <= at_first + 12 + 6 and len(other.number) == 150
+    calls.clear()
+    other.of(sequence)
+    assert not calls, "a history was computed twice"
     few = KeptHistories(counted, 8, 40 * sum(x[0].numel() * 4 for x in whole_batch))
     for _ in range(2):
-        for kept, anew in zip(whole_batch, few.of(sequence), strict=True):
+        for kept, anew in zip(whole_batch, seen(few, sequence), strict=True):
             assert torch.equal(kept, anew)
-        assert len(few.number) == 40 and len(few.kept[0]) == 40
+        assert len(few.number) == 40 and len(few.stores[0]) == 40
+    few.clear()
+    for kept, anew in zip(whole_batch, seen(few, sequence.flip(0)), strict=True):
+        assert torch.equal(kept, anew.flip(0))
+
+
+def seen(histories: KeptHistories, sequence: torch.Tensor) -> list[torch.Tensor]:
+    """Returns what is told of each sequence."""
+    stores, index = histories.of(sequence)
+    return [store[index] for store in stores]
 
 
 @pytest.mark.parametrize("counts", [[1, 1, 1], [3, 3], [1, 0, 7, 2], [0, 9], [40, 1, 1, 1, 1]])
@@ -497,14 +521,14 @@ def test_histories_of_a_sequence_are_read_in_groups(counts: list[int]) -> None:
     row = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
     kept = torch.randn(len(counts), 2, 5, 6)
     rows = torch.randn(len(row), 2, 3, 5, requires_grad=True)
-    groups = Groups(row, len(counts))
-    out, expected = groups.times(rows, groups.of(kept)), rows @ kept[row]
+    groups = Groups(row)
+    out, expected = groups.times(rows, kept[groups.sequence]), rows @ kept[row]
     assert torch.allclose(out, expected, atol=1e-6)
     weight = torch.randn_like(out)
     got, wanted = (torch.autograd.grad((x * weight).sum(), rows)[0] for x in (out, expected))
     assert torch.allclose(got, wanted, atol=1e-6)
     used = sum(n > 0 for n in counts)
-    assert len(groups.of(kept)) <= 2 * used and len(groups.of(kept)) * groups.m <= 2 * (len(row) + used)
+    assert len(groups.sequence) <= 2 * used and len(groups.sequence) * groups.m <= 2 * (len(row) + used)
 
 
 def test_other_weights_have_other_histories(whole: Watched) -> None:
@@ -524,6 +548,7 @@ def test_other_weights_have_other_histories(whole: Watched) -> None:
         ({}, 1, True),
         ({}, 2, False),  # attributes stand at every item
         ({"pcl_attributes": False}, 2, True),
+        ({"pcl_attributes": "prompted"}, 2, True),
         ({"pcl_prompted_items": 5}, 1, False),
         ({"pcl_dropout": True}, 1, False),
         ({"pcl_backbone": "NARM"}, 1, False),
@@ -542,8 +567,33 @@ def test_the_short_way_is_taken_where_it_is_right(
     assert bool(used) == short and model.trains_all_positions == short
     used.clear()
     with torch.no_grad():
-        model.eval().represent(rows, task)
-    assert not used, "answers take the plain way"
+        answers = model.eval().represent(rows, task)
+        assert not used, "answers take the plain way"
+        with model.validating():
+            torch.testing.assert_close(model.represent(rows, task), answers, rtol=0, atol=1e-6)
+        assert bool(used) == short
+        used.clear()
+        model.represent(rows, task)
+    assert not used, "validation is over"
+
+
+def test_validation_alone_may_use_what_is_kept(whole: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The evaluator tells a model that it validates; what is told of tests comes from the plain pass."""
+    model, _ = walk_to(whole, 1, pcl_prompted_items=2)
+    stage, view = whole.stream.stages[1], whole.stream.view(1)
+    batcher = Batcher(whole.config, whole.stream, view, stage.n_users, stage.n_items)
+    ctx = StageContext(whole.config, whole.stream, 1, model, view, batcher, torch.device("cpu"))
+    known = Known.everything(whole.stream.table, stage.n_users, stage.n_items)
+    used: list[int] = []
+    taken = PCL._at_ends
+    monkeypatch.setattr(PCL, "_at_ends", lambda self, *args: used.append(1) or taken(self, *args))
+    found = {}
+    for split, expected in (("test", False), ("valid", True), ("test", False)):
+        found[split] = whole.evaluator.evaluate(ctx, known, stage, split).metrics
+        assert bool(used) == expected, split
+        used.clear()
+    monkeypatch.setattr(PCL, "validating", contextlib.nullcontext)
+    assert whole.evaluator.evaluate(ctx, known, stage, "valid").metrics == found["valid"] and not used
 
 
 # -- ablations and studies ----------------------------------------------------------------------------------------
@@ -664,6 +714,7 @@ def test_a_backbone_brings_its_own_properties(folder: Path) -> None:
         ({"pcl_prompted_items": 0}, "pcl_prompted_items: 0 must be from 1"),
         ({"pcl_init_std": -1.0}, "pcl_init_std: -1.0 must be at least 0"),
         ({"pcl_context_scope": "al"}, "pcl_context_scope: 'al' is none of so_far, all"),
+        ({"pcl_attributes": "some"}, "pcl_attributes: 'some' is none of"),
         ({"pcl_heads": 3}, "must divide"),
         ({"pcl_encoder": "nobody"}, "neither an encoder"),
         ({"pcl_lambda": "much"}, "must be of type float"),
@@ -700,13 +751,14 @@ class CutPCL(PCL):
         return super().calculate_loss(batch)
 
 
-@pytest.mark.parametrize("attributes", [True, False])
+@pytest.mark.parametrize("attributes", [True, "prompted"])
 def test_a_walk_cut_off_in_the_third_task_goes_on(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, attributes: bool
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, attributes: bool | str
 ) -> None:
     """Cut off inside the last epoch of task 3, the resumed walk has the bits of one that was not.
 
-    Without attributes histories were kept in the first epoch, which the resumed walk computes again beside others.
+    Where prompted items alone have attributes, histories were kept in the first epoch; the resumed walk computes them
+    again, beside others.
     """
 
     def job(name: str, **changed: Any) -> Walk:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -29,6 +31,8 @@ from recbole_cl.stream.vocabulary import Growth
 
 SCOPES = ("so_far", "all")
 """Tasks that the attention over descriptions sees."""
+ATTRIBUTES = (True, "prompted", False)
+"""Items of a history that a task's attributes are added to: all, those that are prompted, none."""
 
 
 @models.register()
@@ -75,6 +79,11 @@ class PCL(TaskModel):
             raise ConfigError(f"pcl_init_std: {config['pcl_init_std']!r} must be at least 0")
         if config["pcl_context_scope"] not in SCOPES:
             raise ConfigError(f"pcl_context_scope: {config['pcl_context_scope']!r} is none of {', '.join(SCOPES)}")
+        if config["pcl_attributes"] not in ATTRIBUTES:
+            raise ConfigError(
+                f"pcl_attributes: {config['pcl_attributes']!r} is none of True (all items of a history have theirs "
+                f"added), 'prompted' (the prompted ones), False"
+            )
         self.intensity, self.inherit = float(config["pcl_lambda"]), bool(config["pcl_inherit"])
         n_prompts = n_later if config["pcl_prompts"] else 0
         self.contextual: ContextualPrompts | None = None
@@ -100,6 +109,7 @@ class PCL(TaskModel):
     kept: torch.Tensor
     _histories: KeptHistories | None = None
     _frozen: tuple[Any, ...] = ()
+    _validating = False
 
     @staticmethod
     def _refuse_new_beginnings(config: Any) -> None:
@@ -216,11 +226,12 @@ class PCL(TaskModel):
     def _shares_histories(self, task: int) -> bool:
         """Tells whether what stands before a task's prompted items is the frozen backbone's own, and most of a history.
 
-        Not so if attributes or rows of new items are trained, which may stand anywhere, or the backbone drops out.
+        Not so if attributes or rows of new items are trained that may stand anywhere, or the backbone drops out.
         """
         frozen = self.stage > 0 and not self.backbone.item_embedding.weight.requires_grad
         attributes: Any = self.attributes[task]
-        alone = frozen and not len(attributes) and not self.config["pcl_dropout"]
+        reach = len(attributes) > 0 and self.config["pcl_attributes"] != "prompted"
+        alone = frozen and not reach and not self.config["pcl_dropout"]
         return alone and 2 * self.n_prompted <= self.max_seq_length and self._prompter() is not None
 
     def _prompter(self) -> TransformerHistories | RecurrentHistories | None:
@@ -240,13 +251,18 @@ class PCL(TaskModel):
         """
         prompter, prompts = self._prompter(), self.prompts_of(task)
         assert prompter is not None
-        frozen = tuple((p.data_ptr(), p._version) for p in self.backbone.parameters())
-        if self._histories is None or frozen != self._frozen:  # other weights, other histories
-            limit = int(self.config["pcl_memory_mb"]) << 20
-            self._histories, self._frozen = KeptHistories(prompter.compute, self.max_seq_length, limit), frozen
+        own: Any = self.attributes[task]
         if prompts is None:
-            prompts = self.backbone.item_embedding.weight.new_zeros(1, self.width)
-        return prompter.outputs(self._histories.of(sequence), sequence, row, last, prompts)
+            prompts = self.backbone.item_embedding.weight.new_zeros(self.n_prompted if len(own) else 1, self.width)
+        frozen = tuple((p.data_ptr(), p._version) for p in self.backbone.parameters())
+        if self._histories is None:
+            limit = int(self.config["pcl_memory_mb"]) << 20
+            self._histories = KeptHistories(prompter.compute, self.max_seq_length, limit)
+        if frozen != self._frozen:  # other weights, other histories
+            self._histories.clear()
+            self._frozen = frozen
+        added = (lambda ids: sum(attribute(ids) for attribute in own)) if len(own) else None
+        return prompter.outputs(self._histories.of(sequence), sequence, row, last, prompts, added)
 
     def calculate_loss(self, batch: Interaction) -> torch.Tensor:
         """Returns the loss of the rows, or of the supervised positions of windows: each a history of its own."""
@@ -262,6 +278,18 @@ class PCL(TaskModel):
             return self.represent(Interaction(history), task)
 
         return self.windows_loss(batch, at)
+
+    @contextlib.contextmanager
+    def validating(self) -> Iterator[None]:
+        """A context of validation between epochs: what is kept of histories serves it too, up to rounding.
+
+        Answers that are told or served never come from what is kept: their bits must not depend on ``pcl_memory_mb``.
+        """
+        self._validating = True
+        try:
+            yield
+        finally:
+            self._validating = False
 
     # -- prompting ------------------------------------------------------------------------------------------------
 
@@ -288,6 +316,9 @@ class PCL(TaskModel):
         prompts = self.prompts_of(task)
         own: Any = self.attributes[task] if 0 < task <= self.stage else ()
         out = None if prompts is None else place_prompts(prompts, lengths, sequence.size(1))
+        if len(own) and self.config["pcl_attributes"] == "prompted":
+            from_end = lengths.unsqueeze(1) - torch.arange(sequence.size(1), device=sequence.device)
+            sequence = sequence * (from_end <= self.n_prompted)  # padding has no attributes
         for attribute in own:
             out = attribute(sequence) if out is None else out + attribute(sequence)
         return out
@@ -301,7 +332,8 @@ class PCL(TaskModel):
             found: The sequence's embeddings, where they were looked up before.
         """
         sequence, lengths = batch[self.ITEM_SEQ], batch[self.ITEM_SEQ_LEN]
-        if self.training and found is None and task == self.stage and self._shares_histories(task):
+        learning = (self.training or self._validating) and found is None and task == self.stage
+        if learning and self._shares_histories(task):
             return self._at_ends(sequence, torch.arange(len(sequence), device=sequence.device), lengths - 1, task)
         added = self.added(sequence, lengths, task)
         if added is None and found is None:

@@ -6,8 +6,8 @@ looks back at it: a target costs t positions instead of L.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -17,10 +17,25 @@ from recbole_cl.model.fused import after_attention, causal_mask, layer_outputs
 from recbole_cl.model.gru4rec import GRU4Rec
 from recbole_cl.model.sasrec import SASRec
 
-ROWS_AT_ONCE = 64
+ROWS_AT_ONCE = {"cpu": 16, "cuda": 512}
 """Histories of a pass, always: then what is computed of a history does not depend on those that stand beside it."""
 FEW = 4
 """Up to so many prompted items their attention to each other is a product of elements, not many tiny matrices."""
+
+Added = Callable[[torch.Tensor], torch.Tensor]
+"""Gives what is added to the embeddings of item ids, ``[..., d]`` for ids of any shape."""
+
+
+class Kept(NamedTuple):
+    """What a model has computed of some sequences.
+
+    Attributes:
+        stores: Tensors whose first dimension is that of all sequences that are kept.
+        number: The place of each sequence among them, shape ``[W]``.
+    """
+
+    stores: list[torch.Tensor]
+    number: torch.Tensor
 
 
 class TransformerHistories:
@@ -44,47 +59,50 @@ class TransformerHistories:
         positions = torch.arange(sequence.size(1), device=sequence.device)
         hidden = backbone.LayerNorm(backbone.item_embedding(sequence) + backbone.position_embedding(positions))
         mask = causal_mask(sequence.size(1), sequence.device)
-        kept: list[torch.Tensor] = []
+        computed: list[torch.Tensor] = []
         layers = backbone.trm_encoder.layer
         for number, layer in enumerate(layers):
             attention = layer.multi_head_attention
             for part in (attention.key, attention.value):
-                kept.append(_heads(part(hidden), attention.num_attention_heads).contiguous())
+                computed.append(_heads(part(hidden), attention.num_attention_heads))
             if number + 1 < len(layers):
                 hidden = layer_outputs(layer, hidden, mask)
-        return kept
+        return computed
 
     def outputs(
         self,
-        kept: list[torch.Tensor],
+        kept: Kept,
         sequence: torch.Tensor,
         row: torch.Tensor,
         last: torch.Tensor,
         prompts: torch.Tensor,
+        added: Added | None = None,
     ) -> torch.Tensor:
         """Returns the outputs of prompted histories, shape ``[n, d]``.
 
         Args:
             kept: What :meth:`compute` has returned for the sequences.
             sequence: Item ids, shape ``[W, L]``.
-            row: The sequence of each history, shape ``[n]``.
+            row: The sequence of each history, shape ``[n]``, in rising order.
             last: The place of its last item, shape ``[n]``; what comes later is not part of the history.
             prompts: Added to its last t items, shape ``[t, d]``.
+            added: What else is added to them.
         """
         backbone: Any = self.backbone
         first, number, place = _prompted(last, len(prompts))
-        embedded = backbone.item_embedding(sequence[row.unsqueeze(1), place]) + _aligned(prompts, number)
+        embedded = _embedded(backbone, sequence[row.unsqueeze(1), place], prompts, number, added)
         hidden = backbone.LayerNorm(embedded + backbone.position_embedding(place))
-        before = torch.arange(kept[0].size(2), device=row.device) < first.unsqueeze(1)
+        before = torch.arange(kept.stores[0].size(2), device=row.device) < first.unsqueeze(1)
         unseen = torch.zeros(before.shape, device=row.device).masked_fill_(~before, -torch.inf)
-        groups = Groups(row, len(sequence))
+        groups = Groups(row)
+        read = kept.number[groups.sequence]
         layers = backbone.trm_encoder.layer
         for index, layer in enumerate(layers):
             asked, later = hidden, causal_mask(len(prompts), row.device)
             if index + 1 == len(layers):  # of the top layer the last item's output is asked for
                 asked = hidden[torch.arange(len(row), device=row.device), number].unsqueeze(1)
                 later = later[number].view(len(row), 1, 1, -1)
-            keys, values = (groups.of(x) for x in kept[2 * index : 2 * index + 2])
+            keys, values = (store.index_select(0, read) for store in kept.stores[2 * index : 2 * index + 2])
             hidden = _layer(layer, asked, hidden, keys, values, groups, unseen.view(len(row), 1, 1, -1), later)
         return hidden.squeeze(1)
 
@@ -130,10 +148,12 @@ class Groups:
 
     Args:
         row: The sequence of each history, shape ``[n]``, in rising order.
-        n_sequences: Sequences in all.
+
+    Attributes:
+        sequence: The sequence of each group, shape ``[g]``.
     """
 
-    def __init__(self, row: torch.Tensor, n_sequences: int) -> None:
+    def __init__(self, row: torch.Tensor) -> None:
         sequence, inverse, counts = torch.unique_consecutive(row, return_inverse=True, return_counts=True)
         self.m = max(-(-len(row) // max(len(sequence), 1)), 1)
         number = -(-counts // self.m)  # groups of each sequence
@@ -142,11 +162,6 @@ class Groups:
         self.slot = (before + place // self.m) * self.m + place % self.m
         self.sequence = sequence.repeat_interleave(number)
         self.alone = self.m == 1  # then a group is a history, and nothing has to be moved
-        self.all = len(self.sequence) == n_sequences == len(sequence)
-
-    def of(self, kept: torch.Tensor) -> torch.Tensor:
-        """Returns what is kept of each group's sequence, ``[g, ...]``, for what is kept of all, ``[W, ...]``."""
-        return kept if self.all else kept.index_select(0, self.sequence)
 
     def times(self, rows: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
         """Returns the product of each history's rows with what is kept of its group.
@@ -189,17 +204,18 @@ class RecurrentHistories:
 
     def outputs(
         self,
-        kept: list[torch.Tensor],
+        kept: Kept,
         sequence: torch.Tensor,
         row: torch.Tensor,
         last: torch.Tensor,
         prompts: torch.Tensor,
+        added: Added | None = None,
     ) -> torch.Tensor:
         """Returns the outputs of prompted histories, shape ``[n, d]``; see :class:`TransformerHistories`."""
         backbone: Any = self.backbone
         first, number, place = _prompted(last, len(prompts))
-        embedded = backbone.item_embedding(sequence[row.unsqueeze(1), place]) + _aligned(prompts, number)
-        state = kept[0][row, (first - 1).clamp(min=0)] * (first > 0).unsqueeze(1)
+        embedded = _embedded(backbone, sequence[row.unsqueeze(1), place], prompts, number, added)
+        state = kept.stores[0][kept.number[row], (first - 1).clamp(min=0)] * (first > 0).unsqueeze(1)
         states = backbone.gru_layers(embedded, state.unsqueeze(0))[0]
         return backbone.dense(states[torch.arange(len(row), device=row.device), number])  # type: ignore[no-any-return]
 
@@ -219,6 +235,14 @@ def _aligned(prompts: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
     t = len(prompts)
     index = t - 1 - number.unsqueeze(1) + torch.arange(t, device=prompts.device)
     return F.embedding(index.clamp(max=t - 1), prompts)
+
+
+def _embedded(
+    backbone: Any, ids: torch.Tensor, prompts: torch.Tensor, number: torch.Tensor, added: Added | None
+) -> torch.Tensor:
+    """Returns the embeddings of prompted items ``[n, t, d]``, with the prompts and what else is added to them."""
+    embedded = backbone.item_embedding(ids) + _aligned(prompts, number)
+    return embedded if added is None else embedded + added(ids)  # type: ignore[no-any-return]
 
 
 def _heads(x: torch.Tensor, heads: int) -> torch.Tensor:
@@ -243,7 +267,7 @@ class KeptHistories:
     Nothing here is part of a model's state: what is missing is computed again, with the same bits.
 
     Args:
-        compute: Returns tensors whose first dimension is that of the sequences it is given.
+        compute: Returns tensors ``[W, ..., l, e]`` for sequences ``[W, l]``, a place for each item.
         length: Longest sequence L.
         limit: Bytes that may be kept. The room for them is asked for at once; a system that gives memory out as it is
             written to (Linux, on a CPU) gives no more than is used.
@@ -252,42 +276,67 @@ class KeptHistories:
     def __init__(self, compute: Callable[[torch.Tensor], list[torch.Tensor]], length: int, limit: int) -> None:
         self.compute, self.length, self.limit = compute, length, limit
         self.number: dict[bytes, int] = {}
-        self.kept: list[torch.Tensor] = []
+        self.stores: list[torch.Tensor] = []
+
+    def clear(self) -> None:
+        """Forgets everything; the room stays."""
+        self.number.clear()
 
     @torch.no_grad()
-    def of(self, sequence: torch.Tensor) -> list[torch.Tensor]:
+    def of(self, sequence: torch.Tensor) -> Kept:
         """Returns what is computed of each sequence, for ids ``[W, l]``; its tensors have L places."""
-        sequence = F.pad(sequence, (0, self.length - sequence.size(1)))
-        keys = [row.tobytes() for row in sequence.cpu().numpy()]
+        ids = F.pad(sequence, (0, self.length - sequence.size(1))).cpu()
+        keys = [row.tobytes() for row in ids.numpy()]
         missing = [index for index, key in enumerate(keys) if key not in self.number]
-        if not missing:
-            return [store.index_select(0, self._numbers(keys)) for store in self.kept]
-        known = [index for index, key in enumerate(keys) if key in self.number]
-        out: list[torch.Tensor] = []
-        for part in torch.tensor(missing).split(ROWS_AT_ONCE):
-            rows = sequence[part.to(sequence.device)]
-            block = [x[: len(part)] for x in self.compute(F.pad(rows, (0, 0, 0, ROWS_AT_ONCE - len(part))))]
-            out = out or [x.new_empty(len(keys), *x.shape[1:]) for x in block]
-            for whole, x in zip(out, block, strict=True):
-                whole[part.to(x.device)] = x
-            self._keep([keys[index] for index in part], block)
+        computed: list[int] = []
+        blocks: list[list[torch.Tensor]] = []
+        size = ROWS_AT_ONCE.get(sequence.device.type, 512)
+        for rows, width in self._blocks(ids, missing, size):
+            part = F.pad(ids[rows, :width], (0, 0, 0, size - len(rows))).to(sequence.device)
+            block = [F.pad(x[: len(rows)], (0, 0, 0, self.length - width)) for x in self.compute(part)]
+            self._keep([keys[index] for index in rows], block)
+            computed += rows
+            blocks.append(block)
+        if all(key in self.number for key in keys):
+            return Kept(self.stores, self._numbers(keys))
+        return self._joined(keys, computed, blocks)
+
+    def _blocks(self, ids: torch.Tensor, chosen: list[int], size: int) -> Iterator[tuple[list[int], int]]:
+        """Yields at most ``size`` rows and the width of the pass that computes them, which their own lengths decide."""
+        if not chosen:
+            return
+        lengths = (self.length - (ids[chosen].flip(1) != 0).byte().argmax(dim=1)).tolist()
+        widths = [self.length, -(-self.length // 2), -(-self.length // 4)]
+        of_width: dict[int, list[int]] = {}
+        for index, length in zip(chosen, lengths, strict=True):
+            of_width.setdefault(min(width for width in widths if width >= length), []).append(index)
+        for width, rows in of_width.items():
+            for start in range(0, len(rows), size):
+                yield rows[start : start + size], width
+
+    def _joined(self, keys: list[bytes], computed: list[int], blocks: list[list[torch.Tensor]]) -> Kept:
+        """Returns what was kept before and what has just been computed, side by side."""
+        known = sorted(set(range(len(keys))) - set(computed))
+        stores = [torch.cat(parts) for parts in zip(*blocks, strict=True)]
         if known:
             numbers = self._numbers([keys[index] for index in known])
-            for whole, store in zip(out, self.kept, strict=True):
-                whole[known] = store[numbers]
-        return out
+            stores = [torch.cat([x, store[numbers]]) for x, store in zip(stores, self.stores, strict=True)]
+        number = torch.empty(len(keys), dtype=torch.int64)
+        number[torch.tensor([*computed, *known])] = torch.arange(len(keys))
+        return Kept(stores, number.to(stores[0].device))
 
     def _keep(self, keys: list[bytes], block: list[torch.Tensor]) -> None:
-        if not self.kept:
+        if not self.stores:
             room = self.limit // sum(x[0].numel() * x.element_size() for x in block)
-            self.kept = [x.new_empty(room, *x.shape[1:]) for x in block]
+            self.stores = [x.new_empty(room, *x.shape[1:]) for x in block]
         begin = len(self.number)
         # One that occurs twice is kept once.
         new = {key: index for index, key in enumerate(keys) if key not in self.number}
-        chosen = list(new.items())[: len(self.kept[0]) - begin]
-        for store, x in zip(self.kept, block, strict=True):
-            store[begin : begin + len(chosen)] = x[[index for _, index in chosen]]
+        chosen = list(new.items())[: len(self.stores[0]) - begin]
+        rows = [index for _, index in chosen]
+        for store, x in zip(self.stores, block, strict=True):
+            store[begin : begin + len(rows)] = x if len(rows) == len(x) else x[rows]
         self.number.update({key: begin + place for place, (key, _) in enumerate(chosen)})
 
     def _numbers(self, keys: list[bytes]) -> torch.Tensor:
-        return torch.tensor([self.number[key] for key in keys], device=self.kept[0].device)
+        return torch.tensor([self.number[key] for key in keys], device=self.stores[0].device)
