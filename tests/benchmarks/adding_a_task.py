@@ -1,16 +1,13 @@
 """What it costs to add a task to a stream: PCL's prompts against FineAll, which fine-tunes a copy of the whole model.
 
 Both walk through the same tasks in this process, from the very same pretrained backbone, whose training is not counted.
-CPU seconds of this process count the training of a task until it stops early, validation included. Two ratios are told:
-
-* of the whole cost until each side stops early;
-* of the time to an equal or better metric: that of FineAll to its best value on the validation targets, over that of
-  PCL to a value at least as good. Where PCL never has one, its own best is told instead.
+CPU seconds of this process count the training of a task until it stops early, validation included. The metric is that
+of the test targets, after training has stopped; its difference is told with a 95 % t interval over the seeds.
 
 The last line compares the representations of one batch for all K tasks: by PCL with one shared look-up of the items and
 with K of them, and by K separate models, as FineAll keeps them.
 
-    OMP_NUM_THREADS=1 python tests/benchmarks/adding_a_task.py --dataset=ml-100k --seeds 2020 2021
+    OMP_NUM_THREADS=1 python tests/benchmarks/adding_a_task.py --datasets ml-100k --seeds 2020 2021 --set epochs=30
 """
 
 from __future__ import annotations
@@ -18,18 +15,20 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-import statistics
 import tempfile
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
+import kept
 import numpy as np
 import torch
+import yaml
 from side_by_side import alternate
 
 from recbole_cl.config import CLConfig
 from recbole_cl.runner import Runner
 from recbole_cl.stream.batch import Batcher
+from recbole_cl.study.table import mean_and_interval
 
 SIDES: dict[str, dict[str, Any]] = {
     "PCL": {"model": "PCL", "strategy": "FineTune"},
@@ -37,15 +36,27 @@ SIDES: dict[str, dict[str, Any]] = {
 }
 AIM = 5.0
 """What a task shall cost FineAll, over what it costs PCL."""
+HEAD = [
+    "| log | task | metric | PCL | FineAll | difference | PCL s | FineAll s | FineAll / PCL |",
+    "|---|---|---|---|---|---|---|---|---|",
+]
+
+
+class Added(NamedTuple):
+    """An added task: its name and metric, the metric's value on the test targets, CPU seconds of its training."""
+
+    task: str
+    metric: str
+    value: float
+    seconds: float
 
 
 class Timed(Runner):
-    """Keeps the CPU seconds of each stage's training, and its validation curve over them.
+    """Keeps the CPU seconds of each stage's training.
 
     Attributes:
         backbone: Weights of a backbone that is pretrained already.
         cpu: CPU seconds by stage.
-        curve: CPU seconds and the primary metric on the validation targets after each epoch, by stage.
     """
 
     backbone: dict[str, torch.Tensor] | None = None
@@ -53,33 +64,27 @@ class Timed(Runner):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.cpu: dict[int, float] = {}
-        self.curve: dict[int, list[tuple[float, float]]] = {}
-        self._begun = 0.0
 
     def _pass(self, ctx: Any, plan: Any, *args: Any, **more: Any) -> Any:
         if ctx.index == 0 and self.backbone is not None:
             ctx.model.backbone.load_state_dict(self.backbone)
             plan = dataclasses.replace(plan, epochs=0)
-        self._begun = time.process_time()
+        begun = time.process_time()
         out = super()._pass(ctx, plan, *args, **more)
-        self.cpu[ctx.index] = time.process_time() - self._begun
+        self.cpu[ctx.index] = time.process_time() - begun
         if ctx.index == 0:
             self.backbone = {name: value.clone() for name, value in ctx.model.backbone.state_dict().items()}
         return out
 
-    def _end_epoch(self, ctx: Any, *args: Any, **more: Any) -> None:
-        super()._end_epoch(ctx, *args, **more)
-        value = (self.journal.curves[-1]["valid"] or {}).get(self.journal.primary(ctx.stage))
-        if value is not None:
-            self.curve.setdefault(ctx.index, []).append((time.process_time() - self._begun, value))
-
-    def best(self, stage: int) -> tuple[float, float]:
-        """Returns the seconds to a stage's best validation value, and the value (bigger is better)."""
-        return max(self.curve[stage], key=lambda point: point[1])
-
-    def reaches(self, stage: int, value: float) -> float | None:
-        """Returns the seconds to a validation value at least as good, or ``None``."""
-        return next((seconds for seconds, own in self.curve[stage] if own >= value), None)
+    def added(self) -> list[Added]:
+        """Returns what became of each added task."""
+        result = self.journal.result(self.folder)
+        found = []
+        for stage in self.stream.stages[1:]:
+            metric = result["stages"][stage.index]["primary_metric"]
+            matrix = result["matrix"].get("primary", result["matrix"].get(metric))
+            found.append(Added(stage.name, metric, matrix[-1][stage.index], self.cpu[stage.index]))
+        return found
 
 
 def walk(side: str, dataset: str, settings: dict[str, Any], backbone: dict[str, torch.Tensor] | None = None) -> Timed:
@@ -95,51 +100,34 @@ def walk(side: str, dataset: str, settings: dict[str, Any], backbone: dict[str, 
     return runner
 
 
-def adding(
-    dataset: str, settings: dict[str, Any], only_pcl: dict[str, Any]
-) -> tuple[dict[str, Timed], list[str], list[str]]:
-    """Returns both walks, and the rows of the two tables."""
-    pcl = walk("PCL", dataset, {**settings, **only_pcl})
-    fine = walk("FineAll", dataset, settings, pcl.backbone)
-    results = [runner.journal.result(runner.folder) for runner in (pcl, fine)]
-    whole, equal = [], []
-    for stage in pcl.stream.stages[1:]:
-        k, seed = stage.index, settings["seed"]
-        test = [result["matrix"]["primary"][-1][k] for result in results]
-        told = [f"{value:.4f}" for value in test] + [f"{runner.cpu[k]:.1f}" for runner in (pcl, fine)]
-        whole.append(
-            f"| {stage.name} | {seed} | {results[0]['stages'][k]['primary_metric']} | {' | '.join(told)} | "
-            f"{fine.cpu[k] / pcl.cpu[k]:.1f} |"
-        )
-        if k not in pcl.curve or k not in fine.curve:
-            continue
-        (needed, goal), (_, best) = fine.best(k), pcl.best(k)
-        reached = pcl.reaches(k, goal)
-        told = ["never", "-"] if reached is None else [f"{reached:.1f}", f"{needed / reached:.1f}"]
-        equal.append(f"| {stage.name} | {seed} | {goal:.4f} | {best:.4f} | {needed:.1f} | {' | '.join(told)} |")
-    return {"PCL": pcl, "FineAll": fine}, whole, equal
+def told(dataset: str, pairs: list[tuple[list[Added], list[Added]]]) -> tuple[list[str], str]:
+    """Returns a row for each added task, and what the aim asks in a sentence.
 
-
-def summary(pairs: list[dict[str, Timed]]) -> list[str]:
-    """Returns what the aim asks, in words, for pairs of walks."""
-    ratios, ahead = [], []
-    for pair in pairs:
-        pcl, fine = pair["PCL"], pair["FineAll"]
-        for k in fine.curve.keys() & pcl.curve.keys() - {0}:
-            needed, goal = fine.best(k)
-            reached = pcl.reaches(k, goal)
-            ratios.append(fine.cpu[k] / pcl.cpu[k])
-            ahead.append(None if reached is None else needed / reached)
-    met = sum(ratio is not None and ratio >= AIM for ratio in ahead)
-    lines = [f"FineAll / PCL until both stop: median {statistics.median(ratios):.1f} over {len(ratios)} added tasks"]
-    found = [ratio for ratio in ahead if ratio is not None]
-    if found:
-        lines.append(
-            f"FineAll / PCL to an equal or better metric: median {statistics.median(found):.1f} over the {len(found)} "
-            f"that PCL reaches"
-        )
-    lines.append(f"a fifth of FineAll's time at an equal or better metric: {met} of {len(ratios)} added tasks")
-    return lines
+    Args:
+        dataset: Name of the log.
+        pairs: What became of the tasks under PCL and FineAll, a pair a seed.
+    """
+    rows, better, equal, met = [], 0, 0, 0
+    spent = np.zeros(2)
+    tasks = pairs[0][0]
+    for number, task in enumerate(tasks):
+        values = np.array([[side[number].value for side in pair] for pair in pairs])
+        seconds = np.array([[side[number].seconds for side in pair] for pair in pairs])
+        gap, around = mean_and_interval(values[:, 0] - values[:, 1])
+        ratio = seconds[:, 1].sum() / seconds[:, 0].sum()
+        spent += seconds.sum(axis=0)
+        met += ratio >= AIM
+        better += ratio >= AIM and gap >= 0
+        equal += ratio >= AIM and not gap + around < 0
+        numbers = " | ".join(f"{value:.4f}" for value in values.mean(axis=0))
+        costs = " | ".join(f"{value:.1f}" for value in seconds.mean(axis=0))
+        difference = f"{gap:+.4f} ± {around:.4f}"
+        rows.append(f"| {dataset} | {task.task} | {task.metric} | {numbers} | {difference} | {costs} | {ratio:.1f} |")
+    return rows, (
+        f"{dataset}: together the added tasks cost FineAll {spent[1] / spent[0]:.1f} times PCL's time; at least "
+        f"{AIM:.0f} times in {met} of {len(tasks)} tasks, with a metric that is no worse in the mean in {better} of "
+        f"these, and not below FineAll's by more than the interval in {equal}"
+    )
 
 
 def sharing(runner: Timed, separate: Timed, pairs: int) -> str:
@@ -160,11 +148,11 @@ def sharing(runner: Timed, separate: Timed, pairs: int) -> str:
 
     models = [copy.deepcopy(separate.model).eval() for _ in tasks]  # what FineAll keeps: a whole model a task
 
-    def kept() -> None:
+    def separately() -> None:
         with torch.no_grad():
             torch.stack([own.represent(rows, task) for task, own in enumerate(models)])
 
-    looked, whole = alternate(shared, apart, pairs), alternate(shared, kept, pairs)
+    looked, whole = alternate(shared, apart, pairs), alternate(shared, separately, pairs)
     return (
         f"all {len(tasks)} tasks of {len(rows)} histories, one look-up: {looked.ours:.4f} s; {len(tasks)} look-ups: "
         f"{looked.theirs:.4f} s, {looked.ratio:.2f} times; {len(tasks)} separate models: "
@@ -172,39 +160,43 @@ def sharing(runner: Timed, separate: Timed, pairs: int) -> str:
     )
 
 
+def properties(pairs: list[str]) -> dict[str, Any]:
+    """Returns properties given as ``key=value``, values in YAML."""
+    return {key: yaml.safe_load(value) for key, value in (pair.split("=", 1) for pair in pairs)}
+
+
 def main() -> None:
-    """Prints both tables."""
+    """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", default="ml-100k")
-    parser.add_argument("--length", type=int, default=20)
-    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--datasets", nargs="+", default=["ml-100k"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[2020])
-    parser.add_argument("--encoder", default="random")
-    parser.add_argument("--pairs", type=int, default=9)
-    parser.add_argument("--set", nargs="*", default=[], help="further properties of both sides, key=value")
+    parser.add_argument("--pairs", type=int, default=9, help="timings of all tasks' representations; 0 for none")
+    parser.add_argument("--set", nargs="*", default=[], help="properties of both sides, key=value")
     parser.add_argument("--pcl", nargs="*", default=[], help="properties of PCL alone")
+    parser.add_argument("--fine", nargs="*", default=[], help="properties of FineAll alone")
+    parser.add_argument("--keep", help="name under which docs/pcl.md shows what is printed")
     given = parser.parse_args()
-    settings: dict[str, Any] = {
-        "MAX_ITEM_LIST_LENGTH": given.length,
-        "epochs": given.epochs,
-        "pcl_encoder": given.encoder,
-        "show_progress": False,
-        **dict(pair.split("=", 1) for pair in given.set),
-    }
-    only_pcl = dict(pair.split("=", 1) for pair in given.pcl)
-    pairs, whole, equal = [], [], []
-    for seed in given.seeds:
-        runners, *rows = adding(given.dataset, {**settings, "seed": seed}, only_pcl)
-        pairs.append(runners)
-        whole += rows[0]
-        equal += rows[1]
-    print("Until each side stops early; the metric on the test targets\n")
-    print("| task | seed | metric | PCL | FineAll | PCL s | FineAll s | FineAll / PCL |")
-    print("\n".join(["|---|---|---|---|---|---|---|---|", *sorted(whole)]))
-    print("\nTo FineAll's best value on the validation targets, or a better one\n")
-    print("| task | seed | FineAll's best | PCL's best | FineAll s | PCL s | FineAll / PCL |")
-    print("\n".join(["|---|---|---|---|---|---|---|", *sorted(equal), "", *summary(pairs)]))
-    print(sharing(pairs[0]["PCL"], pairs[0]["FineAll"], given.pairs))
+    both = {"pcl_encoder": "random", "show_progress": False, "matrix_cells": "last_row", **properties(given.set)}
+    first = None
+    for dataset in given.datasets:
+        pairs = []
+        for seed in given.seeds:
+            settings = {**both, "seed": seed}
+            pcl = walk("PCL", dataset, {**settings, **properties(given.pcl)})
+            fine = walk("FineAll", dataset, {**settings, **properties(given.fine)}, pcl.backbone)
+            pairs.append((pcl.added(), fine.added()))
+            first = first or (pcl, fine)
+        rows, sentence = told(dataset, pairs)
+        print("\n".join([*HEAD, *rows, "", sentence]), flush=True)
+        if given.keep:
+            kept.keep(f"{given.keep}.{dataset}", HEAD, rows)
+            kept.keep(f"{given.keep}.{dataset}.told", [], [f"- {sentence}."])
+    if first is None or not given.pairs:
+        return
+    line = sharing(*first, given.pairs)
+    print(line)
+    if given.keep:
+        kept.keep(f"{given.keep}.sharing", [], [f"- {given.datasets[0]}: {line}."])
 
 
 if __name__ == "__main__":
