@@ -66,6 +66,7 @@ class Evaluator:
 
         A strategy may take notes while it adjusts scores; its state is put back afterwards, so that neither the next
         evaluation nor the training between two validations depends on what was looked at.
+        A model that has a context manager ``validating()`` answers validation targets inside it.
 
         Args:
             ctx: The trained stage; its batcher knows the model's rows.

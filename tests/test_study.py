@@ -193,10 +193,20 @@ def test_table_holds_the_means_of_the_results(
     assert cli.main(["study", str(path), "--output_dir", str(out), "--jobs", "0"]) == 2
     # Learning curves of what is done: a panel for each stage, the mean over the seeds of the validation metric.
     asked = yaml.safe_load(path.read_text(encoding="utf-8"))
-    path.write_text(yaml.safe_dump({**asked, "report": {"plots": ["curves"]}}), encoding="utf-8")
+    by_stage = {"metric": metric, "published": {"FineTune": [0.5, 0.25]}}
+    report = {"plots": ["curves"], "by_stage": by_stage}
+    path.write_text(yaml.safe_dump({**asked, "report": report}), encoding="utf-8")
     monkeypatch.setattr(plots, "_png", lambda *_: None)
     assert not (out / "plots.html").exists()
     assert cli.main(["study", str(path), "--output_dir", str(out), "--only_table"]) == 0
+    own = [sum(r["matrix"][metric][index][index] for r in results) / 2 for index in range(len(results[0]["stages"]))]
+    told = " | ".join(f"{value:.4f}" for value in (*own, sum(own) / len(own)))
+    printed = capsys.readouterr().out
+    assert f"| FineTune | {told} |" in printed and "| *FineTune, published* | 0.5000 | 0.2500 | 0.3750 |" in printed
+    path.write_text(yaml.safe_dump({**asked, "report": {"by_stage": "ndcg"}}), encoding="utf-8")
+    with pytest.raises(ConfigError, match="by_stage is 'ndcg'; give"):
+        read_plan(path, "laptop")
+    path.write_text(yaml.safe_dump({**asked, "report": report}), encoding="utf-8")
     figure = plots.figures_of(read_plan(path, "laptop"), out)["curves"][1]
     assert len(figure["layout"]["annotations"]) == len(results[0]["stages"]) and (out / "plots.html").is_file()
     own = [[p["valid"][metric] for p in r["curves"] if p["stage"] == 0] for r in results]

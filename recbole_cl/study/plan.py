@@ -41,7 +41,7 @@ PLOTS = {"curves": "", "orders": "orders", "probe": "probe"}
 """Kinds of plots, and the key that a preset needs for them."""
 _PRESET_KEYS = (*AXES, "orders", "seeds", "settings", "probe", "about")
 _PLAN_KEYS = ("about", "report", "presets")
-_REPORT_KEYS = ("metric", "summaries", "strata", "scale", "published", "source", "plots")
+_REPORT_KEYS = ("metric", "summaries", "strata", "scale", "published", "source", "plots", "by_stage")
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,8 @@ class Plan:
         about: What the preset is, in a sentence.
         cells: Its runs.
         report: What the tables tell: ``metric``, ``summaries``, ``strata`` (beside the last model's figures), ``scale``
-            (100 for per cent), ``published`` (strategy to {column: figure}) and ``source`` of those; and the ``plots``.
+            (100 for per cent), ``published`` (strategy to {column: figure}) and ``source`` of those, ``by_stage`` (a
+            ``metric`` told for each stage, and ``published`` figures, one a stage); and the ``plots``.
     """
 
     name: str
@@ -151,9 +152,23 @@ def _check_report(report: Any, preset: Mapping[str, Any], where: str) -> None:
                 raise ConfigError(
                     f"{where}: {key} holds {name!r}, which is none of {', '.join(known)}{nearest(str(name), known)}"
                 )
+    by_stage = report.get("by_stage")
+    if by_stage is not None and not _is_by_stage(by_stage):
+        raise ConfigError(
+            f"{where}: by_stage is {by_stage!r}; give {{metric: recall@20}}, and published: {{FineTune: [46.3, 48.0]}} "
+            f"where there are figures of a paper, one a stage"
+        )
     for name in report.get("plots") or []:
         if PLOTS[name] and preset.get(PLOTS[name]) is None:
             raise ConfigError(f"{where}: the plot {name!r} draws what the preset has no {PLOTS[name]!r} for; add it")
+
+
+def _is_by_stage(asked: Any) -> bool:
+    if not isinstance(asked, Mapping) or not isinstance(asked.get("metric"), str):
+        return False
+    published = asked.get("published", {})
+    lists = isinstance(published, Mapping) and all(isinstance(figures, list) for figures in published.values())
+    return lists and all(isinstance(x, (int, float)) for figures in published.values() for x in figures)
 
 
 def _cells(asked: Mapping[str, Any], where: str) -> list[Cell]:

@@ -16,6 +16,7 @@ import pandas as pd
 from scipy import stats
 
 from recbole_cl.checkpoint import explained, write_atomically
+from recbole_cl.study import by_stage
 from recbole_cl.study.orders import degradation_table
 from recbole_cl.study.plan import Plan
 from recbole_cl.study.plots import write_plots
@@ -112,6 +113,7 @@ def comparison(plan: Plan, folder: Path) -> str:
         lines.append("")
         if "orders" in (report.get("plots") or ()):
             lines += degradation_table(group[group["state"] == "done"], scale)
+    lines += by_stage.table(plan, folder)
     lines += probe_table(plan, folder)
     reasons = sorted({f"{r.model}, {r.strategy}: {r.reason}" for r in frame.itertuples() if r.state == "refused"})
     lines += [f"- {reason}" for reason in reasons] + ([""] if reasons else [])
