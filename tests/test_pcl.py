@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import sys
 from pathlib import Path
 from typing import Any, ClassVar
@@ -503,7 +504,7 @@ def test_what_is_kept_has_the_bits_of_what_is_not(whole: Watched) -> None:
         for kept, anew in zip(whole_batch, seen(few, sequence), strict=True):
             assert torch.equal(kept, anew)
         assert len(few.number) == 40 and len(few.stores[0]) == 40
-    few.clear()
+    few.begin(counted)
     for kept, anew in zip(whole_batch, seen(few, sequence.flip(0)), strict=True):
         assert torch.equal(kept, anew.flip(0))
 
@@ -540,6 +541,13 @@ def test_other_weights_have_other_histories(whole: Watched) -> None:
     after = model.represent(rows, 1)
     torch.testing.assert_close(after, model.eval().represent(rows, 1), rtol=0, atol=1e-6)
     assert not torch.allclose(before, after, atol=1e-3)
+    model.train().represent(rows, 1)
+    model.backbone = copy.deepcopy(model.backbone)  # as where a slice of time brings new items
+    with torch.no_grad():
+        model.backbone.item_embedding.weight.mul_(torch.rand(model.width))
+    other = model.represent(rows, 1)
+    torch.testing.assert_close(other, model.eval().represent(rows, 1), rtol=0, atol=1e-6)
+    assert not torch.allclose(other, after, atol=1e-3)
 
 
 @pytest.mark.parametrize(

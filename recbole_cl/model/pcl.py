@@ -259,7 +259,7 @@ class PCL(TaskModel):
             limit = int(self.config["pcl_memory_mb"]) << 20
             self._histories = KeptHistories(prompter.compute, self.max_seq_length, limit)
         if frozen != self._frozen:  # other weights, other histories
-            self._histories.clear()
+            self._histories.begin(prompter.compute)
             self._frozen = frozen
         added = (lambda ids: sum(attribute(ids) for attribute in own)) if len(own) else None
         return prompter.outputs(self._histories.of(sequence), sequence, row, last, prompts, added)

@@ -278,8 +278,9 @@ class KeptHistories:
         self.number: dict[bytes, int] = {}
         self.stores: list[torch.Tensor] = []
 
-    def clear(self) -> None:
-        """Forgets everything; the room stays."""
+    def begin(self, compute: Callable[[torch.Tensor], list[torch.Tensor]]) -> None:
+        """Forgets everything, for weights have changed; the room stays."""
+        self.compute = compute
         self.number.clear()
 
     @torch.no_grad()
