@@ -36,10 +36,7 @@ SIDES: dict[str, dict[str, Any]] = {
 }
 AIM = 5.0
 """What a task shall cost FineAll, over what it costs PCL."""
-HEAD = [
-    "| log | task | metric | PCL | FineAll | difference | PCL s | FineAll s | FineAll / PCL |",
-    "|---|---|---|---|---|---|---|---|---|",
-]
+COLUMNS = "PCL | FineAll | difference | PCL, s | FineAll, s | FineAll / PCL"
 
 
 class Added(NamedTuple):
@@ -122,7 +119,7 @@ def told(dataset: str, pairs: list[tuple[list[Added], list[Added]]]) -> tuple[li
         numbers = " | ".join(f"{value:.4f}" for value in values.mean(axis=0))
         costs = " | ".join(f"{value:.1f}" for value in seconds.mean(axis=0))
         difference = f"{gap:+.4f} ± {around:.4f}"
-        rows.append(f"| {dataset} | {task.task} | {task.metric} | {numbers} | {difference} | {costs} | {ratio:.1f} |")
+        rows.append(f"| {task.task} ({task.metric}) | {numbers} | {difference} | {costs} | {ratio:.1f} |")
     return rows, (
         f"{dataset}: together the added tasks cost FineAll {spent[1] / spent[0]:.1f} times PCL's time; at least "
         f"{AIM:.0f} times in {met} of {len(tasks)} tasks, with a metric that is no worse in the mean in {better} of "
@@ -187,9 +184,10 @@ def main() -> None:
             pairs.append((pcl.added(), fine.added()))
             first = first or (pcl, fine)
         rows, sentence = told(dataset, pairs)
-        print("\n".join([*HEAD, *rows, "", sentence]), flush=True)
+        head = [f"| {dataset} | {COLUMNS} |", "|---|---|---|---|---|---|---|"]
+        print("\n".join([*head, *rows, "", sentence]), flush=True)
         if given.keep:
-            kept.keep(f"{given.keep}.{dataset}", HEAD, rows)
+            kept.keep(f"{given.keep}.{dataset}", head, rows)
             kept.keep(f"{given.keep}.{dataset}.told", [], [f"- {sentence}."])
     if first is None or not given.pairs:
         return
