@@ -587,3 +587,22 @@ def test_a_run_killed_in_the_third_task_goes_on(folder: Path, tmp_path: Path) ->
     assert timeless[0] == timeless[1]
     tensors = again.model.state_dict()
     assert all(torch.equal(tensors[name], tensor) for name, tensor in whole.model.state_dict().items())
+
+
+def test_what_adding_a_task_costs_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ratios of sums, differences with Student's interval, and how many tasks keep to the aim."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent / "benchmarks"))
+    from adding_a_task import Added, told
+
+    def side(first: float, second: float, third: float, seconds: float) -> list[Added]:
+        return [Added(name, "hit@5", x, seconds) for name, x in (("a", first), ("b", second), ("c", third))]
+
+    pairs = [
+        (side(0.50, 0.30, 0.20, 1.0), side(0.40, 0.35, 0.90, 5.0)),
+        (side(0.60, 0.40, 0.21, 1.0), side(0.40, 0.40, 0.90, 7.0)),
+    ]
+    rows, sentence = told("log", pairs)
+    # Differences of task a are .1 and .2: t(1, 97.5 %) = 12.706, standard error .05.
+    assert rows[0] == "| a (hit@5) | 0.5500 | 0.4000 | +0.1500 ± 0.6353 | 1.0 | 6.0 | 6.0 |"
+    assert "FineAll 6.0 times" in sentence and "at least 5 times in 3 of 3 tasks" in sentence
+    assert "no worse in the mean in 1 of these" in sentence and sentence.endswith("by more than the interval in 2")
