@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from recbole_cl.errors import nearest
 from recbole_cl.study.plan import Plan
 from recbole_cl.study.walk import RESULT, state
 
@@ -16,23 +17,28 @@ from recbole_cl.study.walk import RESULT, state
 def table(plan: Plan, folder: Path) -> list[str]:
     """Returns lines of Markdown: for each dataset, scheduler and model a table with a column for each stage.
 
-    A figure is the mean over the seeds of the matrix's diagonal, in the report's scale.
+    A figure is the mean over the seeds of the matrix's diagonal, in the report's scale. Where the runs do not have the
+    metric, a line says so.
     """
     asked = plan.report.get("by_stage")
     if asked is None:
         return []
+    metric = str(asked["metric"]).lower()
     found: dict[tuple[str, ...], dict[str, list[list[float | None]]]] = {}
     for cell in plan.cells:
         if state(cell, folder) == "done":
             result = json.loads((folder / cell.folder / RESULT).read_text(encoding="utf-8"))
-            matrix = result["matrix"].get(asked["metric"], [])
+            matrix = result["matrix"].get(metric)
+            if matrix is None:
+                known = sorted(result["matrix"])
+                return [f"by_stage: no run has {metric!r}{nearest(metric, known)} They have {', '.join(known)}.", ""]
             of_model = found.setdefault(tuple(cell.labels[name] for name in ("dataset", "scheduler", "model")), {})
             own = of_model.setdefault(cell.labels["strategy"], [])
             own.append([row[index] if index < len(row) else None for index, row in enumerate(matrix)])
     scale, lines = float(plan.report.get("scale", 1)), []
     for (dataset, scheduler, model), of_strategy in found.items():
         n = max(len(diagonal) for runs in of_strategy.values() for diagonal in runs)
-        lines += [f"### {asked['metric']} by stage, {model} on {dataset}, {scheduler}", ""]
+        lines += [f"### {metric} by stage, {model} on {dataset}, {scheduler}", ""]
         lines += ["| strategy | " + " | ".join([*(str(index + 1) for index in range(n)), "mean"]) + " |"]
         lines += ["|---" * (n + 2) + "|"]
         for strategy, runs in of_strategy.items():
