@@ -2,57 +2,51 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable
-from pathlib import Path
+from typing import Any
 
-import numpy as np
+import pandas as pd
 
 from recbole_cl.errors import nearest
-from recbole_cl.study.plan import Plan
-from recbole_cl.study.walk import RESULT, state
+
+OWN, AVERAGE = "own:", "final_average:"
+"""Columns of a study's rows: a figure by stage, and one that every run has of each of its metrics."""
 
 
-def table(plan: Plan, folder: Path) -> list[str]:
-    """Returns lines of Markdown: for each dataset, scheduler and model a table with a column for each stage.
+def by_stage_table(rows: pd.DataFrame, report: Any) -> list[str]:
+    """Returns the lines of a table with a column for each stage, as Markdown; none where the report asks for none.
 
-    A figure is the mean over the seeds of the matrix's diagonal, in the report's scale. Where the runs do not have the
-    metric, a line says so.
+    Args:
+        rows: One row a finished run with ``strategy`` and the matrix's diagonal, ``own:1`` and on.
+        report: Its ``by_stage`` names the metric, and under ``published`` a list of figures by strategy.
+
+    Returns:
+        Means over the seeds in the report's scale. Where the runs do not have the metric, a line says so.
     """
-    asked = plan.report.get("by_stage")
-    if asked is None:
+    asked = report.get("by_stage")
+    if asked is None or not len(rows):
         return []
-    metric = str(asked["metric"]).lower()
-    found: dict[tuple[str, ...], dict[str, list[list[float | None]]]] = {}
-    for cell in plan.cells:
-        if state(cell, folder) == "done":
-            result = json.loads((folder / cell.folder / RESULT).read_text(encoding="utf-8"))
-            matrix = result["matrix"].get(metric)
-            if matrix is None:
-                known = sorted(result["matrix"])
-                return [f"by_stage: no run has {metric!r}{nearest(metric, known)} They have {', '.join(known)}.", ""]
-            of_model = found.setdefault(tuple(cell.labels[name] for name in ("dataset", "scheduler", "model")), {})
-            own = of_model.setdefault(cell.labels["strategy"], [])
-            own.append([row[index] if index < len(row) else None for index, row in enumerate(matrix)])
-    scale, lines = float(plan.report.get("scale", 1)), []
-    for (dataset, scheduler, model), of_strategy in found.items():
-        n = max(len(diagonal) for runs in of_strategy.values() for diagonal in runs)
-        lines += [f"### {metric} by stage, {model} on {dataset}, {scheduler}", ""]
-        lines += ["| strategy | " + " | ".join([*(str(index + 1) for index in range(n)), "mean"]) + " |"]
-        lines += ["|---" * (n + 2) + "|"]
-        for strategy, runs in of_strategy.items():
-            means = np.array([[math.nan if x is None else x for x in run] for run in runs]).mean(axis=0) * scale
-            lines.append(_line(strategy, means, scale))
-            if strategy in asked.get("published", {}):
-                lines.append(_line(f"*{strategy}, published*", asked["published"][strategy][:n], scale))
-        lines.append("")
-    return lines
+    metric, stages = asked["metric"].lower(), [name for name in rows if name.startswith(OWN)]
+    if not stages:
+        known = sorted(name.removeprefix(AVERAGE) for name in rows if name.startswith(AVERAGE))
+        return [f"by_stage: no run has {metric!r}{nearest(metric, known)} They have {', '.join(known)}.", ""]
+    scale, published = float(report.get("scale", 1)), asked.get("published", {})
+    head = [f"{metric} by stage", *(name.removeprefix(OWN) for name in stages), "mean"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for strategy, own in rows.groupby("strategy", sort=False):
+        lines.append(_line(str(strategy), own[stages].astype(float).mean() * scale, scale))
+        if strategy in published:
+            figures = [*published[strategy], *[math.nan] * len(stages)][: len(stages)]
+            lines.append(_line(f"*{strategy}, published*", figures, scale))
+    return [*lines, ""]
 
 
 def _line(name: str, figures: Iterable[float], scale: float) -> str:
     values = [*figures]
-    known = [value for value in values if not math.isnan(value)]
-    digits = 4 if scale == 1 else 1
-    told = ["-" if math.isnan(x) else f"{x:.{digits}f}" for x in (*values, np.mean(known) if known else math.nan)]
-    return f"| {name} | " + " | ".join(told) + " |"
+    values.append(sum(values) / len(values))  # of all stages, or of none
+    return f"| {' | '.join([name, *(_told(value, scale) for value in values)])} |"
+
+
+def _told(value: float, scale: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.{4 if scale == 1 else 1}f}"

@@ -16,7 +16,7 @@ import pandas as pd
 from scipy import stats
 
 from recbole_cl.checkpoint import explained, write_atomically
-from recbole_cl.study import by_stage
+from recbole_cl.study.by_stage import OWN, by_stage_table
 from recbole_cl.study.orders import degradation_table
 from recbole_cl.study.plan import Plan
 from recbole_cl.study.plots import write_plots
@@ -66,6 +66,11 @@ def rows(plan: Plan, folder: Path) -> pd.DataFrame:
             last = result["matrix"].get(result["primary_metric"], [[]])[-1]
             row |= {f"last:{s['name']}": value for s, value in zip(result["stages"], last, strict=False)}
             row |= {f"constant:{s['name']}": s["constant_answer"] for s in result["stages"] if "constant_answer" in s}
+            if plan.report.get("by_stage"):
+                matrix = result["matrix"].get(
+                    plan.report["by_stage"]["metric"].lower(), []
+                )  # nothing: told in its place
+                row |= {f"{OWN}{index + 1}": scores[index] for index, scores in enumerate(matrix)}
             for stratum in plan.report.get("strata") or ():
                 within = result["strata"].get(result["primary_metric"], {}).get(stratum, [[]])[-1]
                 named = list(zip(result["stages"], within, strict=False))[1:]  # all is new to the first stage
@@ -113,7 +118,7 @@ def comparison(plan: Plan, folder: Path) -> str:
         lines.append("")
         if "orders" in (report.get("plots") or ()):
             lines += degradation_table(group[group["state"] == "done"], scale)
-    lines += by_stage.table(plan, folder)
+        lines += by_stage_table(group[group["state"] == "done"], report)
     lines += probe_table(plan, folder)
     reasons = sorted({f"{r.model}, {r.strategy}: {r.reason}" for r in frame.itertuples() if r.state == "refused"})
     lines += [f"- {reason}" for reason in reasons] + ([""] if reasons else [])
