@@ -145,19 +145,21 @@ class Evaluator:
         cold_row = self._cold_rows(ctx, known, rows.targets, needs_user)
         cold_pos = cold_row[rows.row] | (rows.item >= n)
         cold_pos |= ~known.items[np.minimum(rows.item, len(known.items) - 1)]
-        banned = torch.from_numpy(np.flatnonzero(~allowed_items(self.config, known, stage, n))).to(ctx.device)
+        allowed = torch.from_numpy(allowed_items(self.config, known, stage, n)).to(ctx.device)
+        bound = torch.where(allowed, torch.inf, -torch.inf)
         top = np.zeros((len(rows.targets), width), dtype=np.int64)
         auc = np.zeros(len(rows.targets))
         with_auc = "gauc" in asked_metrics(self.config, stage.task)
         full = rows.candidates is None
         shared = full and self._shares_prefixes(ctx)
-        for batch in self._batches(len(rows.targets), n, shared):
-            for index, scores in self._scored(ctx, stage, rows, batch, full, shared):
+        queried = full and not shared and self._told(ctx, "scores_by_queries")
+        for batch in self._batches(len(rows.targets), 1 if queried else n, shared):
+            for index, scores in self._scored(ctx, stage, rows, batch, full, shared, queried):
                 if torch.isnan(scores.sum()) and torch.isnan(scores).any():  # a sum takes a fraction of the time
                     raise TrainingError(
                         f"stage {ctx.index + 1}: the model's scores on stage {stage.index + 1} ({split}) contain NaN"
                     )
-                scores.index_fill_(1, banned, -torch.inf)
+                torch.minimum(scores, bound.to(scores.dtype), out=scores)  # several times as fast as to fill them in
                 if not full:
                     assert rows.candidates is not None
                     kept = torch.zeros_like(scores, dtype=torch.bool)
@@ -219,30 +221,40 @@ class Evaluator:
         return stage.index if self.config["task_id"] == "given" else ctx.index
 
     def _shares_prefixes(self, ctx: StageContext) -> bool:
-        """Tells whether one pass over a sequence may score all its prefixes (no strategy adjusts the scores)."""
-        told = getattr(ctx.model, "shares_prefixes", None)
+        """Tells whether one pass over a sequence may score all its prefixes."""
+        return self._told(ctx, "shares_prefixes")
+
+    def _told(self, ctx: StageContext, ability: str) -> bool:
+        """Tells whether a model has a short way to its scores, and no strategy adjusts them."""
+        told = getattr(ctx.model, ability, None)
         return told is not None and not self._adjusting and bool(told())
 
     def _scored(
-        self, ctx: StageContext, stage: Stage, rows: Rows, index: np.ndarray, full: bool, shared: bool
+        self, ctx: StageContext, stage: Stage, rows: Rows, index: np.ndarray, full: bool, shared: bool, queried: bool
     ) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
         """Yields rows and their scores of all items, few enough rows at a time that the scores stay in the cache."""
-        if not shared:
+        n, model = ctx.batcher.n_items, ctx.model
+        if shared:
+            outputs, score = prefix_outputs(model, ctx.batcher, rows.targets[index]), model.item_scores
+        elif queried:
+            outputs, score = model.item_queries(self._batch(ctx, stage, rows, index)), model.score_queries
+        else:
             yield index, self._score(ctx, stage, rows, index, full)
             return
-        n = ctx.batcher.n_items
-        outputs = prefix_outputs(ctx.model, ctx.batcher, rows.targets[index])
         size = max(1, (SCORES_IN_CACHE if ctx.device.type == "cpu" else SCORES_AT_ONCE) // n)
         for start in range(0, len(index), size):
             part = slice(start, start + size)
-            yield index[part], ctx.model.item_scores(outputs[part])[:, :n]
+            yield index[part], score(outputs[part])[:, :n]
 
-    def _score(self, ctx: StageContext, stage: Stage, rows: Rows, index: np.ndarray, full: bool) -> torch.Tensor:
+    def _batch(self, ctx: StageContext, stage: Stage, rows: Rows, index: np.ndarray) -> Interaction:
         batch = ctx.batcher.rows(rows.targets[index], stage=self._answers_for(ctx, stage), evaluation=True)
         if self.sequential:  # a history of unknown items only: any token will do, the row is a miss
             lengths = batch[self.config["ITEM_LIST_LENGTH_FIELD"]]
             batch.interaction[self.config["ITEM_LIST_LENGTH_FIELD"]] = lengths.clamp(min=1)
-        batch = batch.to(ctx.device)
+        return batch.to(ctx.device)
+
+    def _score(self, ctx: StageContext, stage: Stage, rows: Rows, index: np.ndarray, full: bool) -> torch.Tensor:
+        batch = self._batch(ctx, stage, rows, index)
         n, model = ctx.batcher.n_items, ctx.model
         if not full and ("scores" in (offers := capabilities(model)) or "full_sort_predict" not in offers):
             assert rows.candidates is not None

@@ -142,6 +142,7 @@ SCHEMA: dict[str, Rule] = {
     ),
     "stage_optimizer": choice("reset", "carry"),
     "train_positions": choice("all", "last"),
+    "task_class_positions": choice("all", "last"),
     "window": integer(1).optional(),
     "window_stride": integer(1).optional(),
     "window_shift": boolean(),

@@ -475,6 +475,29 @@ def test_a_window_is_all_its_prefixes(whole: Watched, backbone: str) -> None:
     torch.testing.assert_close(model.calculate_loss(Interaction(windows)), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("dropout", [False, True])
+def test_a_window_of_classes_is_all_its_prefixes(whole: Watched, dropout: bool) -> None:
+    """The same for the class of each next item, whose attributes stand at the prompted items."""
+    model, rows = varied(whole, 2, pcl_prompted_items=2, pcl_attributes="prompted")
+    assert model.trains_all_positions
+    sequence = rows[model.ITEM_SEQ]
+    asked = (torch.rand(sequence.shape) < 0.5) & (sequence > 0)
+    labels = torch.randint(0, 2, sequence.shape)
+    windows = {model.ITEM_SEQ: sequence, "_targets": asked * 3, "_labels": labels * asked, "_task": rows["_task"]}
+    row, last = asked.nonzero().unbind(1)
+    single = {
+        model.ITEM_SEQ: sequence[row] * (torch.arange(8) <= last.unsqueeze(1)),
+        model.ITEM_SEQ_LEN: last + 1,
+        "_label": labels[row, last],
+        "_task": rows["_task"][row],
+    }
+    model.eval()
+    expected = model.calculate_loss(Interaction(single))
+    model.config["pcl_dropout"] = dropout  # then the plain way
+    model.train(not dropout)
+    torch.testing.assert_close(model.calculate_loss(Interaction(windows)), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_what_is_kept_has_the_bits_of_what_is_not(whole: Watched) -> None:
     """Whoever stands beside a history, and whenever it is computed: or a resumed run would go another way."""
     model, _ = varied(whole, pcl_prompted_items=2)
@@ -513,6 +536,34 @@ def seen(histories: KeptHistories, sequence: torch.Tensor) -> list[torch.Tensor]
     """Returns what is told of each sequence."""
     stores, index = histories.of(sequence)
     return [store[index] for store in stores]
+
+
+def test_what_comes_again_as_it_was_is_read_in_place() -> None:
+    """Without gradients alone: a graph would hold a part of the room that the next batch is written to."""
+    histories = KeptHistories(lambda ids: [ids[..., None].float()], 4, 1 << 10)
+    ids = torch.tensor([[5, 0, 0, 0], [6, 7, 8, 9], [5, 0, 0, 0], [3, 2, 1, 0], [4, 0, 0, 0]])
+    rows = torch.arange(5)
+    kept = histories.of(ids)
+    assert kept.number.tolist() == [0, 1, 0, 2, 3], "the order given, whatever the lengths"
+    for order, in_place in ((rows[3:], True), (rows[[4, 3]], False), (rows[[0, 3]], False), (rows[:2], True)):
+        for grown in (False, True):
+            with torch.set_grad_enabled(grown):
+                (found,) = kept.of(order)
+            assert torch.equal(found[..., 0], ids[order].float())
+            same = found.untyped_storage().data_ptr() == histories.stores[0].untyped_storage().data_ptr()
+            assert same == (in_place and not grown)
+
+
+def test_a_task_has_the_whole_room_for_its_histories(whole: Watched) -> None:
+    """Those of the task before would never be read again, and leave none to it."""
+    model, rows = varied(whole, 1, pcl_prompted_items=2, pcl_attributes=False)
+    model.represent(rows, 1)
+    before, stores = set(model._histories.number), model._histories.stores
+    model.grow_in_place(whole.stream.view(2), (1, 1), (1, 1))
+    rows.interaction[model.ITEM_SEQ] = rows[model.ITEM_SEQ].flip(0)[3:]
+    rows = Interaction({model.ITEM_SEQ: rows[model.ITEM_SEQ], model.ITEM_SEQ_LEN: rows[model.ITEM_SEQ_LEN].flip(0)[3:]})
+    model.train().represent(rows, 2)
+    assert len(model._histories.number) == len(rows) < len(before) and model._histories.stores is stores
 
 
 @pytest.mark.parametrize("counts", [[1, 1, 1], [3, 3], [1, 0, 7, 2], [0, 9], [40, 1, 1, 1, 1]])

@@ -30,7 +30,8 @@ from recbole_cl.strategy.conure import CONURE, largest
 from recbole_cl.strategy.mtl import MTL
 from recbole_cl.strategy.task_bounds import FineAll
 from recbole_cl.strategy.teracon import TERACON, annealed
-from recbole_cl.stream.batch import TARGETS
+from recbole_cl.stream.batch import TARGETS, Batcher
+from recbole_cl.stream.build import build_stream
 from recbole_cl.stream.loader import make_loader
 from recbole_cl.stream.task_loader import TaskLoader
 from recbole_cl.testing.contract import assert_same
@@ -725,20 +726,21 @@ def test_the_mean_over_tasks_is_geometric(start: Start, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize(("model", "loss"), [("MultiTask", "BPR"), ("MMOE", "CE"), ("SoftMask", "CE")])
 def test_windows_train_what_rows_train(start: Start, model: str, loss: str) -> None:
-    """In every next-item task the loss over a window's positions is the mean of the losses of its targets as rows."""
-    runner = start(model, "FineTune", loss_type=loss, MAX_ITEM_LIST_LENGTH=20, n_stages=2, epochs=1, **SILENT)
+    """The loss over a window's positions is the mean of the losses of its targets as rows: items, classes of items."""
+    runner = start(model, "FineTune", loss_type=loss, MAX_ITEM_LIST_LENGTH=20, n_stages=3, epochs=1, **SILENT)
     runner.run()
     trained: Any = runner.model
     for p in trained.heads.parameters():
         nn.init.normal_(p, std=0.3)
-    ctx = runner._context(1, trained, runner.stream.view(1))
-    for index in (0, 1):
+    ctx = runner._context(2, trained, runner.stream.view(2))
+    for index in (0, 1, 2):
         mine = SimpleNamespace(**{**ctx.__dict__, "index": index, "stage": runner.stream.stages[index]})
         loader = make_loader(mine, mine.stage.train, "test")
         windows = loader.make(np.arange(loader.size))
         assert "_targets" in windows and windows["_task"].unique().tolist() == [index]
         rows = ctx.batcher.rows(mine.stage.train)
-        if loss == "BPR":  # the windows' negatives, for the same targets
+        assert ("_labels" in windows) == (index == 2)
+        if loss == "BPR" and index < 2:  # the windows' negatives, for the same targets
             drawn = windows["neg__targets"]
             flat = {
                 (int(u), int(n)): int(drawn[b, n - 1])
@@ -752,13 +754,56 @@ def test_windows_train_what_rows_train(start: Start, model: str, loss: str) -> N
         one = trained.calculate_loss(windows)
         parts = [trained.task_loss(rows, index)]
         torch.testing.assert_close(one, parts[0], atol=1e-5, rtol=1e-5)
-        other = trained.heads[1 - index]
+        other = trained.heads[(index + 1) % 3]
         kept = [p.detach().clone() for p in other.parameters()]
         for p in other.parameters():
             p.data.add_(1.0)
         assert torch.equal(trained.calculate_loss(windows), one), "another task's head had a say"
         for p, value in zip(other.parameters(), kept, strict=True):
             p.data.copy_(value)
+
+
+@pytest.mark.parametrize("positions", ["all", "last"])
+def test_classes_of_what_comes_next_train_on_windows(start: Start, positions: str) -> None:
+    """If asked to; the class of a user belongs to no place in a history and is a row always."""
+    runner = start("MultiTask", "FineTune", task_class_positions=positions, **SILENT)
+    runner.stream = build_stream(runner.config)
+    kinds = {}
+    for stage in runner.stream.stages:
+        model = SimpleNamespace(trains_all_positions=True)
+        view = runner.stream.view(stage.index)
+        batcher = Batcher(runner.config, runner.stream, view, stage.n_users, stage.n_items)
+        ctx = StageContext(runner.config, runner.stream, stage.index, model, view, batcher, torch.device("cpu"))  # type: ignore[arg-type]
+        loader = make_loader(ctx, stage.train, "test")
+        assert loader.n_targets == len(stage.train)
+        kinds[stage.name] = TARGETS in loader.make(np.arange(loader.size))
+    assert list(kinds.values()) == [True, True, positions == "all", False]
+
+
+def test_queries_score_as_the_model_does(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few rows at a time, outputs first; whoever gives scores another meaning is asked for them."""
+    runner = start("MultiTask", "FineTune", n_stages=2, epochs=1)
+    runner.run()
+    model: Any = runner.model
+    ctx = runner._context(1, model, runner.stream.view(1))
+    known = Known.everything(runner.stream.table, ctx.batcher.n_users, ctx.batcher.n_items)
+    monkeypatch.setattr("recbole_cl.evaluator.SCORES_IN_CACHE", 5 * ctx.batcher.n_items)
+    sizes: list[int] = []
+    score = type(model).score_queries
+    monkeypatch.setattr(type(model), "score_queries", lambda self, q: sizes.append(len(q)) or score(self, q))
+    stage = runner.stream.stages[1]
+    found = runner.evaluator.evaluate(ctx, known, stage)
+    assert max(sizes) <= 5 and sum(sizes) == len(stage.test)
+    whole = type(model).full_sort_predict
+    for sign in (1, -1):
+        changed = lambda self, batch, sign=sign: sign * whole(self, batch)  # noqa: E731
+        monkeypatch.setattr(type(model), "full_sort_predict", changed)
+        assert not model.scores_by_queries()
+        sizes.clear()
+        other = runner.evaluator.evaluate(ctx, known, stage)
+        assert sizes == [len(stage.test)]
+        assert (other.recommended == found.recommended).all() == (sign == 1)
+        assert (other.metrics == pytest.approx(found.metrics)) == (sign == 1)
 
 
 def test_a_recurrent_backbone_serves_too(start: Start) -> None:

@@ -176,6 +176,7 @@ class PCL(TaskModel):
             self.backbone, self.n_items = new, items[1]
             growth = Growth(users, items, {f"backbone.{name}": axes for name, axes in grown.axes.items()})
         self.stage = view.stage_index
+        self._frozen = ()  # a task has histories of its own: those of the task before leave their room to them
         if self.inherit and self.prompts and self.stage > 1:
             with torch.no_grad():
                 self.prompts[self.stage - 1].copy_(self.prompts[self.stage - 2])

@@ -18,7 +18,7 @@ from recbole_cl.config.models import get_model_class
 from recbole_cl.errors import ConfigError, RecBoleCLError, nearest
 from recbole_cl.model.all_positions import last_items
 from recbole_cl.rng import derive, seeded
-from recbole_cl.stream.batch import TARGETS, TASK
+from recbole_cl.stream.batch import LABELS, TARGETS, TASK
 from recbole_cl.stream.stage import Task
 
 LABEL = "_label"
@@ -225,18 +225,21 @@ class TaskModel(SequentialRecommender):
         """Returns the mean loss of the supervised positions of windows: each by its own task.
 
         Args:
-            batch: Windows with the target after each input.
+            batch: Windows with the target after each input, and its class where classes are asked for.
             at: Gives the representations ``[n, d]`` of windows of a task at flagged positions ``[B, L]``.
         """
         losses, counts = [], []
         for task, _, rows in by_task(batch):
             supervised = rows[TARGETS] > 0
-            hidden = self.heads[task](at(rows, task, supervised))
+            answers = self.heads[task](at(rows, task, supervised))
+            counts.append(len(answers))
+            if self.tasks[task].kind == "classification":
+                losses.append(F.cross_entropy(answers, rows[LABELS][supervised]))
+                continue
             chosen = {self.POS_ITEM_ID: rows[TARGETS][supervised]}
             if self.config["loss_type"] != "CE":
                 chosen[self.NEG_ITEM_ID] = rows[self.config["NEG_PREFIX"] + TARGETS][supervised]
-            losses.append(self.next_item_loss(hidden, Interaction(chosen)))
-            counts.append(len(hidden))
+            losses.append(self.next_item_loss(answers, Interaction(chosen)))
         return torch.stack([loss * (n / sum(counts)) for loss, n in zip(losses, counts, strict=True)]).sum()
 
     def task_loss(self, batch: Interaction, task: int) -> torch.Tensor:
@@ -267,10 +270,26 @@ class TaskModel(SequentialRecommender):
 
     def item_scores(self, batch: Interaction, task: int) -> torch.Tensor:
         """Returns scores of all items for rows of one task, shape ``[B, n_items]``."""
+        return self.score_queries(self._queries(batch, task))
+
+    def _queries(self, batch: Interaction, task: int) -> torch.Tensor:
         hidden = self.represent(batch, task)
-        if self.tasks[task].kind == "next_item":
-            hidden = self.heads[task](hidden)
-        return hidden @ self.backbone.item_embedding.weight.T
+        return self.heads[task](hidden) if self.tasks[task].kind == "next_item" else hidden
+
+    def item_queries(self, batch: Interaction) -> torch.Tensor:
+        """Returns what scores items by :meth:`score_queries`, each row for the task in its ``_task``, ``[B, d]``."""
+        return scatter(batch, [(rows, self._queries(part, task)) for task, rows, part in by_task(batch)])
+
+    def score_queries(self, queries: torch.Tensor) -> torch.Tensor:
+        """Returns scores of all items, shape ``[B, n_items]``: inner products with queries ``[B, d]``."""
+        return queries @ self.backbone.item_embedding.weight.T
+
+    def scores_by_queries(self) -> bool:
+        """Tells whether ``full_sort_predict`` is those two steps: a subclass may have given it another meaning."""
+        return all(
+            getattr(type(self), name) is getattr(TaskModel, name) and name not in vars(self)
+            for name in ("full_sort_predict", "item_scores")
+        )
 
     def full_sort_predict(self, batch: Interaction) -> torch.Tensor:
         """Returns scores of all items, each row for the task in its ``_task``."""

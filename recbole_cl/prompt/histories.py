@@ -37,6 +37,18 @@ class Kept(NamedTuple):
     stores: list[torch.Tensor]
     number: torch.Tensor
 
+    def of(self, sequence: torch.Tensor) -> list[torch.Tensor]:
+        """Returns the stores of some sequences, for indices ``[g]``.
+
+        Without gradients they are read in place where they stand side by side; a graph would hold what is written to.
+        """
+        number = self.number[sequence]
+        if len(number) and not torch.is_grad_enabled():
+            begin, end = int(number[0]), int(number[0]) + len(number)
+            if torch.equal(number, torch.arange(begin, end, device=number.device)):
+                return [store[begin:end] for store in self.stores]
+        return [store.index_select(0, number) for store in self.stores]
+
 
 class TransformerHistories:
     """Keys and values of every layer of a SASRec.
@@ -95,14 +107,14 @@ class TransformerHistories:
         before = torch.arange(kept.stores[0].size(2), device=row.device) < first.unsqueeze(1)
         unseen = torch.zeros(before.shape, device=row.device).masked_fill_(~before, -torch.inf)
         groups = Groups(row)
-        read = kept.number[groups.sequence]
+        stores = kept.of(groups.sequence)
         layers = backbone.trm_encoder.layer
         for index, layer in enumerate(layers):
             asked, later = hidden, causal_mask(len(prompts), row.device)
             if index + 1 == len(layers):  # of the top layer the last item's output is asked for
                 asked = hidden[torch.arange(len(row), device=row.device), number].unsqueeze(1)
                 later = later[number].view(len(row), 1, 1, -1)
-            keys, values = (store.index_select(0, read) for store in kept.stores[2 * index : 2 * index + 2])
+            keys, values = stores[2 * index : 2 * index + 2]
             hidden = _layer(layer, asked, hidden, keys, values, groups, unseen.view(len(row), 1, 1, -1), later)
         return hidden.squeeze(1)
 
@@ -285,22 +297,30 @@ class KeptHistories:
 
     @torch.no_grad()
     def of(self, sequence: torch.Tensor) -> Kept:
-        """Returns what is computed of each sequence, for ids ``[W, l]``; its tensors have L places."""
+        """Returns what is computed of each sequence, for ids ``[W, l]``; its tensors have L places.
+
+        New sequences are kept side by side in the order given, so that a batch that comes again as it is (validation)
+        is read in place.
+        """
         ids = F.pad(sequence, (0, self.length - sequence.size(1))).cpu()
         keys = [row.tobytes() for row in ids.numpy()]
-        missing = [index for index, key in enumerate(keys) if key not in self.number]
-        computed: list[int] = []
-        blocks: list[list[torch.Tensor]] = []
+        missing: dict[bytes, int] = {}  # one that occurs twice is computed once
+        for index, key in enumerate(keys):
+            if key not in self.number:
+                missing.setdefault(key, index)
+        number = {key: len(self.number) + place for place, key in enumerate(missing)}
+        beyond: list[tuple[list[int], list[torch.Tensor]]] = []
         size = ROWS_AT_ONCE.get(sequence.device.type, 512)
-        for rows, width in self._blocks(ids, missing, size):
+        for rows, width in self._blocks(ids, list(missing.values()), size):
             part = F.pad(ids[rows, :width], (0, 0, 0, size - len(rows))).to(sequence.device)
             block = [F.pad(x[: len(rows)], (0, 0, 0, self.length - width)) for x in self.compute(part)]
-            self._keep([keys[index] for index in rows], block)
-            computed += rows
-            blocks.append(block)
+            self._write([number[keys[index]] for index in rows], block)
+            beyond.append((rows, block))
+        room = self.room
+        self.number.update((key, place) for key, place in number.items() if place < room)
         if all(key in self.number for key in keys):
             return Kept(self.stores, self._numbers(keys))
-        return self._joined(keys, computed, blocks)
+        return self._joined(keys, beyond)
 
     def _blocks(self, ids: torch.Tensor, chosen: list[int], size: int) -> Iterator[tuple[list[int], int]]:
         """Yields at most ``size`` rows and the width of the pass that computes them, which their own lengths decide."""
@@ -315,29 +335,35 @@ class KeptHistories:
             for start in range(0, len(rows), size):
                 yield rows[start : start + size], width
 
-    def _joined(self, keys: list[bytes], computed: list[int], blocks: list[list[torch.Tensor]]) -> Kept:
-        """Returns what was kept before and what has just been computed, side by side."""
-        known = sorted(set(range(len(keys))) - set(computed))
-        stores = [torch.cat(parts) for parts in zip(*blocks, strict=True)]
+    def _joined(self, keys: list[bytes], blocks: list[tuple[list[int], list[torch.Tensor]]]) -> Kept:
+        """Returns what has just been computed and what was kept before, side by side."""
+        computed = [keys[index] for rows, _ in blocks for index in rows]
+        before = list(dict.fromkeys(keys))
+        known = [key for key in before if key not in set(computed)]
+        stores = [torch.cat(parts) for parts in zip(*(block for _, block in blocks), strict=True)]
         if known:
-            numbers = self._numbers([keys[index] for index in known])
+            numbers = self._numbers(known)
             stores = [torch.cat([x, store[numbers]]) for x, store in zip(stores, self.stores, strict=True)]
-        number = torch.empty(len(keys), dtype=torch.int64)
-        number[torch.tensor([*computed, *known])] = torch.arange(len(keys))
-        return Kept(stores, number.to(stores[0].device))
+        place = {key: index for index, key in enumerate([*computed, *known])}
+        return Kept(stores, torch.tensor([place[key] for key in keys], device=stores[0].device))
 
-    def _keep(self, keys: list[bytes], block: list[torch.Tensor]) -> None:
+    @property
+    def room(self) -> int:
+        """How many sequences can be kept; 0 before the first one."""
+        return len(self.stores[0]) if self.stores else 0
+
+    def _write(self, places: list[int], block: list[torch.Tensor]) -> None:
         if not self.stores:
             room = self.limit // sum(x[0].numel() * x.element_size() for x in block)
             self.stores = [x.new_empty(room, *x.shape[1:]) for x in block]
-        begin = len(self.number)
-        # One that occurs twice is kept once.
-        new = {key: index for index, key in enumerate(keys) if key not in self.number}
-        chosen = list(new.items())[: len(self.stores[0]) - begin]
-        rows = [index for _, index in chosen]
+        rows = [row for row, place in enumerate(places) if place < self.room]
+        if not rows:
+            return
+        begin, end = places[rows[0]], places[rows[-1]] + 1
+        together = end - begin == len(rows)  # places rise
+        at = slice(begin, end) if together else torch.tensor([places[row] for row in rows], device=block[0].device)
         for store, x in zip(self.stores, block, strict=True):
-            store[begin : begin + len(rows)] = x if len(rows) == len(x) else x[rows]
-        self.number.update({key: begin + place for place, (key, _) in enumerate(chosen)})
+            store[at] = x if len(rows) == len(x) else x[rows]
 
     def _numbers(self, keys: list[bytes]) -> torch.Tensor:
         return torch.tensor([self.number[key] for key in keys], device=self.stores[0].device)

@@ -18,6 +18,7 @@ from recbole_cl.stream.stage import Stream, Targets
 
 POSITION, STAGE, TIMESTAMP, TASK = "_position", "_stage", "_timestamp", "_task"
 TARGETS = "_targets"
+LABELS = "_labels"
 """Field of all-position batches: the item to predict after each input, 0 where none is supervised, ``[B, L]``."""
 
 
@@ -40,6 +41,7 @@ class Windows:
         stride: Targets of a window at most.
         generator: Draws a shift from 0 to ``stride - 1`` for each sequence of more than ``stride`` targets; without it
             nothing is shifted.
+        labels: Class of each supervised index of ``table.seq``, shape ``[N]``, where classes are asked for.
 
     Raises:
         ConfigError: If the stride exceeds the size: targets would be left out.
@@ -52,6 +54,7 @@ class Windows:
         size: int,
         stride: int,
         generator: torch.Generator | None = None,
+        labels: np.ndarray | None = None,
     ) -> None:
         if stride > size:
             raise ConfigError(
@@ -59,6 +62,7 @@ class Windows:
                 f"would never be trained on; make it at most the window"
             )
         self.targets, self.supervised, self.size, self.stride = targets, supervised, size, stride
+        self.labels = labels
         order = np.lexsort((targets.hi, targets.user))
         hi, user, lo = targets.hi[order], targets.user[order], targets.lo[order]
         last = np.r_[(user[1:] != user[:-1]) | (lo[1:] != lo[:-1]), True] if len(user) else np.empty(0, dtype=bool)
@@ -79,7 +83,7 @@ class Windows:
 
     def shifted(self, generator: torch.Generator) -> Windows:
         """Returns windows over the same targets, cut at places that the generator draws."""
-        return Windows(self.targets, self.supervised, self.size, self.stride, generator)
+        return Windows(self.targets, self.supervised, self.size, self.stride, generator, self.labels)
 
     def __len__(self) -> int:
         return len(self.user)
@@ -191,6 +195,8 @@ class Batcher:
     def window_rows(self, windows: Windows, index: np.ndarray) -> Interaction:
         """Returns all-position rows: inputs, and the target after each input (field ``_targets``).
 
+        Windows of a classification have the class of each target, too (field ``_labels``, 0 where there is no target).
+
         Args:
             windows: The windows.
             index: Which of them, shape ``[B]``.
@@ -205,8 +211,12 @@ class Batcher:
         supervised = mask & windows.supervised[at + 1] & (at + 1 >= first[:, None])
         targets = np.where(supervised, item[seq[at + 1]], 0)
         closing = seq[last]
+        classes = {}
+        if windows.labels is not None:
+            classes[LABELS] = torch.from_numpy(np.where(supervised, windows.labels[at + 1], 0))
         return Interaction(
             {
+                **classes,
                 self.uid: torch.from_numpy(windows.user[index]),
                 self.iid: torch.from_numpy(item[closing]),
                 self.iid + self.suffix: torch.from_numpy(inputs),

@@ -376,6 +376,19 @@ def make_sampler(
     )
 
 
+def _in_windows(ctx: Any, targets: Targets) -> bool:
+    """Tells whether a pass trains on windows: of next items, or of classes of what comes next."""
+    config = ctx.config
+    if config["train_positions"] != "all" or not getattr(ctx.model, "trains_all_positions", False):
+        return False
+    if ctx.stage.task.kind != "classification":
+        return ctx.stage.task.kind == "next_item"
+    seq = ctx.batcher.table.seq
+    # The class of a user belongs to no interaction that comes after the history: a row each.
+    at_next = (targets.hi < len(seq)) & (seq[np.minimum(targets.hi, len(seq) - 1)] == targets.position)
+    return config["task_class_positions"] == "all" and bool(at_next.all())
+
+
 def make_loader(
     ctx: Any, targets: Targets, name: str, batch_size: int | None = None
 ) -> StageLoader | KnowledgeStageLoader:
@@ -392,16 +405,20 @@ def make_loader(
         return ctx.view.parity_loader  # type: ignore[no-any-return]
     units: Units = targets
     next_item = ctx.stage.task.kind == "next_item"
-    if next_item and getattr(ctx.model, "trains_all_positions", False) and config["train_positions"] == "all":
+    if _in_windows(ctx, targets):
         supervised = np.zeros(len(batcher.table.seq) + 1, dtype=bool)
         supervised[targets.hi] = True
+        labels = None
+        if not next_item:
+            labels = np.zeros(len(supervised), dtype=np.int64)
+            labels[targets.hi] = targets.label
         size = config["window"] or batcher.max_length
         if size > batcher.max_length:
             raise ConfigError(
                 f"window: {size} inputs are more than MAX_ITEM_LIST_LENGTH: {batcher.max_length}, the model's most; "
                 f"make window at most that, or MAX_ITEM_LIST_LENGTH larger"
             )
-        units = Windows(targets, supervised, size, config["window_stride"] or size)
+        units = Windows(targets, supervised, size, config["window_stride"] or size, labels=labels)
     elif config["model"] in USER_BATCH_MODELS:
         order = np.lexsort((targets.position, targets.user))
         last = np.r_[targets.user[order][1:] != targets.user[order][:-1], True]

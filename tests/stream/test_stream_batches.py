@@ -139,6 +139,26 @@ def ml_100k(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_windows_have_the_class_of_each_target() -> None:
+    """The window of the docstring; a target that is none of the task's has no class."""
+    seq = np.arange(8)
+    table = SimpleNamespace(seq=seq, item=seq + 101, stage=np.zeros(8, dtype=np.int64), timestamp=np.zeros(8))
+    hi = np.array([4, 5, 7])
+    targets = Targets(seq[hi], np.full(3, 9), np.zeros(3, dtype=np.int64), hi, np.array([2, 0, 1]))
+    supervised, labels = np.zeros(9, dtype=bool), np.zeros(9, dtype=np.int64)
+    supervised[hi], labels[hi] = True, targets.label
+    batcher = SimpleNamespace(table=table, uid="user_id", iid="item_id", suffix="_list", length_field="item_length")
+    for windows in (Windows(targets, supervised, 4, 2, labels=labels), Windows(targets, supervised, 4, 2)):
+        rows = Batcher.window_rows(batcher, windows, np.array([0, 1]))  # type: ignore[arg-type]
+        assert rows["_targets"].tolist() == [[0, 0, 105, 106], [0, 0, 0, 108]]
+        if windows.labels is not None:
+            assert rows["_labels"].tolist() == [[0, 0, 2, 0], [0, 0, 0, 1]]
+            shifted = windows.shifted(torch.Generator().manual_seed(0))
+            assert "_labels" in Batcher.window_rows(batcher, shifted, np.array([0])).interaction  # type: ignore[arg-type]
+        else:
+            assert "_labels" not in rows.interaction
+
+
 @pytest.mark.parametrize("length", [20, 50])
 def test_rows_equal_recboles_augmentation(ml_100k: Path, length: int) -> None:
     load = {"inter": ["user_id", "item_id", "rating", "timestamp"]}
