@@ -51,6 +51,7 @@ IMPLIED: dict[str, Any] = {
     "time_range": None,
     "scratch": False,
     "stage_lr_scale": 1.0,
+    "stage_epochs": None,
     "cold_targets": "keep",
     "checkpoint_steps": None,
     "worker": 0,

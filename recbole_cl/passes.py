@@ -209,7 +209,9 @@ class PassTrainer(StageModels):
             self._restore(ctx, running, resumed)
             if plan.aside:
                 stage_randomness.load_state_dict(resumed["trainer"]["stage_randomness"])
-        epochs = plan.epochs if plan.epochs is not None else int(getattr(trainer, "epochs", config["epochs"]))
+        epochs = plan.epochs if plan.epochs is not None else self._stage_epochs(ctx.index, plan)
+        if epochs is None:
+            epochs = int(getattr(trainer, "epochs", config["epochs"]))
         while progress.epoch < epochs and not progress.stopped:
             self._epoch(ctx, running)
         if progress.best is not None:
@@ -271,6 +273,19 @@ class PassTrainer(StageModels):
         self._end_epoch(ctx, running.plan, progress, loss, running.clock)
         progress.terms = {}
         running.save("train")
+
+    def _stage_epochs(self, index: int, plan: Pass) -> int | None:
+        """Returns how many epochs a pass has been given, all of which are trained; ``None`` where it may stop early.
+
+        They are for a model that knows the stages before: passes with new weights, or a number of their own, have none.
+        """
+        given = self.config["stage_epochs"]
+        if isinstance(given, (list, tuple)):
+            given = given[min(index, len(given) - 1)]
+        elif index == 0:
+            return None
+        anew = plan.init == "fresh" or plan.untrained
+        return None if given is None or anew or plan.epochs is not None else int(given)
 
     def _trainer(self, ctx: StageContext, plan: Pass) -> Any:
         """Returns RecBole's trainer of the model with the hooks in it, or the model's own."""
@@ -341,7 +356,8 @@ class PassTrainer(StageModels):
         config, metric = self.config, self.journal.primary(ctx.stage)
         valid: dict[str, float] | None = None
         improved = False
-        wanted = plan.early_stopping and config["eval_step"] > 0 and progress.epoch % config["eval_step"] == 0
+        every = 0 if self._stage_epochs(ctx.index, plan) else config["eval_step"]
+        wanted = plan.early_stopping and every > 0 and progress.epoch % every == 0
         if wanted and len(ctx.stage.valid):
             valid = self.evaluator.evaluate(ctx, self.known, ctx.stage, "valid").metrics
             score = valid.get(metric)

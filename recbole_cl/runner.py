@@ -279,7 +279,7 @@ class Runner(PassTrainer):
         ctx = alone._context(index, alone.build_model(view, randomness), view)
         start = {"model": clone_tree(owned_state(ctx.model)), "strategy": {}}
         progress = Progress(best_score=self._worst(ctx.stage))
-        plan = Pass("scratch", init="previous", data="stage", graph=self.config["graph"])
+        plan = Pass("scratch", init="previous", data="stage", graph=self.config["graph"], untrained=True)
         ctx = alone._pass(ctx, plan, progress, randomness, {}, start, None, lambda: 0.0)
         if ctx.stage.evaluable(index):
             self.journal.record_scratch(alone.evaluator.evaluate(ctx, alone.known, ctx.stage), ctx.stage)

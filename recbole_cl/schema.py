@@ -140,9 +140,12 @@ SCHEMA: dict[str, Rule] = {
         "a number of at least 0 or a list of such numbers",
         lambda v: _one_or_many(v, lambda x: is_number(x) and x >= 0),
     ),
+    "stage_epochs": Rule(
+        "an integer of at least 1, a list of such numbers and ~, or ~",
+        lambda v: _one_or_many(v, lambda x: x is None or (is_integer(x) and x >= 1)),
+    ),
     "stage_optimizer": choice("reset", "carry"),
     "train_positions": choice("all", "last"),
-    "task_class_positions": choice("all", "last"),
     "window": integer(1).optional(),
     "window_stride": integer(1).optional(),
     "window_shift": boolean(),

@@ -202,6 +202,7 @@ OTHER: dict[str, Any] = {
     "time_range": [0, 900000000],
     "scratch": True,
     "stage_lr_scale": [0.5],
+    "stage_epochs": 2,
     "cold_targets": "drop",
     "checkpoint_steps": 5,
     "worker": 2,

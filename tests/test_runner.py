@@ -121,6 +121,26 @@ def test_learning_rate_scale_and_optimiser(log: PlantedDrift, tmp_path: Path) ->
     assert carry["ndcg@10"][0] == reset["ndcg@10"][0] and carry["ndcg@10"][2] != reset["ndcg@10"][2]
 
 
+def test_stages_after_the_first_may_have_a_number_of_epochs(log: PlantedDrift, tmp_path: Path) -> None:
+    """All of them are trained and none is validated; a model that begins anew is stopped early all the same."""
+
+    def told(name: str, **properties: Any) -> dict[tuple[int, str], list[bool]]:
+        """Whether each epoch was validated, by stage and pass."""
+        _, result = run(log, tmp_path / name, "SASRec", epochs=4, stopping_step=1, **properties)
+        found: dict[tuple[int, str], list[bool]] = {}
+        for point in result["curves"]:
+            found.setdefault((point["stage"], point["pass"]), []).append(point["valid"] is not None)
+        return found
+
+    early, fixed = told("early"), told("fixed", stage_epochs=6)
+    assert all(all(epochs) and len(epochs) <= 4 for epochs in early.values())
+    assert fixed == {(0, "train"): early[0, "train"], (1, "train"): [False] * 6, (2, "train"): [False] * 6}
+    some = told("some", stage_epochs=[None, 2, None], scratch=True)
+    assert some[1, "train"] == [False] * 2 and all(some[2, "train"])
+    assert all(all(epochs) for (_, name), epochs in some.items() if name == "scratch")
+    assert told("anew", strategy="FullRetrain", stage_epochs=3) == told("whole", strategy="FullRetrain")
+
+
 def test_cells_that_nobody_asks_for_are_left_out(log: PlantedDrift, tmp_path: Path) -> None:
     """Those that are tested have the bits of the whole matrix, and so have the weights."""
     whole, all_cells = run(log, tmp_path / "a", "SASRec")

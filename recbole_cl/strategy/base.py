@@ -36,6 +36,7 @@ class Pass:
         lr_scale: Factor on the stage's learning rate.
         graph: What a graph model sees: ``all``, ``stage``, or ``None`` for the configuration's ``graph``.
         early_stopping: Stop by the validation metric and keep the best epoch.
+        untrained: The model is a new one, whatever ``init`` says (the reference model of ``scratch``).
         mix_tasks: ``data`` holds targets of several stages' tasks: each step has a batch of every one of them
             (:class:`recbole_cl.stream.task_loader.TaskLoader`), and the geometric mean of their primary metrics stops
             training.
@@ -51,6 +52,7 @@ class Pass:
     lr_scale: float = 1.0
     graph: str | None = None
     early_stopping: bool = True
+    untrained: bool = False
     mix_tasks: bool = False
     aside: bool = False
 

@@ -73,6 +73,11 @@ class TaskStream(Scheduler):
             value = final.get(key)
             if value is not None and not (is_integer(value) and value >= 1):
                 raise ConfigError(f"{key}: {value!r} must be an integer of at least 1, or ~ for all")
+        if (positions := final.get("task_class_positions")) not in ("all", "last"):
+            raise ConfigError(
+                f"task_class_positions: {positions!r} must be 'all' (of a window in one pass) or 'last' (a row each)"
+                f"{nearest(str(positions), ('all', 'last'))}"
+            )
         _check_cold_items(final, specs)
         log = config.log_files
         headers = {"inter": log.columns}
