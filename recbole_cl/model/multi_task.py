@@ -22,8 +22,8 @@ class MultiTask(TaskModel):
     """A backbone whose weights all tasks share, and a head for each task (Caruana 1997, hard parameter sharing).
 
     Under ``FineTune`` it is SinMo of arXiv 2502.19628, table 1, under ``SingleTask`` the row SASRec, under ``FineAll``,
-    ``CONURE`` and ``MTL`` the rows of these names. Backbones that train on all positions do so in every next-item task:
-    the head of the task reads each position.
+    ``CONURE`` and ``MTL`` the rows of these names. Backbones that train on all positions do so where a task asks about
+    what comes next, items or classes: the head of the task reads each position.
     """
 
     backbone_property = "multi_task_backbone"
@@ -36,7 +36,7 @@ class MultiTask(TaskModel):
 
     @property
     def trains_all_positions(self) -> bool:
-        """Tells the loader to make windows of next-item targets, in any stage, where the backbone reads them."""
+        """Tells the loader to make windows in any stage, where the backbone reads them."""
         return bool(getattr(self.backbone, "trains_all_positions", False))
 
     def adapt(self, hidden: torch.Tensor, task: int) -> torch.Tensor:

@@ -309,18 +309,18 @@ class KeptHistories:
             if key not in self.number:
                 missing.setdefault(key, index)
         number = {key: len(self.number) + place for place, key in enumerate(missing)}
-        beyond: list[tuple[list[int], list[torch.Tensor]]] = []
+        blocks: list[tuple[list[int], list[torch.Tensor]]] = []
         size = ROWS_AT_ONCE.get(sequence.device.type, 512)
         for rows, width in self._blocks(ids, list(missing.values()), size):
             part = F.pad(ids[rows, :width], (0, 0, 0, size - len(rows))).to(sequence.device)
             block = [F.pad(x[: len(rows)], (0, 0, 0, self.length - width)) for x in self.compute(part)]
             self._write([number[keys[index]] for index in rows], block)
-            beyond.append((rows, block))
+            blocks.append((rows, block))
         room = self.room
         self.number.update((key, place) for key, place in number.items() if place < room)
         if all(key in self.number for key in keys):
             return Kept(self.stores, self._numbers(keys))
-        return self._joined(keys, beyond)
+        return self._joined(keys, blocks)
 
     def _blocks(self, ids: torch.Tensor, chosen: list[int], size: int) -> Iterator[tuple[list[int], int]]:
         """Yields at most ``size`` rows and the width of the pass that computes them, which their own lengths decide."""
@@ -338,8 +338,8 @@ class KeptHistories:
     def _joined(self, keys: list[bytes], blocks: list[tuple[list[int], list[torch.Tensor]]]) -> Kept:
         """Returns what has just been computed and what was kept before, side by side."""
         computed = [keys[index] for rows, _ in blocks for index in rows]
-        before = list(dict.fromkeys(keys))
-        known = [key for key in before if key not in set(computed)]
+        new = set(computed)
+        known = [key for key in dict.fromkeys(keys) if key not in new]
         stores = [torch.cat(parts) for parts in zip(*(block for _, block in blocks), strict=True)]
         if known:
             numbers = self._numbers(known)

@@ -449,7 +449,7 @@ def test_other_refusals(folder: Path, tmp_path: Path) -> None:
         stream(folder, tasks=None)
     with pytest.raises(ConfigError, match="task_order"):
         stream(folder, task_order=[1, 1])
-    with pytest.raises(ConfigError, match="task_class_positions: 'al' .*did you mean 'all'"):
+    with pytest.raises(ConfigError, match=r"task_class_positions: 'al' .*did you mean 'all'"):
         stream(folder, task_class_positions="al")
     with pytest.raises(ConfigError, match="task_eval_per_user"):
         stream(folder, task_eval_per_user=0)
