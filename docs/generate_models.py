@@ -44,7 +44,10 @@ OWN: dict[str, dict[str, Any]] = {
     "DIEN": {"train_neg_sample_args": {"distribution": "uniform", "sample_num": 1}},
     "NCL": {"num_clusters": 4},  # 1000 clusters need as many users
     # One step a stage, or gradients too small for the default strength to be seen after one epoch.
-    **{name: {"epochs": 3, "train_batch_size": 64, "ewc_lambda": 1e6} for name in ("CDAE", "ENMF", "GCMC", "STAMP")},
+    **{
+        name: {"epochs": 3, "train_batch_size": 64, "ewc_lambda": 1e6}
+        for name in ("CDAE", "ENMF", "GCMC", "SGL", "STAMP")
+    },
 }
 """What single models cannot do without."""
 HEAD = """# RecBole's models

@@ -20,7 +20,7 @@ from recbole_cl import distributed
 from recbole_cl.errors import ConfigError, TrainingError
 from recbole_cl.model.capabilities import capabilities
 from recbole_cl.model.prefixes import prefix_outputs
-from recbole_cl.model.state import clone_tree, tree_hash
+from recbole_cl.model.state import answering, clone_tree, tree_hash
 from recbole_cl.rng import ModelRandomness, derive, numpy_generator
 from recbole_cl.scoring.known import Known
 from recbole_cl.scoring.metrics import asked_metrics
@@ -81,14 +81,12 @@ class Evaluator:
         if served is not ctx:
             ctx, known = served, served.known
         model = ctx.model
-        was_training = model.training
-        model.eval()
         clear_caches(model)
         kept = [clone_tree(s.state_dict()) for s in self._adjusting]
         randomness = ModelRandomness(derive(self.config["seed"], ctx.index, f"evaluate/{stage.index}"))
         between = getattr(model, "validating", contextlib.nullcontext) if split == "valid" else contextlib.nullcontext
         try:
-            with between():
+            with answering(model), between():
                 if self._group.size == 1:
                     return self._outcome(ctx, known, stage, split, randomness)
                 return self._shared(ctx, known, stage, split, randomness)
@@ -96,7 +94,6 @@ class Evaluator:
             for strategy, state in zip(self._adjusting, kept, strict=True):
                 strategy.load_state_dict(state)
             clear_caches(model)
-            model.train(was_training)
 
     def _outcome(
         self, ctx: StageContext, known: Known, stage: Stage, split: str, randomness: ModelRandomness

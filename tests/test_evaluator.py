@@ -145,6 +145,18 @@ def test_evaluation_is_pure_and_draws_from_its_own_state(tmp_path: Path) -> None
     assert np.array_equal(np.random.get_state()[1], numpy_state)  # type: ignore[index]
 
 
+def test_evaluation_does_not_draw_the_graphs_of_training(tmp_path: Path) -> None:
+    """SGL's ``train()`` draws two graphs from numpy's global generator; a module in eval mode stays in it."""
+    config, stream, net, ctx, known = prepared(tmp_path, "SGL", 2, valid_metric="NDCG@5")
+    net.train()
+    net.user_embedding.eval()
+    graphs, numpy_state = (net.sub_graph1, net.sub_graph2), np.random.get_state()[1].copy()  # type: ignore[index, union-attr]
+    Evaluator(config, stream, Composite([])).evaluate(ctx, known, stream.stages[1])
+    assert net.training and not net.user_embedding.training
+    assert net.sub_graph1 is graphs[0] and net.sub_graph2 is graphs[1]
+    assert np.array_equal(np.random.get_state()[1], numpy_state)  # type: ignore[index]
+
+
 def test_graph_caches_do_not_leave_metrics_unchanged(tmp_path: Path) -> None:
     config, stream, net, ctx, known = prepared(tmp_path, "LightGCN", 0, valid_metric="NDCG@5")
     evaluator = Evaluator(config, stream, Composite([]))

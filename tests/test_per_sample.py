@@ -333,3 +333,15 @@ def test_shared_modules_single_rows_and_rows_without_a_loss(model: type[nn.Modul
     for name, value in one_by_one(net, x).items():
         assert value.abs().sum() > 0
         torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-8)
+
+
+def test_importance_does_not_depend_on_graphs_drawn_before(context: Callable[..., StageContext]) -> None:
+    """SGL's loss reads two graphs that its ``train()`` draws: a resumed run has other ones when a stage ends."""
+    ctx = context("SGL")
+    ctx.model.train()
+    batch, state = rows(ctx), np.random.get_state()[1].copy()  # type: ignore[index, union-attr]
+    first = squared_gradients(ctx.model, [batch])
+    ctx.model.train()  # draws from the global generator
+    assert not np.array_equal(np.random.get_state()[1], state) and ctx.model.training  # type: ignore[index]
+    for name, second in squared_gradients(ctx.model, [batch]).items():
+        assert torch.equal(first[name], second), name

@@ -25,6 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from recbole_cl.errors import ConfigError, TrainingError
 from recbole_cl.model.capabilities import capabilities
+from recbole_cl.model.state import answering
 from recbole_cl.rng import ModelRandomness
 from recbole_cl.strategy.base import StageContext
 from recbole_cl.strategy.per_sample import Collected, PerSample, Reduce, Rows
@@ -152,25 +153,22 @@ def mean_of_gradients(
     """
     sums = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in parameters.items()}
     work = _Work(objective, parameters, reduce, chunk, fast)
-    modes = [(module, module.training) for module in objective.modules()]
     count = 0
-    objective.eval()
-    try:
-        # RecBole's SINE switches anomaly detection on for the whole process when it is imported: several times slower.
-        # The fused attention has no rule for vectorising, plain mathematics have.
-        with (
-            ModelRandomness(0).owned(),
-            torch.autograd.set_detect_anomaly(False),
-            sdpa_kernel(SDPBackend.MATH),
-            warnings.catch_warnings(),
-        ):
-            warnings.simplefilter("ignore")  # an operation without a batching rule is slow, not wrong
-            for rows in _grouped(batches, next(iter(parameters.values())).device):
-                count += len(next(iter(rows.values())))
-                work.add(rows, sums)
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    # RecBole's SINE switches anomaly detection on for the whole process when it is imported: several times slower.
+    # The fused attention has no rule for vectorising, plain mathematics have.
+    with (
+        answering(objective),
+        ModelRandomness(0).owned(),
+        torch.autograd.set_detect_anomaly(False),
+        sdpa_kernel(SDPBackend.MATH),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")  # an operation without a batching rule is slow, not wrong
+        objective.train()  # some models draw the graphs of their loss here (SGL): the same ones whatever went before
+        objective.eval()
+        for rows in _grouped(batches, next(iter(parameters.values())).device):
+            count += len(next(iter(rows.values())))
+            work.add(rows, sums)
     for name, total in sums.items():
         if not torch.isfinite(total).all():
             raise TrainingError(

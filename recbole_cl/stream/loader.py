@@ -17,6 +17,7 @@ from recbole.data.transform import construct_transform
 from recbole.utils import InputType, KGDataLoaderState, ModelType
 
 from recbole_cl.errors import ConfigError, DataError
+from recbole_cl.model.state import answering
 from recbole_cl.rng import numpy_generator, torch_generator
 from recbole_cl.stream.batch import POSITION, STAGE, TASK, TIMESTAMP, Batcher, Windows
 from recbole_cl.stream.sampler import REMEDY, NegativeSampler
@@ -72,13 +73,10 @@ class Negatives:
     def _hardest(self, rows: Interaction, ids: torch.Tensor) -> torch.Tensor:
         """Keeps the best scored of ``candidate_num`` candidates (RecBole's dynamic negative sampling)."""
         model = self.model
-        was_training = model.training
-        model.eval()
         repeated = rows.repeat(self.num * self.candidates)
         repeated.update(Interaction({self.batcher.iid: ids}))
-        with torch.no_grad():
+        with torch.no_grad(), answering(model):
             scores = model.predict(repeated.to(model.device)).cpu().view(self.candidates, -1)
-        model.train(was_training)
         return ids.view(self.candidates, -1).gather(0, scores.argmax(dim=0, keepdim=True)).flatten()
 
     def _pairwise(self, rows: Interaction, ids: torch.Tensor) -> Interaction:
