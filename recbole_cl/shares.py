@@ -33,7 +33,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from recbole_cl import checkpoint, distributed
 from recbole_cl.distributed import Group
 from recbole_cl.errors import ConfigError, TrainingError
-from recbole_cl.model.state import clone_tree, load_owned_state, owned_state, tree_hash
+from recbole_cl.model.state import answering, clone_tree, load_owned_state, owned_state, tree_hash
 from recbole_cl.rng import ModelRandomness, derive, seeded
 from recbole_cl.strategy.base import Composite, StageContext
 from recbole_cl.stream.batch import TARGETS
@@ -116,11 +116,10 @@ class SharedTrainer(HookedTrainer):
             return "it says so (ties_rows)"
         if any(isinstance(module, _BatchNorm) for module in self.model.modules()):
             return "BatchNorm ties the rows of a batch together"
-        kept, modes = clone_tree(owned_state(self.model)), [(m, m.training) for m in self.model.modules()]
-        self.model.eval()
+        kept = clone_tree(owned_state(self.model))
         failure = ""
         try:
-            with torch.no_grad(), ModelRandomness(0).owned():
+            with torch.no_grad(), answering(self.model), ModelRandomness(0).owned():
                 together = _values(loss(batch.to(self.device)))
                 sizes = [_size(batch, piece) for piece in pieces]
                 with self._own_share():
@@ -129,8 +128,6 @@ class SharedTrainer(HookedTrainer):
         except Exception as error:  # a loss that cannot take a share of its rows
             together, own, failure = torch.zeros(1), torch.zeros(1), f"{type(error).__name__}: {error}"[:200]
         finally:
-            for module, mode in modes:  # not train(), with which RecBole's SGL draws new graphs
-                module.training = mode
             load_owned_state(self.model, kept)
         if self.group.any(torch.tensor([bool(failure)])).any():
             return f"its loss cannot be computed for a part of a batch ({failure or 'in another process'})"

@@ -560,8 +560,7 @@ def test_a_task_has_the_whole_room_for_its_histories(whole: Watched) -> None:
     model.represent(rows, 1)
     before, stores = set(model._histories.number), model._histories.stores
     model.grow_in_place(whole.stream.view(2), (1, 1), (1, 1))
-    rows.interaction[model.ITEM_SEQ] = rows[model.ITEM_SEQ].flip(0)[3:]
-    rows = Interaction({model.ITEM_SEQ: rows[model.ITEM_SEQ], model.ITEM_SEQ_LEN: rows[model.ITEM_SEQ_LEN].flip(0)[3:]})
+    rows = rows[torch.arange(3, len(rows))]
     model.train().represent(rows, 2)
     assert len(model._histories.number) == len(rows) < len(before) and model._histories.stores is stores
 

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from recbole_cl.config.models import get_model_class
 from recbole_cl.errors import ConfigError, RecBoleCLError, nearest
 from recbole_cl.model.all_positions import last_items
+from recbole_cl.model.state import answering
 from recbole_cl.rng import derive, seeded
 from recbole_cl.stream.batch import LABELS, TARGETS, TASK
 from recbole_cl.stream.stage import Task
@@ -332,12 +333,11 @@ def probing(backbone: Any, device: Any) -> Iterator[None]:
     Some models of RecBole bring what they read to the run's device, so the weights have to be there. Parameters that
     are all zero are not: behind a zero weight or bias a probe would not see what a model adds to its scores.
     """
-    modes = [(module, module.training) for module in backbone.modules()]
     home = backbone.item_embedding.weight.device
     zeros = [p for p in backbone.parameters() if not p.any()]
     try:
-        with torch.no_grad():
-            backbone.eval().to(device)
+        with torch.no_grad(), answering(backbone):
+            backbone.to(device)
             for p in zeros:
                 p.fill_(0.1)
             yield
@@ -346,8 +346,6 @@ def probing(backbone: Any, device: Any) -> Iterator[None]:
             for p in zeros:
                 p.zero_()
         backbone.to(home)
-        for module, training in modes:
-            module.training = training
 
 
 def why_no_inner_product(backbone: Any, device: Any) -> str | None:

@@ -17,6 +17,7 @@ from torch import nn
 
 from recbole_cl.model.all_positions import AllPositions, last_items
 from recbole_cl.model.prefixes import prefix_outputs
+from recbole_cl.model.state import answering
 from recbole_cl.strategy.base import StageContext
 from recbole_cl.strategy.outputs import user_vectors
 from recbole_cl.stream.stage import Targets
@@ -45,15 +46,9 @@ def known_targets(ctx: StageContext, targets: Targets) -> Targets:
 
 @contextlib.contextmanager
 def looking(model: nn.Module) -> Iterator[None]:
-    """Puts a model into eval mode without gradients, and every module's mode back afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    """A context in which a model is in eval mode, without gradients."""
+    with answering(model), torch.no_grad():
+        yield
 
 
 def last_outputs(model: AllPositions, rows: Interaction) -> torch.Tensor:

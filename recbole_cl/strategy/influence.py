@@ -17,6 +17,7 @@ from recbole.data.interaction import Interaction
 from torch import nn
 from torch.func import grad, jvp, vmap
 
+from recbole_cl.model.state import answering
 from recbole_cl.rng import ModelRandomness
 from recbole_cl.strategy.importance import SampleLoss
 
@@ -96,15 +97,10 @@ class _Losses:
 @contextlib.contextmanager
 def _alone(model: nn.Module) -> Iterator[None]:
     """Eval mode and random numbers of its own; afterwards everything is as before."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with ModelRandomness(0).owned(), torch.autograd.set_detect_anomaly(False), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # an operation without a batching rule is slow, not wrong
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    randomness = ModelRandomness(0)
+    with answering(model), randomness.owned(), torch.autograd.set_detect_anomaly(False), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # an operation without a batching rule is slow, not wrong
+        yield
 
 
 def _chunks(batch: Interaction, values: Values) -> Iterator[Values]:

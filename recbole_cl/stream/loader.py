@@ -379,12 +379,12 @@ def _in_windows(ctx: Any, targets: Targets) -> bool:
     config = ctx.config
     if config["train_positions"] != "all" or not getattr(ctx.model, "trains_all_positions", False):
         return False
-    if ctx.stage.task.kind != "classification":
-        return ctx.stage.task.kind == "next_item"
-    seq = ctx.batcher.table.seq
+    kind, seq = ctx.stage.task.kind, ctx.batcher.table.seq
+    if kind != "classification" or config["task_class_positions"] != "all":
+        return bool(kind == "next_item")
     # The class of a user belongs to no interaction that comes after the history: a row each.
     at_next = (targets.hi < len(seq)) & (seq[np.minimum(targets.hi, len(seq) - 1)] == targets.position)
-    return config["task_class_positions"] == "all" and bool(at_next.all())
+    return bool(at_next.all())
 
 
 def make_loader(

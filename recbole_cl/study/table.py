@@ -67,9 +67,8 @@ def rows(plan: Plan, folder: Path) -> pd.DataFrame:
             row |= {f"last:{s['name']}": value for s, value in zip(result["stages"], last, strict=False)}
             row |= {f"constant:{s['name']}": s["constant_answer"] for s in result["stages"] if "constant_answer" in s}
             if plan.report.get("by_stage"):
-                matrix = result["matrix"].get(
-                    plan.report["by_stage"]["metric"].lower(), []
-                )  # nothing: told in its place
+                metric = plan.report["by_stage"]["metric"].lower()
+                matrix = result["matrix"].get(metric, [])  # one that the runs do not have is told in its place
                 row |= {f"{OWN}{index + 1}": scores[index] for index, scores in enumerate(matrix)}
             for stratum in plan.report.get("strata") or ():
                 within = result["strata"].get(result["primary_metric"], {}).get(stratum, [[]])[-1]
