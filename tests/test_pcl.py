@@ -110,8 +110,24 @@ def test_adapters() -> None:
         assert torch.equal(heads[0](hidden), hidden) and torch.equal(heads[1](hidden), hidden)
         assert heads[2](hidden).shape == (3, 5)
         assert any(p.requires_grad for p in heads[1].parameters()) and not [*heads[0].parameters()]
+        assert heads.item_biases() is None
     with pytest.raises(ConfigError, match="task adapter: 'deep'"):
         TaskHeads(tasks, 8, "deep")
+
+
+@pytest.mark.parametrize("kind", ["none", "linear"])
+def test_next_item_tasks_after_the_first_have_biases_of_items(kind: str) -> None:
+    """They start as zero beside any adapter; new items get theirs, and old ones keep what they learnt."""
+    heads = TaskHeads([Task(), Task(name="b"), Task("classification", "c", 5)], 8, "linear", kind, 4)
+    hidden = torch.randn(3, 8)
+    assert torch.equal(heads[1](hidden), hidden)
+    assert [heads.item_bias(task) is None for task in range(3)] == [True, False, True]
+    bias = torch.tensor([0.0, 1.0, 2.0, 3.0])
+    heads[1].item_bias.data.copy_(bias)
+    assert heads.grow(6) == ["1.item_bias"]
+    zeros = torch.zeros(6)
+    assert torch.equal(heads.item_biases(), torch.stack([zeros, torch.cat([bias, torch.zeros(2)]), zeros]))
+    assert [*heads[1].parameters()][0 if kind == "none" else -1].requires_grad
 
 
 def test_pair_loss_is_sasrecs() -> None:
@@ -223,9 +239,8 @@ def walk(folder: Path, to: Path, **changed: Any) -> Watched:
 @pytest.mark.parametrize("backbone", ["SASRec", "GRU4Rec", "NARM", "STAMP"])
 def test_no_task_is_forgotten(folder: Path, tmp_path: Path, backbone: str) -> None:
     """Bit for bit: what a task answered when it ended, it answers at the end; the backbone's bytes never change."""
-    runner = walk(
-        folder, tmp_path, pcl_backbone=backbone, pcl_item_adapter="linear", pcl_dropout=True, dropout_probs=[0.2, 0.2]
-    )
+    adapters = {"pcl_item_adapter": "linear", "pcl_item_bias": backbone in ("SASRec", "NARM")}
+    runner = walk(folder, tmp_path, pcl_backbone=backbone, **adapters, pcl_dropout=True, dropout_probs=[0.2, 0.2])
     assert len(set(runner.hashes)) == 1, "the frozen backbone has changed"
     for task in range(N_TASKS):
         first = runner.answers[task, task]
@@ -246,7 +261,8 @@ def test_no_task_is_forgotten(folder: Path, tmp_path: Path, backbone: str) -> No
 @pytest.mark.parametrize("backbone", ["SASRec", "GRU4Rec"])
 def test_no_task_is_forgotten_where_histories_are_computed_once(folder: Path, tmp_path: Path, backbone: str) -> None:
     """Training takes the short way, answers the plain one: the bits of a task that has ended stay."""
-    runner = walk(folder, tmp_path, pcl_backbone=backbone, pcl_prompted_items=2, pcl_attributes=False)
+    short = {"pcl_prompted_items": 2, "pcl_attributes": False, "pcl_item_bias": True}
+    runner = walk(folder, tmp_path, pcl_backbone=backbone, **short)
     assert runner.model._shares_histories(N_TASKS - 1) and runner.model._histories.number, "the short way was not taken"
     assert len(set(runner.hashes)) == 1, "the frozen backbone has changed"
     for task in range(N_TASKS):
@@ -296,6 +312,41 @@ def test_gradients_reach_exactly_prompts_attention_and_adapter(whole: Watched) -
     assert {name for name, p in model.named_parameters() if p.requires_grad} == reached
     used = model.prompts[1].grad.abs().sum(dim=1) > 0
     assert used.tolist() == [False] * 5 + [True] * 3
+
+
+@pytest.mark.parametrize("loss", ["BPR", "CE"])
+def test_biases_of_items_by_hand(whole: Watched, loss: str) -> None:
+    """The loss, its gradients and the scores of a task with biases, item by item; other tasks' scores are without."""
+    model, rows = walk_to(whole, task=1, pcl_item_bias=True, loss_type=loss)
+    model.eval()
+    torch.manual_seed(2)
+    bias = model.heads[1].item_bias
+    bias.data.normal_()
+    table, positive = model.backbone.item_embedding.weight, rows[model.POS_ITEM_ID]
+    rows.interaction[model.NEG_ITEM_ID] = torch.randint(1, model.n_items, positive.shape)
+    hidden = model.represent(rows, 1)
+    scores = torch.stack([torch.stack([h @ e + b for e, b in zip(table, bias, strict=True)]) for h in hidden])
+    negative = rows[model.NEG_ITEM_ID] if loss == "BPR" else None  # else the softmax knows no negatives
+    each = []
+    for row, target in enumerate(positive.tolist()):
+        if negative is None:
+            each.append(torch.logsumexp(scores[row], 0) - scores[row, target])
+        else:
+            wrong = scores[row, int(negative[row])]
+            each.append(-torch.log(torch.sigmoid(scores[row, target])) - torch.log(1 - torch.sigmoid(wrong)))
+    expected = torch.stack(each).mean()
+    found = model.calculate_loss(rows)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(*(torch.autograd.grad(x, bias, retain_graph=True)[0] for x in (found, expected)))
+    torch.testing.assert_close(model.full_sort_predict(rows), scores, rtol=1e-5, atol=1e-5)
+    rows.interaction["_task"] = torch.arange(len(rows)) % 2
+    mixed = model.full_sort_predict(rows)
+    torch.testing.assert_close(mixed[1::2], scores[1::2], rtol=1e-5, atol=1e-5)
+    plain = model.represent(rows, 0) @ table.T
+    torch.testing.assert_close(mixed[::2], plain[::2], rtol=1e-5, atol=1e-5)
+    assert {name for name, p in model.named_parameters() if p.requires_grad and "heads" in name} == {
+        "heads.1.item_bias"
+    }
 
 
 def walk_to(whole: Watched, task: int, **changed: Any) -> tuple[Any, Interaction]:
@@ -452,7 +503,8 @@ def test_prompted_ends_equal_whole_passes(whole: Watched, backbone: str, task: i
 @pytest.mark.parametrize("backbone", ["SASRec", "GRU4Rec"])
 def test_a_window_is_all_its_prefixes(whole: Watched, backbone: str) -> None:
     """The loss of windows is the mean over the supervised prefixes, each answered as a history of its own."""
-    model, rows = varied(whole, pcl_backbone=backbone, pcl_prompted_items=2, pcl_item_adapter="linear")
+    adapters = {"pcl_item_adapter": "linear", "pcl_item_bias": True}
+    model, rows = varied(whole, pcl_backbone=backbone, pcl_prompted_items=2, **adapters)
     sequence = rows[model.ITEM_SEQ]
     targets = torch.randint(1, model.n_items, sequence.shape) * (torch.rand(sequence.shape) < 0.5) * (sequence > 0)
     negatives = torch.randint(1, model.n_items, sequence.shape)
@@ -685,10 +737,12 @@ def test_losses(folder: Path, tmp_path: Path) -> None:
     assert len(seen) == 3
 
 
-def test_slices_of_time_are_tasks(tmp_path: Path) -> None:
+@pytest.mark.parametrize("bias", [False, True])
+def test_slices_of_time_are_tasks(tmp_path: Path, bias: bool) -> None:
     """New items learn in the slice that brings them; every other row and every earlier representation stays."""
     log = write_planted_drift(tmp_path / "log")
     settings = {**SETTINGS, **log.settings(), "output_dir": str(tmp_path / "run"), "learning_rate": 0.02}
+    settings["pcl_item_bias"] = bias
     settings.pop("tasks")
     settings["epochs"] = 4
     config = CLConfig(model="PCL", dataset=log.name, config_dict=settings)
@@ -703,6 +757,10 @@ def test_slices_of_time_are_tasks(tmp_path: Path) -> None:
         new = slice(sizes[stage - 1], sizes[stage])
         assert not torch.equal(after[new], fresh[new]), "the new items have not learnt"
     assert torch.equal(runner.answers[2, 1], runner.answers[1, 1])
+    if bias:
+        old, new = (runner.model.heads.item_bias(stage) for stage in (1, 2))
+        assert len(old) == len(new) == sizes[2] and bool(old[: sizes[1]].any()) and bool(new[sizes[1] :].any())
+        assert not old[sizes[1] :].any(), "the second slice has learnt about items that came later"
 
 
 @pytest.mark.parametrize("setting", [{"weight_decay": 0.01}, {"stage_optimizer": "carry"}])

@@ -233,11 +233,12 @@ def finished(start: Start, cache: dict[str, tuple[Recorder, dict[str, Any]]]) ->
 
 DECAY = {"weight_decay": 0.01}
 SILENT = {"hidden_dropout_prob": 0.0, "attn_dropout_prob": 0.0}
+BIASES = {"multi_task_item_bias": True}
 
 
 @pytest.mark.parametrize(
     ("strategy", "settings"),
-    [("SingleTask", {}), ("FineAll", {}), ("CONURE", DECAY)],
+    [("SingleTask", {}), ("FineAll", BIASES), ("CONURE", {**DECAY, **BIASES})],
 )
 def test_old_tasks_are_answered_for_ever_as_at_their_end(
     finished: Callable[..., Any], strategy: str, settings: dict[str, Any]
@@ -727,9 +728,12 @@ def test_the_mean_over_tasks_is_geometric(start: Start, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(("model", "loss"), [("MultiTask", "BPR"), ("MMOE", "CE"), ("SoftMask", "CE")])
 def test_windows_train_what_rows_train(start: Start, model: str, loss: str) -> None:
     """The loss over a window's positions is the mean of the losses of its targets as rows: items, classes of items."""
-    runner = start(model, "FineTune", loss_type=loss, MAX_ITEM_LIST_LENGTH=20, n_stages=3, epochs=1, **SILENT)
+    biases = {f"{prefix}_item_bias": True for prefix in ("multi_task", "mmoe", "soft_mask")}
+    settings = {**SILENT, **biases, "loss_type": loss, "MAX_ITEM_LIST_LENGTH": 20}
+    runner = start(model, "FineTune", n_stages=3, epochs=1, **settings)
     runner.run()
     trained: Any = runner.model
+    assert bool(trained.heads.item_bias(1).any())
     for p in trained.heads.parameters():
         nn.init.normal_(p, std=0.3)
     ctx = runner._context(2, trained, runner.stream.view(2))
@@ -780,9 +784,12 @@ def test_classes_of_what_comes_next_train_on_windows(start: Start, positions: st
     assert list(kinds.values()) == [True, True, positions == "all", False]
 
 
-def test_queries_score_as_the_model_does(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("biases", [{}, BIASES])
+def test_queries_score_as_the_model_does(
+    start: Start, monkeypatch: pytest.MonkeyPatch, biases: dict[str, bool]
+) -> None:
     """Few rows at a time, outputs first; whoever gives scores another meaning is asked for them."""
-    runner = start("MultiTask", "FineTune", n_stages=2, epochs=1)
+    runner = start("MultiTask", "FineTune", n_stages=2, epochs=1, **biases)
     runner.run()
     model: Any = runner.model
     ctx = runner._context(1, model, runner.stream.view(1))

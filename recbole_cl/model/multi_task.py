@@ -32,7 +32,7 @@ class MultiTask(TaskModel):
     def make_heads(self) -> TaskHeads:
         """Returns the heads; a next-item task after the first has one, too, or it would be the first one again."""
         with self.aside("heads"):
-            return self.heads_of(f"{self.prefix}_classifier", f"{self.prefix}_next_item")
+            return self.heads_of(*(f"{self.prefix}_{part}" for part in ("classifier", "next_item", "item_bias")))
 
     @property
     def trains_all_positions(self) -> bool:

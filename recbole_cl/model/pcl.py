@@ -148,7 +148,7 @@ class PCL(TaskModel):
 
     def make_heads(self) -> TaskHeads:
         with self.aside("heads"):
-            return self.heads_of("pcl_adapter", "pcl_item_adapter")
+            return self.heads_of("pcl_adapter", "pcl_item_adapter", "pcl_item_bias")
 
     def make_backbone(self, config: Any, dataset: Any) -> Any:
         backbone = super().make_backbone(config, dataset)
@@ -174,7 +174,9 @@ class PCL(TaskModel):
             new = self.make_backbone(self.config, view).to(device)
             grown, _ = grow_model(self.backbone, new, users, items, self.config["new_rows"])
             self.backbone, self.n_items = new, items[1]
-            growth = Growth(users, items, {f"backbone.{name}": axes for name, axes in grown.axes.items()})
+            found: dict[str, Any] = {f"backbone.{name}": axes for name, axes in grown.axes.items()}
+            found |= {f"heads.{name}": [(("item", 0),)] for name in self.heads.grow(self.n_items)}
+            growth = Growth(users, items, found)
         self.stage = view.stage_index
         self._frozen = ()  # a task has histories of its own: those of the task before leave their room to them
         if self.inherit and self.prompts and self.stage > 1:
@@ -204,7 +206,7 @@ class PCL(TaskModel):
         if not any(p.requires_grad for p in self.parameters()):
             raise ConfigError(
                 f"pcl_prompts: False leaves the task {self.tasks[self.stage].name!r} nothing to train; add "
-                f"pcl_item_adapter: linear, or keep the prompts"
+                f"pcl_item_adapter: linear or pcl_item_bias: True, or keep the prompts"
             )
 
     def train(self, mode: bool = True) -> PCL:

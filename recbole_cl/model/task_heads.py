@@ -32,26 +32,35 @@ PROBE, TOLERANCE = 3, 1e-4
 
 
 class NextItemAdapter(nn.Module):
-    """f_k of a next-item task: h + g(h), with g linear or an MLP that starts as zero.
+    """f_k of a next-item task: h + g(h), with g linear or an MLP that starts as zero, and a bias of each item.
 
-    The task therefore starts from the answers of the model as it is.
+    An item's score is its inner product with that, plus its bias, which starts as zero, too. The task therefore starts
+    from the answers of the model as it is. The bias says which items a task asks for whoever the user is.
 
     Args:
         width: Width of the representation.
-        kind: ``linear`` or ``mlp``.
+        kind: ``none``, ``linear`` or ``mlp``.
+        n_items: Known items, padding included, if they have biases; else 0.
+
+    Attributes:
+        item_bias: The biases, shape ``[n_items]``, or ``None``.
     """
 
-    def __init__(self, width: int, kind: str) -> None:
+    def __init__(self, width: int, kind: str, n_items: int = 0) -> None:
         super().__init__()
         self.inner = nn.Linear(width, width) if kind == "mlp" else None
-        self.last = nn.Linear(width, width)
-        nn.init.zeros_(self.last.weight)
-        nn.init.zeros_(self.last.bias)
+        self.last = nn.Linear(width, width) if kind != "none" else None
+        if self.last is not None:
+            nn.init.zeros_(self.last.weight)
+            nn.init.zeros_(self.last.bias)
+        self.item_bias = nn.Parameter(torch.zeros(n_items)) if n_items else None
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Returns the adapted representation, shape ``[B, d]``."""
+        if self.last is None:
+            return hidden
         inner = hidden if self.inner is None else F.relu(self.inner(hidden))
-        return hidden + self.last(inner)
+        return hidden + self.last(inner)  # type: ignore[no-any-return]
 
 
 def classification_adapter(width: int, n_labels: int, kind: str) -> nn.Module:
@@ -69,12 +78,15 @@ class TaskHeads(nn.ModuleList):
         width: Width of the representation.
         classifier: Adapter of classifications, ``linear`` or ``mlp``.
         next_item: Adapter of next-item tasks after the first, ``none``, ``linear`` or ``mlp``.
+        n_items: Known items, padding included, if these tasks have biases of items; else 0.
 
     Raises:
         ConfigError: If a kind of adapter is unknown.
     """
 
-    def __init__(self, tasks: Sequence[Task], width: int, classifier: str = "linear", next_item: str = "none") -> None:
+    def __init__(
+        self, tasks: Sequence[Task], width: int, classifier: str = "linear", next_item: str = "none", n_items: int = 0
+    ) -> None:
         if classifier not in ADAPTERS[1:] or next_item not in ADAPTERS:
             raise ConfigError(
                 f"task adapter: {classifier!r} for classes must be one of {', '.join(ADAPTERS[1:])}, {next_item!r} for "
@@ -84,11 +96,32 @@ class TaskHeads(nn.ModuleList):
         for index, task in enumerate(tasks):
             if task.kind == "classification":
                 heads.append(classification_adapter(width, int(task.n_labels or 1), classifier))
-            elif index and next_item != "none":
-                heads.append(NextItemAdapter(width, next_item))
+            elif index and (next_item != "none" or n_items):
+                heads.append(NextItemAdapter(width, next_item, n_items))
             else:
                 heads.append(nn.Identity())
         super().__init__(heads)
+
+    def item_bias(self, task: int) -> nn.Parameter | None:
+        """Returns a task's biases of items, shape ``[n_items]``, or ``None``."""
+        return getattr(self[task], "item_bias", None)
+
+    def item_biases(self) -> torch.Tensor | None:
+        """Returns the biases of all tasks, shape ``[K, n_items]``, or ``None`` where no task has any."""
+        found = [self.item_bias(task) for task in range(len(self))]
+        own = next((bias for bias in found if bias is not None), None)
+        return None if own is None else torch.stack([torch.zeros_like(own) if bias is None else bias for bias in found])
+
+    def grow(self, n_items: int) -> list[str]:
+        """Makes room for new items, whose biases are 0 under every task.
+
+        Returns:
+            Names of the parameters that have grown.
+        """
+        biases = {task: bias for task in range(len(self)) if (bias := self.item_bias(task)) is not None}
+        for task, bias in biases.items():
+            self[task].item_bias = nn.Parameter(F.pad(bias.detach(), (0, n_items - len(bias))))
+        return [f"{task}.item_bias" for task in biases]
 
 
 class TaskModel(SequentialRecommender):
@@ -179,18 +212,19 @@ class TaskModel(SequentialRecommender):
         """Returns the adapters; a subclass names its own properties here, by :meth:`heads_of`."""
         return TaskHeads(self.tasks, self.width)
 
-    def heads_of(self, classifier: str, next_item: str) -> TaskHeads:
-        """Returns the adapters that two properties name.
+    def heads_of(self, classifier: str, next_item: str, item_bias: str) -> TaskHeads:
+        """Returns the adapters that three properties name.
 
         Args:
             classifier: Property of the adapter of classifications.
             next_item: Property of the adapter of next-item tasks after the first.
+            item_bias: Property that gives these tasks a bias of each item.
 
         Raises:
             ConfigError: If a value is none of the choices; the message names the property.
         """
         kinds = chosen(self.config, classifier, ADAPTERS[1:]), chosen(self.config, next_item, ADAPTERS)
-        return TaskHeads(self.tasks, self.width, *kinds)
+        return TaskHeads(self.tasks, self.width, *kinds, self.n_items if self.config[item_bias] else 0)
 
     # -- what a subclass writes -----------------------------------------------------------------------------------
 
@@ -240,28 +274,33 @@ class TaskModel(SequentialRecommender):
             chosen = {self.POS_ITEM_ID: rows[TARGETS][supervised]}
             if self.config["loss_type"] != "CE":
                 chosen[self.NEG_ITEM_ID] = rows[self.config["NEG_PREFIX"] + TARGETS][supervised]
-            losses.append(self.next_item_loss(answers, Interaction(chosen)))
+            losses.append(self.next_item_loss(answers, Interaction(chosen), task))
         return torch.stack([loss * (n / sum(counts)) for loss, n in zip(losses, counts, strict=True)]).sum()
 
     def task_loss(self, batch: Interaction, task: int) -> torch.Tensor:
         """Returns the mean loss of rows of one task: cross-entropy of classes, or the backbone's next-item loss."""
         if self.tasks[task].kind == "classification":
             return F.cross_entropy(self.logits(batch, task, task), batch[LABEL])
-        return self.next_item_loss(self.heads[task](self.represent(batch, task)), batch)
+        return self.next_item_loss(self.heads[task](self.represent(batch, task)), batch, task)
 
-    def next_item_loss(self, hidden: torch.Tensor, batch: Interaction) -> torch.Tensor:
-        """Returns the mean next-item loss of given representations, by the inner product with the items.
+    def next_item_loss(self, hidden: torch.Tensor, batch: Interaction, task: int) -> torch.Tensor:
+        """Returns the mean next-item loss of adapted representations, by their scores of the items.
 
         Args:
             hidden: Shape ``[B, d]``.
             batch: Its targets, and negatives where ``loss_type`` asks for them.
+            task: Stage index of the task.
         """
         table, positive = self.backbone.item_embedding.weight, batch[self.POS_ITEM_ID]
+        bias = self.heads.item_bias(task)
         if self.config["loss_type"] == "CE":
-            return F.cross_entropy(hidden @ table.T, positive)
-        negative = batch[self.NEG_ITEM_ID]
-        scores = (hidden * table[positive]).sum(-1), (hidden * table[negative]).sum(-1)
-        return self.pair_loss(*scores)  # type: ignore[no-any-return]
+            scores = hidden @ table.T if bias is None else torch.addmm(bias, hidden, table.T)
+            return F.cross_entropy(scores, positive)
+        pair = [
+            (hidden * table[items]).sum(-1) + (0 if bias is None else bias[items])
+            for items in (positive, batch[self.NEG_ITEM_ID])
+        ]
+        return self.pair_loss(*pair)  # type: ignore[no-any-return]
 
     # -- answers --------------------------------------------------------------------------------------------------
 
@@ -275,15 +314,28 @@ class TaskModel(SequentialRecommender):
 
     def _queries(self, batch: Interaction, task: int) -> torch.Tensor:
         hidden = self.represent(batch, task)
-        return self.heads[task](hidden) if self.tasks[task].kind == "next_item" else hidden
+        query = self.heads[task](hidden) if self.tasks[task].kind == "next_item" else hidden
+        if self.heads.item_biases() is None:
+            return query
+        flags = query.new_zeros(len(query), len(self.tasks))
+        flags[:, task] = 1
+        return torch.cat([query, flags], dim=1)
 
     def item_queries(self, batch: Interaction) -> torch.Tensor:
-        """Returns what scores items by :meth:`score_queries`, each row for the task in its ``_task``, ``[B, d]``."""
+        """Returns what scores items by :meth:`score_queries`, each row for the task in its ``_task``.
+
+        Returns:
+            Shape ``[B, d]``, or ``[B, d + K]`` where tasks have biases of items: K flags say which task asks.
+        """
         return scatter(batch, [(rows, self._queries(part, task)) for task, rows, part in by_task(batch)])
 
     def score_queries(self, queries: torch.Tensor) -> torch.Tensor:
-        """Returns scores of all items, shape ``[B, n_items]``: inner products with queries ``[B, d]``."""
-        return queries @ self.backbone.item_embedding.weight.T
+        """Returns scores of all items, shape ``[B, n_items]``, for queries as :meth:`item_queries` gives them."""
+        table, biases = self.backbone.item_embedding.weight, self.heads.item_biases()
+        if biases is None:
+            return queries @ table.T
+        # Flags are 0 and 1, so other tasks' biases leave every bit of the sums as it is.
+        return torch.addmm(queries[:, : self.width] @ table.T, queries[:, self.width :], biases)
 
     def scores_by_queries(self) -> bool:
         """Tells whether ``full_sort_predict`` is those two steps: a subclass may have given it another meaning."""
