@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import sys
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,7 +27,15 @@ from recbole_cl.llm.encoders import encode_texts
 from recbole_cl.model.pcl import PCL
 from recbole_cl.model.state import tree_hash
 from recbole_cl.model.task_heads import BinaryCrossEntropy, TaskHeads
-from recbole_cl.prompt import ContextualPrompts, KeptHistories, PromptedEmbedding, describe, place_prompts
+from recbole_cl.prompt import (
+    ContextualPrompts,
+    KeptHistories,
+    PromptedEmbedding,
+    RecurrentHistories,
+    TransformerHistories,
+    describe,
+    place_prompts,
+)
 from recbole_cl.prompt.histories import ROWS_AT_ONCE, Groups
 from recbole_cl.runner import Runner
 from recbole_cl.scoring.known import Known
@@ -463,7 +472,7 @@ def varied(whole: Watched, task: int = 1, **changed: Any) -> tuple[Any, Interact
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-        for attribute in model.attributes[task]:
+        for attribute in itertools.chain(*model.attributes):
             attribute.table.weight[0] = 0  # padding
     lengths = torch.arange(len(rows)) % 8 + 1
     items = torch.randint(1, model.n_items, (len(rows), 8)) * (torch.arange(8) < lengths.unsqueeze(1))
@@ -498,6 +507,30 @@ def test_prompted_ends_equal_whole_passes(whole: Watched, backbone: str, task: i
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
             for name, gradient in gradients(model, found).items():
                 torch.testing.assert_close(gradient, wanted[name], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("t", [1, 3])
+@pytest.mark.parametrize("backbone", ["SASRec", "GRU4Rec"])
+def test_all_tasks_share_what_stands_before_the_prompts(
+    whole: Watched, backbone: str, t: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The frozen backbone reads each history once for all tasks, and each task answers as it does alone."""
+    settings = {"pcl_backbone": backbone, "pcl_prompted_items": t, "pcl_attributes": "prompted"}
+    model, rows = varied(whole, N_TASKS - 1, **settings)
+    read: list[int] = []
+    for kind in (TransformerHistories, RecurrentHistories):
+        plain = kind.compute
+        monkeypatch.setattr(
+            kind, "compute", lambda self, x, f=plain: read.append(int((x > 0).any(1).sum())) or f(self, x)
+        )
+    model.eval()
+    with torch.no_grad():
+        alone = torch.stack([model.represent(rows, task) for task in range(N_TASKS)])
+        assert not read
+        torch.testing.assert_close(model.represent_all(rows), alone, rtol=0, atol=1e-6)
+        assert sum(read) == len({tuple(row) for row in rows[model.ITEM_SEQ].tolist()})
+        assert all(not torch.allclose(alone[task], alone[0], atol=1e-2) for task in range(1, N_TASKS))
+    assert torch.equal(model.represent_all(rows), alone), "with gradients tasks are answered one after the other"
 
 
 @pytest.mark.parametrize("backbone", ["SASRec", "GRU4Rec"])

@@ -18,6 +18,7 @@ from recbole_cl.model.task_heads import TaskHeads, TaskModel, probing
 from recbole_cl.prompt import (
     ContextualPrompts,
     ItemAttribute,
+    Kept,
     KeptHistories,
     PromptedEmbedding,
     RecurrentHistories,
@@ -232,10 +233,13 @@ class PCL(TaskModel):
         Not so if attributes or rows of new items are trained that may stand anywhere, or the backbone drops out.
         """
         frozen = self.stage > 0 and not self.backbone.item_embedding.weight.requires_grad
+        return frozen and not self.config["pcl_dropout"] and self._touches_ends(task)
+
+    def _touches_ends(self, task: int) -> bool:
+        """Tells whether a task adds something to its prompted items alone, and these are at most half of a history."""
         attributes: Any = self.attributes[task]
         reach = len(attributes) > 0 and self.config["pcl_attributes"] != "prompted"
-        alone = frozen and not reach and not self.config["pcl_dropout"]
-        return alone and 2 * self.n_prompted <= self.max_seq_length and self._prompter() is not None
+        return not reach and 2 * self.n_prompted <= self.max_seq_length and self._prompter() is not None
 
     def _prompter(self) -> TransformerHistories | RecurrentHistories | None:
         for kind in (TransformerHistories, RecurrentHistories):
@@ -252,11 +256,8 @@ class PCL(TaskModel):
             last: The place of its last item, shape ``[n]``.
             task: Stage index.
         """
-        prompter, prompts = self._prompter(), self.prompts_of(task)
+        prompter = self._prompter()
         assert prompter is not None
-        own: Any = self.attributes[task]
-        if prompts is None:
-            prompts = self.backbone.item_embedding.weight.new_zeros(self.n_prompted if len(own) else 1, self.width)
         frozen = tuple((p.data_ptr(), p._version) for p in self.backbone.parameters())
         if self._histories is None:
             limit = int(self.config["pcl_memory_mb"]) << 20
@@ -264,8 +265,19 @@ class PCL(TaskModel):
         if frozen != self._frozen:  # other weights, other histories
             self._histories.begin(prompter.compute)
             self._frozen = frozen
+        return self._prompted_ends(self._histories.of(sequence), sequence, row, last, task)
+
+    def _prompted_ends(
+        self, kept: Kept, sequence: torch.Tensor, row: torch.Tensor, last: torch.Tensor, task: int
+    ) -> torch.Tensor:
+        """Returns :meth:`_at_ends`, given what the frozen backbone has computed of the sequences."""
+        prompter, prompts = self._prompter(), self.prompts_of(task)
+        assert prompter is not None
+        own: Any = self.attributes[task]
+        if prompts is None:
+            prompts = self.backbone.item_embedding.weight.new_zeros(self.n_prompted if len(own) else 1, self.width)
         added = (lambda ids: sum(attribute(ids) for attribute in own)) if len(own) else None
-        return prompter.outputs(self._histories.of(sequence), sequence, row, last, prompts, added)
+        return prompter.outputs(kept, sequence, row, last, prompts, added)
 
     def calculate_loss(self, batch: Interaction) -> torch.Tensor:
         """Returns the loss of the rows, or of the supervised positions of windows: each a history of its own."""
@@ -356,9 +368,20 @@ class PCL(TaskModel):
         return self.backbone.outputs_at(sequence, last_items(lengths, sequence.size(1)))  # type: ignore[no-any-return]
 
     def represent_all(self, batch: Interaction) -> torch.Tensor:
-        """Returns the representations for all tasks so far, ``[K, B, d]``; the items are looked up once."""
-        found = self.backbone.item_embedding(batch[self.ITEM_SEQ])
-        return torch.stack([self.represent(batch, task, found) for task in range(self.stage + 1)])
+        """Returns the representations for all tasks so far, ``[K, B, d]``; the sequence is looked up once.
+
+        If every task adds something to the last few items alone, what stands before them is computed once as well.
+        Then the numbers are those of :meth:`represent` up to rounding, otherwise to the bit.
+        """
+        sequence, lengths = batch[self.ITEM_SEQ], batch[self.ITEM_SEQ_LEN]
+        tasks, prompter = range(self.stage + 1), self._prompter()
+        answers = not self.training and not torch.is_grad_enabled()
+        if answers and prompter is not None and all(self._touches_ends(task) for task in tasks):
+            kept = KeptHistories(prompter.compute, self.max_seq_length, limit=0).of(sequence)
+            row = torch.arange(len(sequence), device=sequence.device)
+            return torch.stack([self._prompted_ends(kept, sequence, row, lengths - 1, task) for task in tasks])
+        found = self.backbone.item_embedding(sequence)
+        return torch.stack([self.represent(batch, task, found) for task in tasks])
 
     # -- costs ----------------------------------------------------------------------------------------------------
 

@@ -4,8 +4,9 @@ Both walk through the same tasks in this process, from the very same pretrained 
 CPU seconds of this process count the training of a task until it stops early, validation included. The metric is that
 of the test targets, after training has stopped; its difference is told with a 95 % t interval over the seeds.
 
-The last line compares the representations of one batch for all K tasks: by PCL with one shared look-up of the items and
-with K of them, and by K separate models, as FineAll keeps them.
+The last line compares the representations of one batch for all K tasks: by PCL together, where the items are looked up
+once and what stands before the prompted ones is computed once; by PCL one task after the other; and by K separate
+models, as FineAll keeps them.
 
     OMP_NUM_THREADS=1 python tests/benchmarks/adding_a_task.py --datasets ml-100k --seeds 2020 2021 --set epochs=30
 """
@@ -128,7 +129,7 @@ def told(dataset: str, pairs: list[tuple[list[Added], list[Added]]]) -> tuple[li
 
 
 def sharing(runner: Timed, separate: Timed, pairs: int) -> str:
-    """Returns a line on the representations for all tasks: with a shared look-up, without, and by separate models."""
+    """Returns a line on the representations for all tasks: together, one by one, and by separate models."""
     model, stage = runner.model.eval(), runner.stream.stages[0]
     view = runner.stream.view(len(runner.stream) - 1)
     batcher = Batcher(runner.config, runner.stream, view, stage.n_users, stage.n_items)
@@ -151,7 +152,7 @@ def sharing(runner: Timed, separate: Timed, pairs: int) -> str:
 
     looked, whole = alternate(shared, apart, pairs), alternate(shared, separately, pairs)
     return (
-        f"all {len(tasks)} tasks of {len(rows)} histories, one look-up: {looked.ours:.4f} s; {len(tasks)} look-ups: "
+        f"all {len(tasks)} tasks of {len(rows)} histories together: {looked.ours:.4f} s; one task after the other: "
         f"{looked.theirs:.4f} s, {looked.ratio:.2f} times; {len(tasks)} separate models: "
         f"{whole.theirs:.4f} s, {whole.ratio:.2f} times"
     )
