@@ -346,6 +346,17 @@ def test_influence_is_a_product_of_plain_gradients(context: Any, model: str) -> 
     assert all(p.grad is None for p in ctx.model.parameters())
 
 
+def test_influence_does_not_depend_on_graphs_drawn_before(context: Any) -> None:
+    """SGL's loss reads two graphs that its ``train()`` draws: a resumed run has other ones when a stage ends."""
+    ctx = context("SGL", 1)
+    batch, found = ctx.loader.make(np.arange(6)), []
+    for _ in range(2):
+        ctx.model.train()
+        direction = mean_gradient(ctx.model, batch, ctx.parameters())
+        found.append(products(ctx.model, batch, direction, ctx.parameters()))
+    assert torch.equal(*found) and bool(found[0].any())
+
+
 @pytest.mark.parametrize("model", ["SASRec", "BPR"])
 def test_influence_is_what_a_small_step_does(context: Any, model: str) -> None:
     """The measured fall of the reference loss after a step of 1e-3 on a sample is the score."""

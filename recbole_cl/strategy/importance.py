@@ -154,18 +154,8 @@ def mean_of_gradients(
     sums = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in parameters.items()}
     work = _Work(objective, parameters, reduce, chunk, fast)
     count = 0
-    # RecBole's SINE switches anomaly detection on for the whole process when it is imported: several times slower.
     # The fused attention has no rule for vectorising, plain mathematics have.
-    with (
-        answering(objective),
-        ModelRandomness(0).owned(),
-        torch.autograd.set_detect_anomaly(False),
-        sdpa_kernel(SDPBackend.MATH),
-        warnings.catch_warnings(),
-    ):
-        warnings.simplefilter("ignore")  # an operation without a batching rule is slow, not wrong
-        objective.train()  # some models draw the graphs of their loss here (SGL): the same ones whatever went before
-        objective.eval()
+    with differentiating(objective), sdpa_kernel(SDPBackend.MATH):
         for rows in _grouped(batches, next(iter(parameters.values())).device):
             count += len(next(iter(rows.values())))
             work.add(rows, sums)
@@ -176,6 +166,25 @@ def mean_of_gradients(
                 f"target; lower learning_rate, or use a replay strategy"
             )
     return {name: (total / max(count, 1)).to(parameters[name].dtype) for name, total in sums.items()}
+
+
+@contextlib.contextmanager
+def differentiating(model: nn.Module) -> Iterator[None]:
+    """A context for gradients of single samples: eval mode, random numbers of its own; all is as before afterwards.
+
+    The graphs that some models draw for their loss (SGL) are the same ones here, whatever went before.
+    """
+    with (
+        answering(model),
+        ModelRandomness(0).owned(),
+        # RecBole's SINE switches anomaly detection on for the whole process when it is imported: several times slower.
+        torch.autograd.set_detect_anomaly(False),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")  # an operation without a batching rule is slow, not wrong
+        model.train()  # where such graphs are drawn
+        model.eval()
+        yield
 
 
 GROUP = 8192

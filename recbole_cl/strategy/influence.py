@@ -7,9 +7,7 @@ derivative of their losses along ``g_ref``, taken forward: no gradient of a samp
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import warnings
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -17,9 +15,7 @@ from recbole.data.interaction import Interaction
 from torch import nn
 from torch.func import grad, jvp, vmap
 
-from recbole_cl.model.state import answering
-from recbole_cl.rng import ModelRandomness
-from recbole_cl.strategy.importance import SampleLoss
+from recbole_cl.strategy.importance import SampleLoss, differentiating
 
 CHUNK = 256
 """Samples taken at once."""
@@ -38,7 +34,7 @@ def mean_gradient(model: nn.Module, batch: Interaction, parameters: Mapping[str,
     """
     losses, values = _Losses(model), {f"model.{name}": p.detach() for name, p in parameters.items()}
     total = {name: torch.zeros_like(value) for name, value in values.items()}
-    with _alone(model):
+    with differentiating(model):
         for rows in _chunks(batch, values):
             try:
                 found = grad(losses.total)(values, rows)
@@ -63,7 +59,7 @@ def products(
     losses, values = _Losses(model), {f"model.{name}": p.detach() for name, p in parameters.items()}
     tangents = {name: direction[name.removeprefix("model.")] for name in values}
     parts = [next(iter(values.values())).new_zeros(0)]
-    with _alone(model):
+    with differentiating(model):
         for rows in _chunks(batch, values):
             try:
                 found = jvp(functools.partial(losses.each, rows=rows), (values,), (tangents,))[1]
@@ -92,15 +88,6 @@ class _Losses:
 
     def total_one_by_one(self, values: Values, rows: Values) -> torch.Tensor:
         return torch.stack([self.one(values, row) for row in _single(rows)]).sum()
-
-
-@contextlib.contextmanager
-def _alone(model: nn.Module) -> Iterator[None]:
-    """Eval mode and random numbers of its own; afterwards everything is as before."""
-    randomness = ModelRandomness(0)
-    with answering(model), randomness.owned(), torch.autograd.set_detect_anomaly(False), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # an operation without a batching rule is slow, not wrong
-        yield
 
 
 def _chunks(batch: Interaction, values: Values) -> Iterator[Values]:
