@@ -657,7 +657,7 @@ def test_histories_of_a_sequence_are_read_in_groups(counts: list[int]) -> None:
     row = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
     kept = torch.randn(len(counts), 2, 5, 6)
     rows = torch.randn(len(row), 2, 3, 5, requires_grad=True)
-    groups = Groups(row)
+    groups = Groups(row, heads=2)
     out, expected = groups.times(rows, kept[groups.sequence]), rows @ kept[row]
     assert torch.allclose(out, expected, atol=1e-6)
     weight = torch.randn_like(out)

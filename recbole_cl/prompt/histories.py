@@ -106,12 +106,12 @@ class TransformerHistories:
         hidden = backbone.LayerNorm(embedded + backbone.position_embedding(place))
         before = torch.arange(kept.stores[0].size(2), device=row.device) < first.unsqueeze(1)
         unseen = torch.zeros(before.shape, device=row.device).masked_fill_(~before, -torch.inf)
-        groups = Groups(row)
+        groups = Groups(row, kept.stores[0].size(1))
         stores = kept.of(groups.sequence)
         layers = backbone.trm_encoder.layer
         for index, layer in enumerate(layers):
             asked, later = hidden, causal_mask(len(prompts), row.device)
-            if index + 1 == len(layers):  # of the top layer the last item's output is asked for
+            if index + 1 == len(layers) and len(prompts) > 1:  # of the top layer the last item's output is asked for
                 asked = hidden[torch.arange(len(row), device=row.device), number].unsqueeze(1)
                 later = later[number].view(len(row), 1, 1, -1)
             keys, values = stores[2 * index : 2 * index + 2]
@@ -160,18 +160,20 @@ class Groups:
 
     Args:
         row: The sequence of each history, shape ``[n]``, in rising order.
+        heads: Heads of what is kept; each has the places of a group side by side, so that only rows are moved.
 
     Attributes:
         sequence: The sequence of each group, shape ``[g]``.
     """
 
-    def __init__(self, row: torch.Tensor) -> None:
+    def __init__(self, row: torch.Tensor, heads: int) -> None:
         sequence, inverse, counts = torch.unique_consecutive(row, return_inverse=True, return_counts=True)
         self.m = max(-(-len(row) // max(len(sequence), 1)), 1)
         number = -(-counts // self.m)  # groups of each sequence
         place = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[inverse]
-        before = (number.cumsum(0) - number)[inverse]
-        self.slot = (before + place // self.m) * self.m + place % self.m
+        group = (number.cumsum(0) - number)[inverse] + place // self.m
+        head = torch.arange(heads, device=row.device)
+        self.slot = ((group.unsqueeze(1) * heads + head) * self.m + (place % self.m).unsqueeze(1)).flatten()
         self.sequence = sequence.repeat_interleave(number)
         self.alone = self.m == 1  # then a group is a history, and nothing has to be moved
 
@@ -187,11 +189,10 @@ class Groups:
         """
         if self.alone:
             return rows @ kept
-        heads, s, k = rows.shape[1:]
-        places = rows.new_zeros(len(kept) * self.m, heads, s, k).index_copy(0, self.slot, rows)
-        together = places.view(-1, self.m, heads, s, k).transpose(1, 2).reshape(-1, heads, self.m * s, k)
-        product = (together @ kept).view(-1, heads, self.m, s, kept.size(-1)).transpose(1, 2)
-        return product.reshape(-1, heads, s, kept.size(-1)).index_select(0, self.slot)
+        (n, heads, s, k), (groups, j) = rows.shape, (len(kept), kept.size(-1))
+        places = rows.new_zeros(groups * heads * self.m, s * k).index_copy(0, self.slot, rows.reshape(-1, s * k))
+        product = places.view(groups, heads, self.m * s, k) @ kept
+        return product.view(-1, s * j).index_select(0, self.slot).view(n, heads, s, j)
 
 
 class RecurrentHistories:
@@ -245,6 +246,8 @@ def _prompted(last: torch.Tensor, t: int) -> tuple[torch.Tensor, torch.Tensor, t
 def _aligned(prompts: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
     """Returns the prompts of each history's prompted items, ``[n, t, d]``: the last item gets the last prompt."""
     t = len(prompts)
+    if t == 1:
+        return prompts.expand(len(number), 1, -1)
     index = t - 1 - number.unsqueeze(1) + torch.arange(t, device=prompts.device)
     return F.embedding(index.clamp(max=t - 1), prompts)
 
