@@ -771,11 +771,14 @@ def test_losses(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_slices_of_time_are_tasks(tmp_path: Path, bias: bool) -> None:
+def test_slices_of_time_are_tasks(tmp_path: Path, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """New items learn in the slice that brings them; every other row and every earlier representation stays."""
     log = write_planted_drift(tmp_path / "log")
     settings = {**SETTINGS, **log.settings(), "output_dir": str(tmp_path / "run"), "learning_rate": 0.02}
     settings["pcl_item_bias"] = bias
+    steps: list[Any] = []
+    grow = PCL.grow_in_place
+    monkeypatch.setattr(PCL, "grow_in_place", lambda self, *given: steps.append(grow(self, *given)) or steps[-1])
     settings.pop("tasks")
     settings["epochs"] = 4
     config = CLConfig(model="PCL", dataset=log.name, config_dict=settings)
@@ -794,6 +797,10 @@ def test_slices_of_time_are_tasks(tmp_path: Path, bias: bool) -> None:
         old, new = (runner.model.heads.item_bias(stage) for stage in (1, 2))
         assert len(old) == len(new) == sizes[2] and bool(old[: sizes[1]].any()) and bool(new[sizes[1] :].any())
         assert not old[sizes[1] :].any(), "the second slice has learnt about items that came later"
+        told = [
+            step.expand("heads.1.item_bias", torch.ones(step.n_items[0])) for step in steps
+        ]  # to strategies' tensors
+        assert [len(tensor) for tensor in told] == sizes[1:]
 
 
 @pytest.mark.parametrize("setting", [{"weight_decay": 0.01}, {"stage_optimizer": "carry"}])
