@@ -797,10 +797,9 @@ def test_slices_of_time_are_tasks(tmp_path: Path, bias: bool, monkeypatch: pytes
         old, new = (runner.model.heads.item_bias(stage) for stage in (1, 2))
         assert len(old) == len(new) == sizes[2] and bool(old[: sizes[1]].any()) and bool(new[sizes[1] :].any())
         assert not old[sizes[1] :].any(), "the second slice has learnt about items that came later"
-        told = [
-            step.expand("heads.1.item_bias", torch.ones(step.n_items[0])) for step in steps
-        ]  # to strategies' tensors
-        assert [len(tensor) for tensor in told] == sizes[1:]
+        # What the step says of its axes makes strategies' tensors grow.
+        grown = [step.expand("heads.1.item_bias", torch.ones(step.n_items[0])) for step in steps]
+        assert [len(tensor) for tensor in grown] == sizes[1:]
 
 
 @pytest.mark.parametrize("setting", [{"weight_decay": 0.01}, {"stage_optimizer": "carry"}])
