@@ -22,8 +22,8 @@ import torch
 from recbole_cl.config import CLConfig
 from recbole_cl.errors import ConfigError
 from recbole_cl.registry import strategies
-from recbole_cl.runner import Runner
 from recbole_cl.testing.toy import PlantedDrift, write_planted_drift
+from recbole_cl.training.runner import Runner
 
 BACKBONES = ("BPR", "LightGCN", "NeuMF", "SASRec", "GRU4Rec", "DeepFM")
 PARTS = ("prompt", "adapter", "lora")

@@ -156,7 +156,7 @@ def _configured(options: argparse.Namespace, properties: list[str]) -> Any:
 
 def _run(options: argparse.Namespace, properties: list[str]) -> None:
     config = _configured(options, properties)
-    from recbole_cl.runner import Runner
+    from recbole_cl.training.runner import Runner
 
     result = Runner(config).run()
     from recbole_cl.report import terminal_summary
@@ -169,7 +169,7 @@ def _compare(options: argparse.Namespace, properties: list[str]) -> None:
     if not any(argument.startswith("--parity=") for argument in properties):
         properties = [*properties, "--parity=recbole"]
     config = _configured(options, properties)
-    from recbole_cl.parity import compare, comparison_table
+    from recbole_cl.study.parity import compare, comparison_table
 
     print(comparison_table(compare(config)))
 

@@ -1,8 +1,8 @@
 """Several processes under torchrun: who this one is, and what the processes tell each other.
 
 A run of one process has the group of one, whose methods do nothing. Under ``torchrun`` every process walks the same
-stream with the same generators; what is split are the rows of a batch (:mod:`recbole_cl.shares`) and the batches of an
-evaluation. Nothing is pickled: tensors, rows and texts are exchanged as tensors.
+stream with the same generators; what is split are the rows of a batch (:mod:`recbole_cl.training.data_parallel`) and
+the batches of an evaluation. Nothing is pickled: tensors, rows and texts are exchanged as tensors.
 """
 
 from __future__ import annotations

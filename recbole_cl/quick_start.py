@@ -33,7 +33,7 @@ def run_recbole_cl(
     """
     from recbole_cl.config import CLConfig
     from recbole_cl.report import terminal_summary
-    from recbole_cl.runner import Runner
+    from recbole_cl.training.runner import Runner
 
     config = CLConfig(
         model=model, dataset=dataset, config_file_list=config_file_list, config_dict=config_dict, args=args

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from recbole_cl.evaluation import STRATA, exposure_disparity, head_mask, stage_curve, steps_to_95, summarise_all
+from recbole_cl.results import STRATA, exposure_disparity, head_mask, stage_curve, steps_to_95, summarise_all
 
 METRICS = {"NDCG@10": 0.11, "Recall@10": 0.19, "MRR@10": 0.09, "Hit@10": 0.21, "Precision@10": 0.021}
 

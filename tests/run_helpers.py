@@ -14,12 +14,12 @@ import torch
 from recbole.data.transform import construct_transform
 
 from recbole_cl.config import CLConfig
-from recbole_cl.runner import Runner
-from recbole_cl.strategy.base import StageContext
+from recbole_cl.strategy.context import StageContext
 from recbole_cl.stream.batch import Batcher
 from recbole_cl.stream.build import build_stream
 from recbole_cl.stream.loader import make_loader
 from recbole_cl.testing.toy import PlantedDrift, write_planted_drift
+from recbole_cl.training.runner import Runner
 
 SMALL: dict[str, Any] = {
     "embedding_size": 16,

@@ -20,10 +20,11 @@ from safetensors.torch import save_file
 
 from recbole_cl import checkpoint, cli, distributed
 from recbole_cl.errors import ConfigError, RecBoleCLError
-from recbole_cl.runner import Runner
-from recbole_cl.shares import keep_alike
-from recbole_cl.strategy.base import StageContext, Strategy
+from recbole_cl.strategy.base import Strategy
+from recbole_cl.strategy.context import StageContext
 from recbole_cl.testing.toy import PlantedDrift
+from recbole_cl.training.data_parallel import keep_alike
+from recbole_cl.training.runner import Runner
 
 STEPS = 12
 

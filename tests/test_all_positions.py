@@ -10,9 +10,9 @@ import torch
 from run_helpers import configure, toy
 
 from recbole_cl.rng import ModelRandomness
-from recbole_cl.runner import Runner
 from recbole_cl.stream.batch import TARGETS, Batcher, Windows
 from recbole_cl.stream.build import build_stream
+from recbole_cl.training.runner import Runner
 
 
 @pytest.mark.parametrize("loss_type", ["CE", "BPR"])
@@ -62,7 +62,7 @@ def test_train_positions_last_is_recboles_path(tmp_path: Path) -> None:
     """``last`` gives a row a target to the loader, ``all`` a window a user, for as many targets."""
     from types import SimpleNamespace
 
-    from recbole_cl.strategy.base import Pass
+    from recbole_cl.strategy.context import Pass
     from recbole_cl.stream.loader import make_loader
 
     log = toy(tmp_path)

@@ -13,9 +13,9 @@ from run_helpers import bare_context
 
 from recbole_cl.model import fused
 from recbole_cl.registry import strategies
-from recbole_cl.strategy import teacher as parts
-from recbole_cl.strategy.base import StageContext
-from recbole_cl.strategy.memory import join_rows
+from recbole_cl.strategy.context import StageContext
+from recbole_cl.strategy.parts import teacher as parts
+from recbole_cl.strategy.parts.exemplars import join_rows
 from recbole_cl.stream.batch import TARGETS
 from recbole_cl.stream.loader import make_loader
 from recbole_cl.testing import PlantedDrift, write_planted_drift

@@ -24,9 +24,9 @@ from several_processes import run_job
 from recbole_cl import checkpoint, distributed
 from recbole_cl.distributed import Group
 from recbole_cl.errors import ConfigError
-from recbole_cl.runner import Runner
-from recbole_cl.shares import pieces_of, shared_norms
 from recbole_cl.testing.toy import PlantedDrift
+from recbole_cl.training.data_parallel import pieces_of, shared_norms
+from recbole_cl.training.runner import Runner
 
 CLOSE = 1e-6
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attn_dropout_prob": 0.0, "dropout_prob": 0.0}

@@ -18,13 +18,13 @@ from run_helpers import script
 from recbole_cl import cli, registry, schema
 from recbole_cl.config import CLConfig, list_models, parse_value, read_properties
 from recbole_cl.config.keys import library_keys
-from recbole_cl.evaluation.matrix import SUMMARIES
 from recbole_cl.registry import Registry, schedulers, strategies
-from recbole_cl.runner import Runner
+from recbole_cl.results.matrix import SUMMARIES
 from recbole_cl.stream.build import build_stream
 from recbole_cl.study import read_plan
 from recbole_cl.testing.contract import SMALL
 from recbole_cl.testing.toy import PlantedDrift, write_planted_drift
+from recbole_cl.training.runner import Runner
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from recbole_cl.evaluation import ResultMatrix, smaller_is_better, summarise, summarise_all
-from recbole_cl.evaluation import matrix as m
+from recbole_cl.results import ResultMatrix, smaller_is_better, summarise, summarise_all
+from recbole_cl.results import matrix as m
 
 # Rows: trained up to stage 1, 2, 3. Stage 2 gains after it was first trained on, stage 1 is forgotten.
 R = np.array(

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recbole_cl.errors import CheckpointError, DataError
-from recbole_cl.evaluation import (
+from recbole_cl.evaluation.metrics import constant_answer
+from recbole_cl.results import (
     STRATA,
     Records,
     exposure_disparity,
@@ -22,7 +23,6 @@ from recbole_cl.evaluation import (
     steps_to_95,
     strata_masks,
 )
-from recbole_cl.scoring.metrics import constant_answer
 from recbole_cl.stream.stage import Stage, Targets, Task
 
 # --------------------------------------------------------------------------------------------------------------

@@ -10,12 +10,13 @@ import pytest
 import torch
 from run_helpers import configure, run, toy
 
-from recbole_cl.evaluator import Evaluator, Known
-from recbole_cl.model.state import owned_state, tree_hash
+from recbole_cl.evaluation.evaluator import Evaluator, Known
+from recbole_cl.model.state import owned_state
 from recbole_cl.rng import ModelRandomness
-from recbole_cl.runner import Runner
-from recbole_cl.strategy.base import Composite
+from recbole_cl.strategy.composite import Composite
 from recbole_cl.stream.build import build_stream
+from recbole_cl.training.runner import Runner
+from recbole_cl.tree import tree_hash
 
 
 def prepared(tmp_path: Path, model: str, trained: int, **properties: Any) -> tuple[Any, ...]:

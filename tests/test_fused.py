@@ -14,17 +14,17 @@ from recbole.model.layers import TransformerEncoder
 from run_helpers import configure, toy
 from torch.nn import functional as F
 
-from recbole_cl import evaluator as evaluator_module
-from recbole_cl.evaluator import Evaluator, Known, best
+from recbole_cl.evaluation import evaluator as evaluator_module
+from recbole_cl.evaluation.evaluator import Evaluator, Known, best
 from recbole_cl.model import all_positions, fused
 from recbole_cl.model.all_positions import AllPositions, _cuts, passes
 from recbole_cl.model.prefixes import prefix_outputs
 from recbole_cl.model.sasrec import SASRec
 from recbole_cl.rng import ModelRandomness
-from recbole_cl.runner import Runner
-from recbole_cl.strategy.base import Composite
+from recbole_cl.strategy.composite import Composite
 from recbole_cl.stream.batch import Batcher
 from recbole_cl.stream.build import build_stream
+from recbole_cl.training.runner import Runner
 
 
 def made(tmp_path: Path, model: str = "SASRec", stage: int = 2, **settings: Any) -> tuple[Any, Any, Any, Batcher]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from recbole_cl.model.mgda import min_norm_weights
+from recbole_cl.strategy.parts.mgda import min_norm_weights
 
 
 def least_norm(gram: np.ndarray) -> float:

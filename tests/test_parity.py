@@ -15,9 +15,11 @@ from recbole.utils import argument_list
 
 from recbole_cl import cli
 from recbole_cl.config import CLConfig
+from recbole_cl.config.parity import IMPLIED
 from recbole_cl.errors import ConfigError
-from recbole_cl.parity import IMPLIED, ParityLoader, compare, comparison_table
-from recbole_cl.runner import Runner
+from recbole_cl.stream.parity import ParityLoader
+from recbole_cl.study.parity import compare, comparison_table
+from recbole_cl.training.runner import Runner
 
 SMALL: dict[str, Any] = {
     "embedding_size": 16,

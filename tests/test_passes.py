@@ -11,10 +11,11 @@ from run_helpers import configure, run, toy
 
 from recbole_cl.errors import ConfigError
 from recbole_cl.registry import strategies
-from recbole_cl.runner import Runner
-from recbole_cl.strategy.base import Pass, StageContext, Strategy
+from recbole_cl.strategy.base import Strategy
+from recbole_cl.strategy.context import Pass, StageContext
 from recbole_cl.strategy.pisa import PISA
 from recbole_cl.testing.toy import PlantedDrift
+from recbole_cl.training.runner import Runner
 
 COMPANIONS: dict[str, dict[str, Any]] = {
     "ERRandom": {"memory_size": 60, "batch_size": 16},

@@ -23,26 +23,24 @@ from conformance_helpers import Walk, assert_same_walk
 from recbole_cl import checkpoint
 from recbole_cl.config import CLConfig, properties_dir, read_properties
 from recbole_cl.errors import ConfigError
-from recbole_cl.llm.encoders import encode_texts
+from recbole_cl.evaluation.known import Known
+from recbole_cl.llm.encode import encode_texts
 from recbole_cl.model.pcl import PCL
-from recbole_cl.model.state import tree_hash
-from recbole_cl.model.task_heads import BinaryCrossEntropy, TaskHeads
-from recbole_cl.prompt import (
-    ContextualPrompts,
+from recbole_cl.model.prompted_histories import (
+    ROWS_AT_ONCE,
+    Groups,
     KeptHistories,
-    PromptedEmbedding,
     RecurrentHistories,
     TransformerHistories,
-    describe,
-    place_prompts,
 )
-from recbole_cl.prompt.histories import ROWS_AT_ONCE, Groups
-from recbole_cl.runner import Runner
-from recbole_cl.scoring.known import Known
-from recbole_cl.strategy.base import StageContext
+from recbole_cl.model.task_heads import BinaryCrossEntropy, TaskHeads
+from recbole_cl.prompt import ContextualPrompts, PromptedEmbedding, describe, place_prompts
+from recbole_cl.strategy.context import StageContext
 from recbole_cl.stream.batch import Batcher
 from recbole_cl.stream.stage import Stage, Task
 from recbole_cl.testing.toy import write_planted_drift
+from recbole_cl.training.runner import Runner
+from recbole_cl.tree import tree_hash
 
 N_TASKS = len(TASKS)
 

@@ -25,8 +25,6 @@ from task_helpers import SETTINGS, TASKS, read_log, write_task_log
 from recbole_cl import checkpoint
 from recbole_cl.config import CLConfig
 from recbole_cl.errors import ConfigError
-from recbole_cl.model.state import tree_hash
-from recbole_cl.runner import Runner
 from recbole_cl.stream.batch import TARGETS, Batcher
 from recbole_cl.stream.build import build_stream
 from recbole_cl.stream.loader import make_loader
@@ -36,6 +34,8 @@ from recbole_cl.study.plan import PLOTS
 from recbole_cl.study.probes import PARAMETERS, PROBES, run_probe
 from recbole_cl.study.table import probe_rows, rows
 from recbole_cl.study.universal import UserNetwork, standardised
+from recbole_cl.training.runner import Runner
+from recbole_cl.tree import tree_hash
 
 N_ITEMS = 24
 PRESET: dict[str, Any] = {

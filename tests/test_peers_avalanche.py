@@ -18,9 +18,9 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from recbole_cl.registry import strategies
-from recbole_cl.strategy.base import Pass
-from recbole_cl.strategy.importance import squared_gradients
+from recbole_cl.strategy.context import Pass
 from recbole_cl.strategy.mas import sensitivities
+from recbole_cl.strategy.parts.importance import squared_gradients
 
 plugins = pytest.importorskip(
     "avalanche.training.plugins",
@@ -273,7 +273,7 @@ def test_lwf_leaves_out_the_square_of_the_temperature(tmp_path: Any) -> None:
     """DIFFERENT in Avalanche: KL at temperature T without T^2 (Hinton et al. 2015); otherwise the same number."""
     from run_helpers import configure, toy
 
-    from recbole_cl.strategy.base import StageContext
+    from recbole_cl.strategy.context import StageContext
     from recbole_cl.stream.batch import Batcher
     from recbole_cl.stream.build import build_stream
     from recbole_cl.stream.loader import make_loader

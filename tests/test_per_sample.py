@@ -16,10 +16,10 @@ from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
 from recbole_cl.model.capabilities import capabilities
-from recbole_cl.strategy import per_sample
-from recbole_cl.strategy.base import StageContext
-from recbole_cl.strategy.importance import Objective, mean_of_gradients, squared_gradients
+from recbole_cl.strategy.context import StageContext
 from recbole_cl.strategy.mas import sensitivities
+from recbole_cl.strategy.parts import per_sample_gradients as per_sample
+from recbole_cl.strategy.parts.importance import Objective, mean_of_gradients, squared_gradients
 from recbole_cl.stream.loader import make_loader
 from recbole_cl.testing import PlantedDrift, write_planted_drift
 

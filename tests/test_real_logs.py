@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from recbole_cl.config import CLConfig
-from recbole_cl.runner import Runner
+from recbole_cl.training.runner import Runner
 
 LOGS = {"online-retail": 397_924, "lastfm-tags": 71_064, "amazon-videogames": 231_780, "ml-100k": 100_000}
 MODELS = ("BPR", "LightGCN", "NeuMF", "SASRec", "GRU4Rec", "DeepFM")

@@ -14,8 +14,8 @@ import pytest
 from report_fixture import METRICS, make_result
 
 from recbole_cl.errors import DataError, OutputError
-from recbole_cl.evaluation import summarise_all
 from recbole_cl.report import page, picture, render_folder, terminal_summary, text, write_report
+from recbole_cl.results import summarise_all
 
 SECTIONS = ["headline", "stages", "matrix", "forgetting", "curves", "strata", "disparity", "costs", "terms"]
 SECTIONS += ["warnings", "configuration", "versions"]

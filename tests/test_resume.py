@@ -18,7 +18,7 @@ from run_helpers import ROOT, arguments, command, configure, run, toy
 
 from recbole_cl import checkpoint
 from recbole_cl.errors import CheckpointError, OutputError
-from recbole_cl.runner import Runner
+from recbole_cl.training.runner import Runner
 
 
 def kill_and_resume(log: Any, folder: Path, after: int, **properties: Any) -> int:

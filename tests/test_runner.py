@@ -13,9 +13,11 @@ from run_helpers import configure, run, toy
 
 from recbole_cl import run_recbole_cl
 from recbole_cl.errors import ConfigError, TrainingError
-from recbole_cl.runner import Runner
-from recbole_cl.strategy.base import Composite, StageContext, Strategy
+from recbole_cl.strategy.base import Strategy
+from recbole_cl.strategy.composite import Composite
+from recbole_cl.strategy.context import StageContext
 from recbole_cl.testing.toy import PlantedDrift
+from recbole_cl.training.runner import Runner
 
 KEYS = {
     "config", "versions", "stages", "matrix", "summary", "formulas", "reasons", "curves", "disparity", "cost",

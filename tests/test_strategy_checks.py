@@ -16,14 +16,14 @@ from torch import nn
 
 from recbole_cl.config import CLConfig
 from recbole_cl.errors import ConfigError
-from recbole_cl.model.state import clone_tree
 from recbole_cl.registry import strategies
-from recbole_cl.runner import Runner
-from recbole_cl.strategy.base import Pass, StageContext
-from recbole_cl.strategy.importance import squared_gradients
+from recbole_cl.strategy.context import Pass, StageContext
 from recbole_cl.strategy.mas import sensitivities
-from recbole_cl.strategy.rows import OwnRows
+from recbole_cl.strategy.parts.importance import squared_gradients
+from recbole_cl.strategy.parts.rows import OwnRows
 from recbole_cl.testing import PlantedDrift, write_planted_drift
+from recbole_cl.training.runner import Runner
+from recbole_cl.tree import clone_tree
 
 SMALL = {
     "embedding_size": 8, "hidden_size": 8, "inner_size": 16, "n_layers": 1, "n_heads": 2, "MAX_ITEM_LIST_LENGTH": 10,
@@ -267,7 +267,8 @@ def test_defaults_and_neutral_parameters_are_taken(context: Any, name: str) -> N
 
 
 def test_a_run_refuses_before_it_trains(toy: PlantedDrift, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("recbole_cl.trainer.HookedTrainer._train_epoch", lambda *_, **__: pytest.fail("it trained"))
+    trains = "recbole_cl.training.trainer.HookedTrainer._train_epoch"
+    monkeypatch.setattr(trains, lambda *_, **__: pytest.fail("it trained"))
     with pytest.raises(ConfigError, match=r"si_xi: -0\.1 must be more than 0"):
         Runner(configure(toy, tmp_path, "BPR", **SMALL, strategy={"SI": {"xi": -0.1}})).run()
 
@@ -311,7 +312,8 @@ def test_replay_refuses_streams_of_tasks(
     tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, name: str, positions: str
 ) -> None:
     """Rows of several tasks have several sets of fields; that is told before the first epoch, with what serves."""
-    monkeypatch.setattr("recbole_cl.trainer.HookedTrainer._train_epoch", lambda *_, **__: pytest.fail("it trained"))
+    trains = "recbole_cl.training.trainer.HookedTrainer._train_epoch"
+    monkeypatch.setattr(trains, lambda *_, **__: pytest.fail("it trained"))
     told = f"{name} cannot serve the model {model} under the scheduler TaskStream.*use MTL.*CONURE, TERACON.*PCL"
     if model == "PCL":
         told = f"{name} cannot serve the model PCL, which keeps what earlier stages trained.*use FineTune"

@@ -19,15 +19,15 @@ from torch import nn
 from recbole_cl.config import CLConfig
 from recbole_cl.errors import CheckpointError, ConfigError
 from recbole_cl.registry import strategies
-from recbole_cl.runner import Runner
-from recbole_cl.strategy.base import Pass, StageContext
-from recbole_cl.strategy.importance import check_loss, squared_gradients, stage_importance
-from recbole_cl.strategy.memory import ReservoirMemory, join_rows
-from recbole_cl.strategy.rows import OwnRows
+from recbole_cl.strategy.context import Pass, StageContext
+from recbole_cl.strategy.parts.exemplars import ReservoirMemory, join_rows
+from recbole_cl.strategy.parts.importance import check_loss, squared_gradients, stage_importance
+from recbole_cl.strategy.parts.rows import OwnRows
 from recbole_cl.stream.batch import STAGE, TARGETS
 from recbole_cl.stream.loader import make_loader
 from recbole_cl.stream.vocabulary import Growth, fixed_axis, item_axis
 from recbole_cl.testing import PlantedDrift, write_planted_drift
+from recbole_cl.training.runner import Runner
 
 SMALL = {
     "embedding_size": 8, "hidden_size": 8, "inner_size": 16, "n_layers": 1, "n_heads": 2, "MAX_ITEM_LIST_LENGTH": 10,

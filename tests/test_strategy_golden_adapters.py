@@ -30,12 +30,12 @@ from recbole_cl.model.adapters import (
 )
 from recbole_cl.model.gru4rec import GRU4Rec
 from recbole_cl.model.sasrec import SASRec
-from recbole_cl.runner import Runner
-from recbole_cl.strategy.base import StageContext
-from recbole_cl.strategy.trainable import PartTuning, Trainable
+from recbole_cl.strategy.context import StageContext
+from recbole_cl.strategy.parts.part_tuning import PartTuning, Trainable
 from recbole_cl.stream.vocabulary import Growth
 from recbole_cl.testing.contract import SMALL, assert_same
 from recbole_cl.testing.toy import PlantedDrift, write_planted_drift
+from recbole_cl.training.runner import Runner
 
 HEADS, WIDTH, LENGTH, ITEMS = 2, 8, 6, 20
 LENGTHS = (6, 3, 1, 4)

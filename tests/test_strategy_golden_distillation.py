@@ -17,16 +17,17 @@ from recbole_cl.config import CLConfig
 from recbole_cl.errors import ConfigError
 from recbole_cl.model.state import grow_model
 from recbole_cl.registry import strategies
-from recbole_cl.runner import Runner
-from recbole_cl.strategy.base import Pass, StageContext, Strategy
-from recbole_cl.strategy.lessons import all_lessons, draw_lessons, lesson_loss
-from recbole_cl.strategy.neighbours import draw_neighbours, past_pairs
-from recbole_cl.strategy.outputs import final, layers
+from recbole_cl.strategy.base import Strategy
+from recbole_cl.strategy.context import Pass, StageContext
+from recbole_cl.strategy.parts.neighbours import draw_neighbours, past_pairs
+from recbole_cl.strategy.parts.outputs import final, layers
+from recbole_cl.strategy.parts.soft_labels import all_lessons, draw_lessons, lesson_loss
 from recbole_cl.strategy.pisa import cluster, distances, divergence, info_nce
 from recbole_cl.stream.loader import make_loader
 from recbole_cl.stream.vocabulary import Growth
 from recbole_cl.testing import PlantedDrift, write_planted_drift
 from recbole_cl.testing.contract import SMALL, assert_same
+from recbole_cl.training.runner import Runner
 
 TOWERS = ["BPR", "LightGCN"]
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -409,7 +410,7 @@ def test_a_pass_aside_leaves_no_trace(toy: PlantedDrift, tmp_path: Path, monkeyp
         torch.rand(3)
         return grow_model(*args)
 
-    monkeypatch.setattr("recbole_cl.runner.grow_model", drawing)
+    monkeypatch.setattr("recbole_cl.training.runner.grow_model", drawing)
 
     def runner(strategy: str, folder: str, **settings: Any) -> Runner:
         given = {**SMALL, **toy.settings(), "strategy": strategy, "output_dir": str(tmp_path / folder)}

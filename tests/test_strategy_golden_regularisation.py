@@ -15,7 +15,7 @@ from torch import nn
 
 from recbole_cl.errors import ConfigError
 from recbole_cl.registry import strategies
-from recbole_cl.strategy.base import Pass, StageContext
+from recbole_cl.strategy.context import Pass, StageContext
 from recbole_cl.strategy.mas import sensitivities
 from recbole_cl.stream.loader import make_loader
 from recbole_cl.stream.vocabulary import Growth, item_axis

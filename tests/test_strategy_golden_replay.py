@@ -20,18 +20,19 @@ from scipy.stats import chisquare
 from recbole_cl.config import CLConfig
 from recbole_cl.errors import ConfigError
 from recbole_cl.registry import strategies
-from recbole_cl.runner import Runner
-from recbole_cl.strategy.alias import AliasTable
-from recbole_cl.strategy.base import Composite, StageContext
-from recbole_cl.strategy.error_memory import ErrorMemory
-from recbole_cl.strategy.histories import history_vectors, item_logits
-from recbole_cl.strategy.influence import mean_gradient, products
-from recbole_cl.strategy.memory import build_rows
-from recbole_cl.strategy.rows import OwnRows
-from recbole_cl.strategy.selection import herding, quotas, smallest
+from recbole_cl.strategy.composite import Composite
+from recbole_cl.strategy.context import StageContext
+from recbole_cl.strategy.parts.alias import AliasTable
+from recbole_cl.strategy.parts.error_memory import ErrorMemory
+from recbole_cl.strategy.parts.exemplars import build_rows
+from recbole_cl.strategy.parts.histories import history_vectors, item_logits
+from recbole_cl.strategy.parts.influence import mean_gradient, products
+from recbole_cl.strategy.parts.rows import OwnRows
+from recbole_cl.strategy.parts.selection import herding, quotas, smallest
 from recbole_cl.stream.build import build_stream
 from recbole_cl.stream.stage import Targets
 from recbole_cl.testing import PlantedDrift, write_planted_drift
+from recbole_cl.training.runner import Runner
 
 SMALL = {
     "embedding_size": 8, "hidden_size": 8, "inner_size": 16, "n_layers": 1, "n_heads": 2, "MAX_ITEM_LIST_LENGTH": 10,

@@ -21,7 +21,7 @@ from recbole_cl.model import task_heads
 from recbole_cl.model.gru4rec import GRU4Rec
 from recbole_cl.model.sasrec import SASRec
 from recbole_cl.model.task_heads import probing, why_no_inner_product
-from recbole_cl.runner import Runner
+from recbole_cl.training.runner import Runner
 
 BACKBONE = {
     "PCL": "pcl_backbone",

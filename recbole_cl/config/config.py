@@ -24,7 +24,7 @@ from recbole.config import Config
 from recbole.model.abstract_recommender import AbstractRecommender
 from recbole.utils import ModelType
 
-from recbole_cl import compat, parity, schema
+from recbole_cl import compat, schema
 from recbole_cl.config.columns import LogFiles, check_knowledge_graph, loaded_columns, open_log, settle_columns
 from recbole_cl.config.datasets import EXAMPLE
 from recbole_cl.config.device import choose_device
@@ -32,6 +32,7 @@ from recbole_cl.config.files import RECBOLE, component_defaults, properties_dir
 from recbole_cl.config.keys import check_keys
 from recbole_cl.config.metrics import check_metrics
 from recbole_cl.config.models import get_model_class, recbole_models
+from recbole_cl.config.parity import settle
 from recbole_cl.config.strategies import StrategyDefaults, asked_strategies, refuse_contradictions, settle_parameters
 from recbole_cl.config.task import rank_without_labels, settle_negatives, settle_repeats
 from recbole_cl.config.values import INTERVALS, Loader, parse_arguments, parse_property, plain, read_properties
@@ -116,7 +117,7 @@ class CLConfig(Config):
         self._settle_columns()
         self._repeatable_items = settle_repeats(self.final_config_dict)
         self._settle_task()
-        parity.settle(self)
+        settle(self)
         check_metrics(self.final_config_dict)
         try:
             self._set_default_parameters()

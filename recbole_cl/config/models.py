@@ -85,3 +85,9 @@ def get_model_class(name: str) -> type:
         f"model {class_name!r} needs the package {package!r}, which is not installed; install it (`pip install "
         f"{package.replace('_', '-')}`) or use another model"
     )
+
+
+USER_BATCH_MODELS = {
+    "MultiDAE", "MultiVAE", "MacridVAE", "CDAE", "ENMF", "RaCT", "RecVAE", "DiffRec", "LDiffRec",
+}  # fmt: skip
+"""RecBole's models that train on whole users (its ``UserDataLoader``)."""

@@ -1,35 +1,11 @@
-"""How well: pure functions of the result matrix R[trained stage, evaluated stage] and of one stage's predictions.
+"""How one cell of the matrix is scored: a model on the targets of a stage.
 
-Nothing here knows a model, a strategy or a runner. The modules hold numpy arrays and plain dictionaries only, so
-that every number of a report can be computed again from ``result.json`` alone.
+- :mod:`~recbole_cl.evaluation.known` what the model has trained on; the rest is a miss
+- :mod:`~recbole_cl.evaluation.rows` what is ranked: rows, positives, what is masked, sampled candidates
+- :mod:`~recbole_cl.evaluation.scores` what the model answers
+- :mod:`~recbole_cl.evaluation.metrics` RecBole's metrics of rankings and values, accuracy and F1 of classes
+- :mod:`~recbole_cl.evaluation.outcome` the result: metrics over all targets and by stratum
 
-- :mod:`~recbole_cl.evaluation.matrix` forgetting, transfer, plasticity and the other summaries of the matrix
-- :mod:`~recbole_cl.evaluation.records` the append-only list of results of which the matrix is a view
-- :mod:`~recbole_cl.evaluation.steps` Steps-to-95 % from the learning curve inside a stage
-- :mod:`~recbole_cl.evaluation.exposure` disparity of exposure over items and of quality over users
-- :mod:`~recbole_cl.evaluation.strata` warm, new and cold users and items
+:class:`recbole_cl.evaluation.evaluator.Evaluator` puts them together. What the cells say as a matrix is another matter,
+that of :mod:`recbole_cl.results`.
 """
-
-from recbole_cl.evaluation.exposure import exposure_disparity, head_mask
-from recbole_cl.evaluation.matrix import ResultMatrix, Summary, smaller_is_better, summarise, summarise_all
-from recbole_cl.evaluation.records import Record, Records
-from recbole_cl.evaluation.steps import stage_curve, steps_to_95
-from recbole_cl.evaluation.strata import STRATA, StratumMean, mean_by_stratum, strata_masks
-
-__all__ = [
-    "STRATA",
-    "Record",
-    "Records",
-    "ResultMatrix",
-    "StratumMean",
-    "Summary",
-    "exposure_disparity",
-    "head_mask",
-    "mean_by_stratum",
-    "smaller_is_better",
-    "stage_curve",
-    "steps_to_95",
-    "strata_masks",
-    "summarise",
-    "summarise_all",
-]

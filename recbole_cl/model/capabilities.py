@@ -6,8 +6,11 @@ capability by having the method, or by listing further ones in a class attribute
 
 from __future__ import annotations
 
+from recbole.model.abstract_recommender import AbstractRecommender
 from recbole.utils import InputType, ModelType
 from torch import nn
+
+from recbole_cl.config.models import USER_BATCH_MODELS
 
 METHODS = ("per_sample_loss", "user_representation", "scores", "adapter_groups", "full_sort_predict", "predict_task")
 
@@ -24,15 +27,11 @@ def capabilities(model: nn.Module) -> frozenset[str]:
     trained = any(p.requires_grad for name, p in model.named_parameters() if name != "dummy_param")
     if trained and getattr(model, "type", None) != ModelType.TRADITIONAL:
         found.add("gradient")
-    from recbole_cl.stream.loader import USER_BATCH_MODELS
-
     if type(model).__name__ not in USER_BATCH_MODELS:
         found.add("batch_rows")
     kind = getattr(model, "input_type", None)
     if kind is not None:
         found.add("pairwise" if kind == InputType.PAIRWISE else "pointwise")
-    from recbole.model.abstract_recommender import AbstractRecommender
-
     for name in METHODS:
         method = getattr(type(model), name, None)
         if method is not None and method is not getattr(AbstractRecommender, name, None):

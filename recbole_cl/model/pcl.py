@@ -11,21 +11,12 @@ from recbole.data.interaction import Interaction
 from torch import nn
 
 from recbole_cl.errors import ConfigError
-from recbole_cl.llm.encoders import encode_texts
+from recbole_cl.llm.encode import encode_texts
 from recbole_cl.model.all_positions import last_items
+from recbole_cl.model.prompted_histories import Kept, KeptHistories, RecurrentHistories, TransformerHistories
 from recbole_cl.model.state import grow_model
 from recbole_cl.model.task_heads import TaskHeads, TaskModel, probing
-from recbole_cl.prompt import (
-    ContextualPrompts,
-    ItemAttribute,
-    Kept,
-    KeptHistories,
-    PromptedEmbedding,
-    RecurrentHistories,
-    TransformerHistories,
-    describe,
-    place_prompts,
-)
+from recbole_cl.prompt import ContextualPrompts, ItemAttribute, PromptedEmbedding, describe, place_prompts
 from recbole_cl.registry import models, strategies
 from recbole_cl.stream.batch import TARGETS
 from recbole_cl.stream.vocabulary import Growth

@@ -17,10 +17,10 @@ from torch.nn import functional as F
 from recbole_cl.config.models import get_model_class
 from recbole_cl.errors import ConfigError, RecBoleCLError, nearest
 from recbole_cl.model.all_positions import last_items
-from recbole_cl.model.state import answering
 from recbole_cl.rng import derive, seeded
 from recbole_cl.stream.batch import LABELS, TARGETS, TASK
 from recbole_cl.stream.stage import Task
+from recbole_cl.tree import answering
 
 LABEL = "_label"
 ADAPTERS = ("none", "linear", "mlp")

@@ -16,8 +16,8 @@ from html import escape
 from importlib import resources
 from typing import Any
 
-from recbole_cl.evaluation.strata import STRATA
 from recbole_cl.report import figures, text
+from recbole_cl.results.strata import STRATA
 
 STYLE = """
 :root { --ink: #1f2933; --muted: #52606d; --line: #e4e9ee; --pale: #f4f6f8; --accent: #1d5f93; --warn: #9c4221; }

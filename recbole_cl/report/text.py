@@ -9,7 +9,7 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from recbole_cl.evaluation.matrix import smaller_is_better
+from recbole_cl.results.matrix import smaller_is_better
 
 #: Summaries: short name -> (what it is, how to read it).
 SUMMARY_LABELS: dict[str, tuple[str, str]] = {

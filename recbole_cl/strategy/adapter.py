@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from recbole_cl.errors import ConfigError
 from recbole_cl.registry import strategies
-from recbole_cl.strategy.base import StageContext
-from recbole_cl.strategy.trainable import PartTuning, attach
+from recbole_cl.strategy.context import StageContext
+from recbole_cl.strategy.parts.part_tuning import PartTuning, attach
 
 
 @strategies.register()

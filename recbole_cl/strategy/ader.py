@@ -16,9 +16,10 @@ from recbole_cl.errors import ConfigError
 from recbole_cl.model.all_positions import AllPositions
 from recbole_cl.model.fused import distillation, divergence, softmax_loss
 from recbole_cl.registry import strategies
-from recbole_cl.strategy.base import StageContext, Strategy, require
-from recbole_cl.strategy.checks import check_number, check_strength
-from recbole_cl.strategy.histories import (
+from recbole_cl.strategy.base import Strategy, require
+from recbole_cl.strategy.context import StageContext
+from recbole_cl.strategy.parts.checks import check_number, check_strength
+from recbole_cl.strategy.parts.histories import (
     full_softmax,
     history_vectors,
     item_logits,
@@ -26,8 +27,8 @@ from recbole_cl.strategy.histories import (
     last_outputs,
     looking,
 )
-from recbole_cl.strategy.outputs import second_forward
-from recbole_cl.strategy.selection import herding, quotas, smallest
+from recbole_cl.strategy.parts.outputs import second_forward
+from recbole_cl.strategy.parts.selection import herding, quotas, smallest
 from recbole_cl.stream.stage import Targets
 
 CHOICES = {
@@ -55,7 +56,7 @@ class ADER(Strategy):
     (the paper writes the cross-entropy, which is larger by the old model's entropy and has the same gradient).
     Each batch brings ``|E| / batches`` exemplars, so that an epoch passes once over them, too. At the end of a stage
     the memory is chosen anew from D_t and the old exemplars: an item as label gets a quota by its share of the
-    candidates, filled by herding on the vector after the last item (:mod:`recbole_cl.strategy.selection`).
+    candidates, filled by herding on the vector after the last item (:mod:`recbole_cl.strategy.parts.selection`).
 
     The paper stores an exemplar with the logits of the model that chose it, and chooses all anew at every stage: these
     logits are always those of the model of the stage before. Here the frozen old model computes them when they are

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from recbole_cl.registry import strategies
-from recbole_cl.strategy.base import Pass, StageContext, Strategy
+from recbole_cl.strategy.base import Strategy
+from recbole_cl.strategy.context import Pass, StageContext
 
 _NOT_NEUTRAL = "a bound has no strength that could be zero"
 

@@ -15,10 +15,11 @@ from torch.nn import functional as F
 from recbole_cl.errors import ConfigError
 from recbole_cl.registry import strategies
 from recbole_cl.rng import torch_generator
-from recbole_cl.strategy.base import StageContext, Strategy, require
-from recbole_cl.strategy.checks import check_number, check_strength
-from recbole_cl.strategy.lessons import all_lessons, lesson_loss
-from recbole_cl.strategy.outputs import Towers, check_layers, final, layers
+from recbole_cl.strategy.base import Strategy, require
+from recbole_cl.strategy.context import StageContext
+from recbole_cl.strategy.parts.checks import check_number, check_strength
+from recbole_cl.strategy.parts.outputs import Towers, check_layers, final, layers
+from recbole_cl.strategy.parts.soft_labels import all_lessons, lesson_loss
 from recbole_cl.stream.vocabulary import Growth, fixed_axis, item_axis, user_axis
 
 SIDES = ("users", "items")
@@ -32,7 +33,7 @@ class CCD(Strategy):
     Lee et al. 2024, "Continual collaborative distillation for recommender system" (KDD). The student is the run's
     model; only it is evaluated. Every epoch, for each user that the past knows, items are drawn from the best ``top``
     of each source that the user has not had, preferably those that the learner ranks lower (see
-    :mod:`~recbole_cl.strategy.lessons`), with the source's sigmoid(score) as label::
+    :mod:`~recbole_cl.strategy.parts.soft_labels`), with the source's sigmoid(score) as label::
 
         student   L(theta) + lambda exp(-epoch / annealing) BCE(theta; stability, plasticity, teacher)
         teacher   BPR(phi) + lambda exp(-epoch / annealing) BCE(phi; stability, plasticity, student)

@@ -11,10 +11,11 @@ from torch import nn
 
 from recbole_cl.registry import strategies
 from recbole_cl.rng import numpy_generator
-from recbole_cl.strategy.base import StageContext, Strategy
-from recbole_cl.strategy.checks import check_number, check_strength
-from recbole_cl.strategy.neighbours import draw_neighbours, past_pairs
-from recbole_cl.strategy.outputs import Towers, check_layers, layers
+from recbole_cl.strategy.base import Strategy
+from recbole_cl.strategy.context import StageContext
+from recbole_cl.strategy.parts.checks import check_number, check_strength
+from recbole_cl.strategy.parts.neighbours import draw_neighbours, past_pairs
+from recbole_cl.strategy.parts.outputs import Towers, check_layers, layers
 
 
 @strategies.register()

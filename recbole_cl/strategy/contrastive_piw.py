@@ -11,11 +11,11 @@ from torch import nn
 
 from recbole_cl.registry import strategies
 from recbole_cl.rng import torch_generator
-from recbole_cl.strategy.base import StageContext
-from recbole_cl.strategy.checks import check_number
+from recbole_cl.strategy.context import StageContext
 from recbole_cl.strategy.contrastive import Contrastive
-from recbole_cl.strategy.imitation import ImitationWeights
-from recbole_cl.strategy.outputs import Towers, final, layers
+from recbole_cl.strategy.parts.checks import check_number
+from recbole_cl.strategy.parts.imitation import ImitationWeights
+from recbole_cl.strategy.parts.outputs import Towers, final, layers
 
 
 @strategies.register()
@@ -27,10 +27,10 @@ class ContrastivePIW(Contrastive):
 
         L(theta) + lambda * mean over layers of ( mean_u w_u l_u + mean_i l_i ) + cluster * KL(P || Q)
 
-    The weights and KL are those of :class:`~recbole_cl.strategy.imitation.ImitationWeights`, over the final vectors
-    (the mean of the layers), one weight a user for all layers, with mean 1 over a batch's users. Vectors are constants
-    in both, so the model can neither buy a small weight by moving a user nor is drawn into clusters. Centres, maps and
-    network are trained with the model by its optimiser, from the first stage on.
+    The weights and KL are those of :class:`~recbole_cl.strategy.parts.imitation.ImitationWeights`, over the final
+    vectors (the mean of the layers), one weight a user for all layers, with mean 1 over a batch's users. Vectors are
+    constants in both, so the model can neither buy a small weight by moving a user nor is drawn into clusters. Centres,
+    maps and network are trained with the model by its optimiser, from the first stage on.
 
     Our reading: the public code of CCD (Models/LWCKD.py) has weights and centres of their own in each layer, the paper
     speaks of a user's weight; items are not weighted in either.

@@ -11,11 +11,13 @@ from recbole.data.interaction import Interaction
 from torch import nn
 
 from recbole_cl.errors import ConfigError
-from recbole_cl.model.state import clone_tree, owned_state
+from recbole_cl.model.state import owned_state
 from recbole_cl.registry import strategies
-from recbole_cl.strategy.base import Pass, StageContext, Strategy, require
+from recbole_cl.strategy.base import Strategy, require
+from recbole_cl.strategy.context import Pass, StageContext
 from recbole_cl.stream.stage import Stage
 from recbole_cl.stream.vocabulary import Growth
+from recbole_cl.tree import clone_tree
 
 
 @strategies.register()

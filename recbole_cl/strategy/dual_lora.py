@@ -8,8 +8,8 @@ from recbole_cl.errors import ConfigError
 from recbole_cl.model.adapters import add_lora, require_places, use_lora
 from recbole_cl.registry import strategies
 from recbole_cl.rng import torch_generator
-from recbole_cl.strategy.base import Pass, StageContext
-from recbole_cl.strategy.trainable import PartTuning
+from recbole_cl.strategy.context import Pass, StageContext
+from recbole_cl.strategy.parts.part_tuning import PartTuning
 
 BOTH = {"long", "short"}
 

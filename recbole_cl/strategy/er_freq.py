@@ -10,9 +10,9 @@ from torch import nn
 
 from recbole_cl.errors import ConfigError
 from recbole_cl.registry import strategies
-from recbole_cl.strategy.alias import AliasTable
-from recbole_cl.strategy.base import StageContext
+from recbole_cl.strategy.context import StageContext
 from recbole_cl.strategy.er_random import ERRandom
+from recbole_cl.strategy.parts.alias import AliasTable
 
 WEIGHTINGS = ("inverse", "proportional", "adaptive")
 
@@ -32,7 +32,7 @@ class ERFreq(ERRandom):
     The paper's text was not read. The weights are those of public code of the same group (AntonValk/GraphSANE,
     ``reservoir_util.py``), where a memory is drawn from once a block and the degree is the user's; ``degree: item``
     counts items instead. Here rows are drawn for every batch, with replacement, in time that does not depend on M
-    (:class:`~recbole_cl.strategy.alias.AliasTable`, made once a stage). The memory is a uniform sample
+    (:class:`~recbole_cl.strategy.parts.alias.AliasTable`, made once a stage). The memory is a uniform sample
     of the past; only the draws are weighted. Under ``adaptive`` a user without new targets is never drawn; where
     nobody of the memory has any, the weights are the inverse ones. A window counts as one row of its user and of the
     item it ends with.

@@ -10,10 +10,11 @@ from torch import nn
 
 from recbole_cl.errors import ConfigError
 from recbole_cl.registry import strategies
-from recbole_cl.strategy.base import StageContext, Strategy, require
-from recbole_cl.strategy.checks import check_number
-from recbole_cl.strategy.memory import ReservoirMemory, join_rows
-from recbole_cl.strategy.rows import OwnRows
+from recbole_cl.strategy.base import Strategy, require
+from recbole_cl.strategy.context import StageContext
+from recbole_cl.strategy.parts.checks import check_number
+from recbole_cl.strategy.parts.exemplars import ReservoirMemory, join_rows
+from recbole_cl.strategy.parts.rows import OwnRows
 
 
 @strategies.register()
@@ -25,10 +26,10 @@ class ERRandom(Strategy):
 
         L = 1 / (B + m) * (sum over the batch + sum over replayed targets)
 
-    A stage's targets enter the memory when it ends (:class:`~recbole_cl.strategy.memory.ReservoirMemory`). For models
-    trained on all positions an exemplar is a window, the loss the mean over all supervised positions, and as many
-    windows are drawn as hold ``m`` targets at the memory's mean. ``batch_size`` counts as ``train_batch_size`` does in
-    RecBole: where a target comes with rows of negatives (pointwise models), these count too, and m is the rest.
+    A stage's targets enter the memory when it ends (:class:`~recbole_cl.strategy.parts.exemplars.ReservoirMemory`). For
+    models trained on all positions an exemplar is a window, the loss the mean over all supervised positions, and as
+    many windows are drawn as hold ``m`` targets at the memory's mean. ``batch_size`` counts as ``train_batch_size``
+    does in RecBole: where a target comes with rows of negatives (pointwise models), these count too, and m is the rest.
     Replayed rows keep their ``_position``, ``_stage`` and ``_timestamp``, and draw their negatives from a generator of
     their own among the items known *now*, as rows of the stage do.
 

@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from recbole_cl.registry import strategies
-from recbole_cl.strategy.base import StageContext, require
-from recbole_cl.strategy.checks import check_samples, check_strength
-from recbole_cl.strategy.importance import check_loss, stage_importance
-from recbole_cl.strategy.quadratic import QuadraticPenalty
+from recbole_cl.strategy.base import require
+from recbole_cl.strategy.context import StageContext
+from recbole_cl.strategy.parts.checks import check_samples, check_strength
+from recbole_cl.strategy.parts.importance import check_loss, stage_importance
+from recbole_cl.strategy.parts.quadratic import QuadraticPenalty
 
 
 @strategies.register()
@@ -24,8 +25,8 @@ class EWC(QuadraticPenalty):
         L(theta) + lambda / 2 * sum_t sum_i F_t,i (theta_i - theta_t,i)^2
 
     ``F_t`` is the mean over the stage's training samples of *per-sample* squared gradients at the stage's best weights
-    (:mod:`recbole_cl.strategy.importance`). The anchors collapse exactly into two tensors and a number, for any number
-    of stages::
+    (:mod:`recbole_cl.strategy.parts.importance`). The anchors collapse exactly into two tensors and a number, for any
+    number of stages::
 
         sum_t F_t (theta - theta_t)^2 = A (theta - M)^2 + R      A = sum F_t,  M = sum F_t theta_t / A = B / A
 

@@ -12,12 +12,12 @@ from torch import nn
 
 from recbole_cl.errors import ConfigError
 from recbole_cl.registry import strategies
-from recbole_cl.strategy.base import StageContext
-from recbole_cl.strategy.checks import check_number, check_samples
+from recbole_cl.strategy.context import StageContext
 from recbole_cl.strategy.er_random import ERRandom
-from recbole_cl.strategy.importance import check_loss
-from recbole_cl.strategy.influence import mean_gradient, products
-from recbole_cl.strategy.memory import build_rows, join_rows
+from recbole_cl.strategy.parts.checks import check_number, check_samples
+from recbole_cl.strategy.parts.exemplars import build_rows, join_rows
+from recbole_cl.strategy.parts.importance import check_loss
+from recbole_cl.strategy.parts.influence import mean_gradient, products
 
 
 @strategies.register()
@@ -31,10 +31,10 @@ class INFER(ERRandom):
 
         score(z) = eta * g_R . g(z)        g(z): gradient of the loss of z,  g_R: mean of those of R
 
-    This is by how much a step on z lowers the mean loss on R, to first order (:mod:`recbole_cl.strategy.influence`).
-    At the end of a stage, at its final weights and in eval mode, the old exemplars and ``samples`` of the stage's
-    targets are scored; the ``memory_size`` best stay. Replay is ERRandom's: uniform draws join every batch. For models
-    trained on all positions a sample is a window.
+    This is by how much a step on z lowers the mean loss on R, to first order
+    (:mod:`recbole_cl.strategy.parts.influence`). At the end of a stage, at its final weights and in eval mode, the old
+    exemplars and ``samples`` of the stage's targets are scored; the ``memory_size`` best stay. Replay is ERRandom's:
+    uniform draws join every batch. For models trained on all positions a sample is a window.
 
     Known risk: the best are alike. Scores of all targets (``samples: ~``) cost a forward and backward pass over the
     stage.

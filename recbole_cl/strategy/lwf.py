@@ -17,10 +17,11 @@ from recbole_cl.errors import ConfigError
 from recbole_cl.model.fused import distillation, divergence
 from recbole_cl.model.task_heads import TaskModel
 from recbole_cl.registry import strategies
-from recbole_cl.strategy.base import StageContext, Strategy
-from recbole_cl.strategy.checks import check_strength
-from recbole_cl.strategy.outputs import second_forward
-from recbole_cl.strategy.teacher import TeacherRows
+from recbole_cl.strategy.base import Strategy
+from recbole_cl.strategy.context import StageContext
+from recbole_cl.strategy.parts.checks import check_strength
+from recbole_cl.strategy.parts.outputs import second_forward
+from recbole_cl.strategy.parts.teacher import TeacherRows
 from recbole_cl.stream.batch import TARGETS
 
 

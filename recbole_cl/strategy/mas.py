@@ -10,12 +10,12 @@ from recbole.data.interaction import Interaction
 from torch import nn
 
 from recbole_cl.registry import strategies
-from recbole_cl.strategy.base import StageContext
-from recbole_cl.strategy.checks import check_number, check_samples, check_strength
-from recbole_cl.strategy.importance import Objective, mean_of_gradients
-from recbole_cl.strategy.outputs import check_user_vectors, user_vectors
-from recbole_cl.strategy.quadratic import QuadraticPenalty
-from recbole_cl.strategy.rows import OwnRows
+from recbole_cl.strategy.context import StageContext
+from recbole_cl.strategy.parts.checks import check_number, check_samples, check_strength
+from recbole_cl.strategy.parts.importance import Objective, mean_of_gradients
+from recbole_cl.strategy.parts.outputs import check_user_vectors, user_vectors
+from recbole_cl.strategy.parts.quadratic import QuadraticPenalty
+from recbole_cl.strategy.parts.rows import OwnRows
 
 
 @strategies.register()

@@ -10,10 +10,11 @@ from recbole.data.interaction import Interaction
 from torch import nn
 
 from recbole_cl.errors import ConfigError
-from recbole_cl.model.mgda import gram_matrix, min_norm_weights
 from recbole_cl.registry import strategies
-from recbole_cl.strategy.base import Pass, StageContext, Strategy
+from recbole_cl.strategy.base import Strategy
 from recbole_cl.strategy.bounds import only_last_row
+from recbole_cl.strategy.context import Pass, StageContext
+from recbole_cl.strategy.parts.mgda import gram_matrix, min_norm_weights
 from recbole_cl.stream.stage import Targets
 
 STARTS, WEIGHTS = ("fresh", "previous"), ("equal", "mgda")
@@ -26,7 +27,7 @@ class MTL(Strategy):
     With equal weights (Caruana 1997) the losses are summed. With ``mgda`` the gradients of the K tasks on the
     parameters that more than one of them reaches are combined to the point of least norm in their convex hull (Sener
     and Koltun 2018, "Multi-task learning as multi-objective optimization", algorithm 2; see
-    :mod:`recbole_cl.model.mgda`)::
+    :mod:`recbole_cl.strategy.parts.mgda`)::
 
         g = sum_k a_k g_k,    a = argmin || sum_k a_k g_k ||^2 over the simplex
 

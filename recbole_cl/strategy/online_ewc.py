@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from recbole_cl.registry import strategies
-from recbole_cl.strategy.checks import check_number
 from recbole_cl.strategy.ewc import EWC
+from recbole_cl.strategy.parts.checks import check_number
 
 
 @strategies.register()

@@ -12,10 +12,11 @@ from torch import nn
 from recbole_cl.errors import ConfigError
 from recbole_cl.registry import strategies
 from recbole_cl.rng import torch_generator
-from recbole_cl.strategy.base import StageContext, Strategy
-from recbole_cl.strategy.checks import check_number, check_strength
-from recbole_cl.strategy.imitation import ImitationWeights
-from recbole_cl.strategy.outputs import has_vectors, second_forward, vectors
+from recbole_cl.strategy.base import Strategy
+from recbole_cl.strategy.context import StageContext
+from recbole_cl.strategy.parts.checks import check_number, check_strength
+from recbole_cl.strategy.parts.imitation import ImitationWeights
+from recbole_cl.strategy.parts.outputs import has_vectors, second_forward, vectors
 
 
 @strategies.register()

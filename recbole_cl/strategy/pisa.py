@@ -13,9 +13,10 @@ from torch.nn import functional as F
 
 from recbole_cl.errors import ConfigError
 from recbole_cl.registry import strategies
-from recbole_cl.strategy.base import Pass, StageContext, Strategy, require
-from recbole_cl.strategy.checks import check_strength
-from recbole_cl.strategy.outputs import Towers, check_layers, final, layers
+from recbole_cl.strategy.base import Strategy, require
+from recbole_cl.strategy.context import Pass, StageContext
+from recbole_cl.strategy.parts.checks import check_strength
+from recbole_cl.strategy.parts.outputs import Towers, check_layers, final, layers
 
 FORWARD = "forward"
 
@@ -43,7 +44,7 @@ class PISA(Strategy):
     hand. Ours are: the form of p, that J is taken relative to the largest, that L is the least weight of either side,
     cosines, the rows of the user table as the "user-specific parameters", and that new users are left out.
 
-    The forward pass is aside (:class:`~recbole_cl.strategy.base.Pass`): the second draws what FineTune's pass draws.
+    The forward pass is aside (:class:`~recbole_cl.strategy.context.Pass`): the second draws what FineTune's pass draws.
     """
 
     prefix = "pisa"

@@ -12,9 +12,10 @@ from torch.nn import functional as F
 
 from recbole_cl.errors import ConfigError
 from recbole_cl.registry import strategies
-from recbole_cl.strategy.base import StageContext, Strategy
-from recbole_cl.strategy.outputs import second_forward
-from recbole_cl.strategy.teacher import TeacherRows
+from recbole_cl.strategy.base import Strategy
+from recbole_cl.strategy.context import StageContext
+from recbole_cl.strategy.parts.outputs import second_forward
+from recbole_cl.strategy.parts.teacher import TeacherRows
 
 
 def gives_probabilities(model: nn.Module) -> bool:

@@ -13,13 +13,14 @@ from torch import nn
 
 from recbole_cl.errors import ConfigError
 from recbole_cl.registry import strategies
-from recbole_cl.strategy.base import Pass, StageContext, Strategy, require
-from recbole_cl.strategy.checks import check_number
-from recbole_cl.strategy.error_memory import ErrorMemory
-from recbole_cl.strategy.histories import full_softmax, item_logits, known_targets, looking
-from recbole_cl.strategy.outputs import check_user_vectors, user_vectors
+from recbole_cl.strategy.base import Strategy, require
+from recbole_cl.strategy.context import Pass, StageContext
+from recbole_cl.strategy.parts.checks import check_number
+from recbole_cl.strategy.parts.error_memory import ErrorMemory
+from recbole_cl.strategy.parts.histories import full_softmax, item_logits, known_targets, looking
+from recbole_cl.strategy.parts.outputs import check_user_vectors, user_vectors
+from recbole_cl.strategy.parts.rows import OwnRows
 from recbole_cl.strategy.reloop import gives_probabilities
-from recbole_cl.strategy.rows import OwnRows
 from recbole_cl.stream.stage import Targets
 
 CHUNK = 256
@@ -33,7 +34,7 @@ class ReLoop2(Strategy):
     """Adds to a prediction the mean error of the base on similar, recently observed pairs. Nothing is trained.
 
     Zhu et al. 2023, "ReLoop2: building self-adaptive recommendation models via responsive error compensation loop"
-    (KDD). With an error memory of hashed buckets (:class:`~recbole_cl.strategy.error_memory.ErrorMemory`)::
+    (KDD). With an error memory of hashed buckets (:class:`~recbole_cl.strategy.parts.error_memory.ErrorMemory`)::
 
         y = clip(y_base + lambda * y_err),    y_err = mean over K arrays of the mean of (label - y_base) in the bucket
 

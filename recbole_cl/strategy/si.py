@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from recbole_cl.registry import strategies
-from recbole_cl.strategy.base import StageContext
-from recbole_cl.strategy.checks import check_number, check_strength
-from recbole_cl.strategy.quadratic import QuadraticPenalty
+from recbole_cl.strategy.context import StageContext
+from recbole_cl.strategy.parts.checks import check_number, check_strength
+from recbole_cl.strategy.parts.quadratic import QuadraticPenalty
 
 
 @strategies.register()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from recbole_cl.registry import strategies
-from recbole_cl.strategy.base import Pass, StageContext
-from recbole_cl.strategy.kept import KeepsModels, start_from
+from recbole_cl.strategy.context import Pass, StageContext
+from recbole_cl.strategy.parts.task_models import KeepsModels, start_from
 
 _NOT_NEUTRAL = "a bound has no strength that could be zero"
 

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from recbole_cl.errors import ConfigError
 from recbole_cl.registry import strategies
-from recbole_cl.strategy.base import StageContext, Strategy, require
+from recbole_cl.strategy.base import Strategy, require
+from recbole_cl.strategy.context import StageContext
 
 START_SHARE = 0.9
 """Share of a batch that the first step of a stage distils on, before masks have been compared."""

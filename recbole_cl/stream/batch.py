@@ -14,7 +14,8 @@ from recbole.data.interaction import Interaction
 from recbole.utils import ModelType
 
 from recbole_cl.errors import ConfigError
-from recbole_cl.stream.stage import Stream, Targets
+from recbole_cl.stream.build import Stream
+from recbole_cl.stream.stage import Targets
 
 POSITION, STAGE, TIMESTAMP, TASK = "_position", "_stage", "_timestamp", "_task"
 TARGETS = "_targets"

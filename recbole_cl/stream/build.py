@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
-from recbole.utils import ModelType
+from recbole.utils import EvaluatorType, ModelType
 
 from recbole_cl.errors import DataError
-from recbole_cl.stream.dataset import load_dataset
-from recbole_cl.stream.stage import Stage, Stream, Targets, Task
+from recbole_cl.stream.dataset import StageView, StreamDatasetMixin, load_dataset
+from recbole_cl.stream.stage import Stage, Targets, Task
 from recbole_cl.stream.table import TEST, TRAIN, VALID, InteractionTable
-
-if TYPE_CHECKING:
-    from recbole_cl.stream.dataset import StreamDatasetMixin
 
 
 def build_stream(config: Any) -> Stream:
@@ -25,6 +24,8 @@ def build_stream(config: Any) -> Stream:
     dataset = load_dataset(config)
     table = dataset.build_table()
     stages = dataset._scheduler.stages(table, dataset.raw_role, dataset)
+    if stages is None:
+        stages = stages_of_slices(config, table, dataset.raw_role, dataset)
     stream = Stream(
         table=table,
         stages=stages,
@@ -114,8 +115,6 @@ def stages_of_slices(
 
 
 def _is_value(config: Any) -> bool:
-    from recbole.utils import EvaluatorType
-
     return config["eval_type"] == EvaluatorType.VALUE
 
 
@@ -151,3 +150,56 @@ def _check(config: Any, stream: Stream, dataset: StreamDatasetMixin) -> None:
                 f"history: all under {stream.scheduler} puts interactions of earlier stages before targets with an "
                 f"earlier timestamp ({later} such steps); history: stage does not look ahead"
             )
+
+
+@dataclass
+class Stream:
+    """The stages over one table, and RecBole's dataset behind it."""
+
+    table: InteractionTable
+    stages: list[Stage]
+    dataset: StreamDatasetMixin
+    scheduler: str
+    history: str = "all"
+    warnings: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.stages)
+
+    def trained_targets(self, stage: int, scope: str) -> Targets:
+        """Returns training targets: ``stage`` (of this one) or ``so_far`` (of all up to it with a task of its kind)."""
+        if scope == "stage":
+            return self.stages[stage].train
+        parts = [s.train for s in self.stages[: stage + 1] if s.task.kind == self.stages[stage].task.kind]
+        return Targets.concat(parts)
+
+    def view(self, stage: int, graph: str = "all") -> StageView:
+        """Returns RecBole's dataset as it stands when ``stage`` is trained (see :class:`StageView`)."""
+        view = StageView.of(self, stage, graph)
+        # A model finds here what stands behind a batch's _position and _task: the table and the stages' tasks.
+        view.stream, view.stage_index = self, stage
+        return view
+
+    def graph_positions(self, stage: int, graph: str = "all") -> np.ndarray:
+        """Returns the sorted positions of the training interactions that a graph model sees at ``stage``.
+
+        The targets of a classification are no interactions to learn from: such a stage sees those of the stages before.
+        """
+        chosen = self.stages[: stage + 1]
+        if graph == "stage" and self.stages[stage].task.kind != "classification":
+            chosen = chosen[-1:]
+        parts = [s.train.position for s in chosen if s.task.kind != "classification"]
+        return np.unique(np.concatenate(parts)) if parts else np.empty(0, dtype=np.int64)
+
+    def fingerprint(self) -> str:
+        """Returns a hash of the table, of the stages' targets and of all tokens."""
+        digest = hashlib.sha256(self.table.fingerprint().encode())
+        for stage in self.stages:
+            digest.update(repr(stage.task).encode())
+            for split in ("train", "valid", "test"):
+                targets = stage.split(split)
+                for column in (targets.position, targets.hi, targets.label):
+                    digest.update(np.ascontiguousarray(column, dtype=np.int64).tobytes())
+        for known in (self.dataset.uid_field, self.dataset.iid_field):
+            digest.update("\x1f".join(map(str, self.dataset.field2id_token[known])).encode())
+        return digest.hexdigest()

@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 import torch
-from recbole.data import dataset as recbole_datasets
 from recbole.data.dataset import Dataset, KnowledgeBasedDataset, SequentialDataset
 from recbole.data.interaction import Interaction
-from recbole.utils import FeatureType, ModelType
+from recbole.utils import FeatureType
 
 from recbole_cl.errors import DataError, RecBoleCLError
 from recbole_cl.registry import schedulers
+from recbole_cl.stream.parity import plain_class, recbole_view
 from recbole_cl.stream.quality import check_timestamps, number
 from recbole_cl.stream.schedulers.base import Log, Scheduler, parse_time
 from recbole_cl.stream.split import roles, vocabulary_phase
@@ -330,8 +330,6 @@ class StageView:
         """Returns the view of ``stream.dataset`` at stage ``index``."""
         stage, base = stream.stages[index], stream.dataset
         if base.config["parity"]:
-            from recbole_cl.parity import recbole_view
-
             return recbole_view(stream)
         view = copy.copy(base)
         view.field2type, view.field2source, view.field2seqlen = (
@@ -357,18 +355,6 @@ class StageView:
 def select(feat: Interaction, rows: torch.Tensor) -> Interaction:
     """Returns rows of an ``Interaction`` by tensor index (RecBole's own indexing goes through Python lists)."""
     return Interaction({name: column[rows] for name, column in feat.interaction.items()})
-
-
-def plain_class(config: Any) -> type:
-    """Returns RecBole's dataset class for the configured model."""
-    by_type = {
-        ModelType.SEQUENTIAL: recbole_datasets.SequentialDataset,
-        ModelType.KNOWLEDGE: recbole_datasets.KnowledgeBasedDataset,
-    }
-    base = getattr(importlib.import_module("recbole.data.dataset"), f"{config['model']}Dataset", None)
-    if base is None or config["model"] == "DIEN":  # DIEN's only adds negative lists, which the loader draws
-        base = by_type.get(config["MODEL_TYPE"], recbole_datasets.Dataset)
-    return base
 
 
 def dataset_class(config: Any) -> type:

@@ -16,17 +16,13 @@ from recbole.data.interaction import Interaction
 from recbole.data.transform import construct_transform
 from recbole.utils import InputType, KGDataLoaderState, ModelType
 
+from recbole_cl.config.models import USER_BATCH_MODELS
 from recbole_cl.errors import ConfigError, DataError
-from recbole_cl.model.state import answering
 from recbole_cl.rng import numpy_generator, torch_generator
-from recbole_cl.stream.batch import POSITION, STAGE, TASK, TIMESTAMP, Batcher, Windows
+from recbole_cl.stream.batch import POSITION, STAGE, TARGETS, TASK, TIMESTAMP, Batcher, Windows
 from recbole_cl.stream.sampler import REMEDY, NegativeSampler
 from recbole_cl.stream.stage import Targets
-
-USER_BATCH_MODELS = {
-    "MultiDAE", "MultiVAE", "MacridVAE", "CDAE", "ENMF", "RaCT", "RecVAE", "DiffRec", "LDiffRec",
-}  # fmt: skip
-"""RecBole's models that train on whole users (its ``UserDataLoader``)."""
+from recbole_cl.tree import answering
 
 Units = Targets | Windows | tuple[np.ndarray, np.ndarray]
 """What a loader shuffles: targets, windows, or user ids with the positions of their last interactions."""
@@ -205,8 +201,6 @@ class StageLoader:
     def complete_windows(self, rows: Interaction) -> Interaction:
         """Adds a negative for each supervised position (field ``neg__targets``) where the loss asks for them."""
         if self.negatives.sampler is not None:
-            from recbole_cl.stream.batch import TARGETS
-
             targets = rows[TARGETS]
             flat = targets[targets > 0].numpy()
             negative = torch.zeros_like(targets)
@@ -393,7 +387,7 @@ def make_loader(
     """Returns the loader of one pass.
 
     Args:
-        ctx: The stage (:class:`recbole_cl.strategy.base.StageContext`).
+        ctx: The stage (:class:`recbole_cl.strategy.context.StageContext`).
         targets: Training targets of the pass.
         name: Name of the pass; its generators are derived from it.
         batch_size: Targets of a batch, where they are not ``train_batch_size``.

@@ -11,6 +11,7 @@ import itertools
 from typing import Any
 
 import numpy as np
+from recbole.utils import ModelType
 
 from recbole_cl.rng import numpy_generator
 from recbole_cl.stream.table import NONE, TEST, TRAIN, VALID
@@ -39,8 +40,6 @@ def roles(config: Any, user: np.ndarray, time: np.ndarray, stage: np.ndarray) ->
         int8 array of TRAIN, VALID, TEST or NONE (no target: its user has too few interactions in the stage).
     """
     if config["parity"]:
-        from recbole_cl.parity import recbole_roles
-
         return recbole_roles(config, user)
     shares = np.asarray(config["stage_ratios"], dtype=np.float64)
     shares = shares / shares.sum()
@@ -108,3 +107,31 @@ def vocabulary_phase(config: Any, role: np.ndarray) -> np.ndarray:
     if config["valid_split"] == "random":
         early |= role == VALID
     return np.where(early, 0, 1).astype(np.int8)
+
+
+def recbole_roles(config: Any, user: np.ndarray) -> np.ndarray:
+    """Returns the roles of RecBole's leave-one-out split of a log in time order, shape ``[N]``.
+
+    ::
+
+        general      u: train ... train | valid | test        (two interactions: train, test; one: train)
+        sequential   u: (first) | train ... train | valid | test
+
+    RecBole's sequential datasets split the augmented rows, of which a user's first interaction is none: it stays
+    history here, and a user with two interactions has a training row, not a test row.
+
+    Args:
+        config: ``MODEL_TYPE`` is read.
+        user: User codes, shape ``[N]``.
+    """
+    order = np.argsort(user, kind="stable")
+    grouped = user[order]
+    first = np.r_[True, grouped[1:] != grouped[:-1]] if len(user) else np.empty(0, dtype=bool)
+    starts = np.flatnonzero(first)
+    counts = np.diff(np.r_[starts, len(grouped)])
+    rows = np.repeat(counts - (config["MODEL_TYPE"] == ModelType.SEQUENTIAL), counts)
+    from_end = np.repeat(starts + counts, counts) - 1 - np.arange(len(grouped))
+    role = np.empty(len(user), dtype=np.int8)
+    test, valid = (rows >= 2) & (from_end == 0), (rows >= 3) & (from_end == 1)
+    role[order] = np.where(test, TEST, np.where(valid, VALID, TRAIN))
+    return role

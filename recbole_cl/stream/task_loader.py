@@ -44,7 +44,7 @@ class TaskLoader:
         """Returns the loader of a pass over targets of several stages.
 
         Args:
-            ctx: The stage (:class:`recbole_cl.strategy.base.StageContext`).
+            ctx: The stage (:class:`recbole_cl.strategy.context.StageContext`).
             targets: Training targets, each with its stage.
             name: Name of the pass; the loaders' generators are derived from it, the task and the stage.
         """

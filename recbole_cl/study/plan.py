@@ -31,7 +31,7 @@ from typing import Any
 
 from recbole_cl.config import properties_dir, read_properties
 from recbole_cl.errors import ConfigError, nearest
-from recbole_cl.evaluation.strata import STRATA
+from recbole_cl.results.strata import STRATA
 from recbole_cl.study.orders import task_orders, told
 from recbole_cl.study.probes import read_probe
 

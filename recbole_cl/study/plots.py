@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 
 from recbole_cl.checkpoint import write_atomically
-from recbole_cl.evaluation.matrix import smaller_is_better
 from recbole_cl.report.figures import COLOURS, Figure, axis, layout, safe
 from recbole_cl.report.gallery import gallery
+from recbole_cl.results.matrix import smaller_is_better
 from recbole_cl.study.plan import Cell, Plan
 from recbole_cl.study.walk import PROBE, RESULT, state
 

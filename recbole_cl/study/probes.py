@@ -1,7 +1,8 @@
 """What is measured of a cell's finished model, beside what the run itself records.
 
 A preset asks for one with ``probe: {name: {parameter: value}}``. A probe is a function of the finished
-:class:`recbole_cl.runner.Runner` and its parameters; what it returns is kept as ``probe.json`` in the cell's folder::
+:class:`recbole_cl.training.runner.Runner` and its parameters; what it returns is kept as ``probe.json`` in the cell's
+folder::
 
     {"metric": "accuracy", "task": "age", "variants": {"prompts": {"accuracy": 0.41, "epochs": 12, "curve": [...]}}}
 

@@ -73,7 +73,7 @@ def run_cell(
     import torch
 
     from recbole_cl.config import CLConfig
-    from recbole_cl.runner import Runner
+    from recbole_cl.training.runner import Runner
 
     torch.set_num_threads(threads)
     logging.getLogger().setLevel(logging.ERROR)

@@ -29,9 +29,10 @@ import torch
 from recbole_cl import checkpoint
 from recbole_cl.config import CLConfig
 from recbole_cl.registry import strategies
-from recbole_cl.runner import Runner
-from recbole_cl.strategy.base import STEP_HOOKS, StageContext, Strategy, overrides
+from recbole_cl.strategy.base import STEP_HOOKS, Strategy, overrides
+from recbole_cl.strategy.context import StageContext
 from recbole_cl.testing.toy import PlantedDrift, write_planted_drift
+from recbole_cl.training.runner import Runner
 
 SMALL = {
     "embedding_size": 8,

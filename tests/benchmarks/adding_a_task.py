@@ -27,9 +27,9 @@ import yaml
 from side_by_side import alternate
 
 from recbole_cl.config import CLConfig
-from recbole_cl.runner import Runner
 from recbole_cl.stream.batch import Batcher
 from recbole_cl.study.table import mean_and_interval
+from recbole_cl.training.runner import Runner
 
 SIDES: dict[str, dict[str, Any]] = {
     "PCL": {"model": "PCL", "strategy": "FineTune"},

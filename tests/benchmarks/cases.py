@@ -25,17 +25,17 @@ from side_by_side import peak_bytes, resident_growth
 
 from recbole_cl import compat
 from recbole_cl.config import CLConfig, get_model_class
-from recbole_cl.evaluator import Evaluator, Known
+from recbole_cl.evaluation.evaluator import Evaluator, Known
 from recbole_cl.model import all_positions
 from recbole_cl.rng import ModelRandomness
-from recbole_cl.runner import Runner
-from recbole_cl.strategy.base import Composite
+from recbole_cl.strategy.composite import Composite
 from recbole_cl.stream.batch import Windows
 from recbole_cl.stream.build import build_stream
 from recbole_cl.stream.loader import make_loader
 from recbole_cl.stream.stage import Targets
 from recbole_cl.stream.table import InteractionTable
-from recbole_cl.trainer import make_trainer
+from recbole_cl.training.runner import Runner
+from recbole_cl.training.stage_trainer import make_trainer
 
 Side = Callable[[], Any]
 
@@ -285,7 +285,7 @@ get_model(config["model"])
 OUR_START = """
 from recbole_cl import run_recbole_cl
 from recbole_cl.config import CLConfig
-from recbole_cl.runner import Runner
+from recbole_cl.training.runner import Runner
 Runner(CLConfig("BPR", "ml-100k"))
 """
 
@@ -297,7 +297,7 @@ def shares_of_a_stage(model: str = "SASRec", dataset: str = "ml-100k", epochs: i
         CPU seconds of the run's stages by what they were spent on, and ``resume``: what a killed run does before it
         goes on training, the loading of the log apart.
     """
-    from recbole_cl import runner as module
+    from recbole_cl.training import runner as module
 
     spent: dict[str, float] = {}
 

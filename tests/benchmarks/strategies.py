@@ -33,12 +33,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from recbole_cl.config import CLConfig
 from recbole_cl.registry import strategies
 from recbole_cl.rng import ModelRandomness
-from recbole_cl.runner import Runner
-from recbole_cl.strategy.importance import squared_gradients
-from recbole_cl.strategy.memory import ReservoirMemory
-from recbole_cl.strategy.rows import OwnRows
+from recbole_cl.strategy.parts.exemplars import ReservoirMemory
+from recbole_cl.strategy.parts.importance import squared_gradients
+from recbole_cl.strategy.parts.rows import OwnRows
 from recbole_cl.stream.build import build_stream
-from recbole_cl.trainer import HookedTrainer
+from recbole_cl.training.runner import Runner
+from recbole_cl.training.trainer import HookedTrainer
 
 try:
     from avalanche.training.plugins import EWCPlugin

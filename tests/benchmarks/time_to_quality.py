@@ -35,10 +35,10 @@ from side_by_side import clock
 
 from recbole_cl import compat
 from recbole_cl.config import CLConfig
-from recbole_cl.parity import _write_sorted
-from recbole_cl.strategy.base import Composite
+from recbole_cl.strategy.composite import Composite
 from recbole_cl.stream.loader import make_loader
-from recbole_cl.trainer import make_trainer
+from recbole_cl.study.parity import _write_sorted
+from recbole_cl.training.stage_trainer import make_trainer
 
 SIDES = ["ours", "RecBole"]
 LENGTH = 20

@@ -17,8 +17,9 @@ import numpy as np
 
 from recbole_cl import checkpoint, registry
 from recbole_cl.config import CLConfig
-from recbole_cl.model.state import owned_state, tree_hash
-from recbole_cl.runner import Runner
+from recbole_cl.model.state import owned_state
+from recbole_cl.training.runner import Runner
+from recbole_cl.tree import tree_hash
 
 START = 1_600_000_001
 """First timestamp: beyond 2**24, where RecBole's float32 columns round to 128 seconds."""
@@ -173,7 +174,7 @@ class Job:
         """Walks in a process of its own that dies by SIGKILL at a training step; returns its newest checkpoint."""
         # A server that has imported torch once forks the children; its own process never runs anything else.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["recbole_cl.runner", "recbole_cl.config"])
+        context.set_forkserver_preload(["recbole_cl.training.runner", "recbole_cl.config"])
         process = context.Process(target=_walk_until, args=(self, folder, step))
         process.start()
         process.join(timeout=120)

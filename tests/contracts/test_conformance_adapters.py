@@ -31,7 +31,8 @@ from torch.nn import functional as F
 
 from recbole_cl import checkpoint
 from recbole_cl.errors import CheckpointError
-from recbole_cl.strategy.base import StageContext, Strategy
+from recbole_cl.strategy.base import Strategy
+from recbole_cl.strategy.context import StageContext
 
 WIDTH, HIDDEN = 16, 1024
 

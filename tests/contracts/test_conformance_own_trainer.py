@@ -19,7 +19,8 @@ from torch.nn import functional as F
 
 from recbole_cl import checkpoint
 from recbole_cl.errors import ConfigError
-from recbole_cl.strategy.base import StageContext, Strategy
+from recbole_cl.strategy.base import Strategy
+from recbole_cl.strategy.context import StageContext
 
 BATCHES_A_ROUND = 3
 

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from recbole_cl.errors import ConfigError
+from recbole_cl.stream.build import stages_of_slices
 from recbole_cl.stream.schedulers.base import Log, Scheduler, Slices
 from recbole_cl.stream.stage import Stage, Targets, Task
 
@@ -39,7 +40,7 @@ class NextItemThenGroup(Scheduler):
         return Slices(np.zeros(len(log), dtype=np.int64), ["next item"])
 
     def stages(self, table: Any, roles: np.ndarray, dataset: Any) -> list[Stage]:
-        [first] = super().stages(table, roles, dataset)
+        [first] = stages_of_slices(self.config, table, roles, dataset)
         users = np.flatnonzero(np.diff(table.ptr) > 0)
         # A label is a class from 0; RecBole's token 0 is padding.
         label = dataset.user_feat["group"].numpy()[users] - 1

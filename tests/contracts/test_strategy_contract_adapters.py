@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from recbole_cl.model.adapters import part_names
-from recbole_cl.runner import Runner
-from recbole_cl.strategy.base import StageContext
+from recbole_cl.strategy.context import StageContext
 from recbole_cl.testing.contract import StrategyContract
+from recbole_cl.training.runner import Runner
 
 
 class PartsContract(StrategyContract):

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from recbole_cl.config import CLConfig
-from recbole_cl.runner import Runner
-from recbole_cl.strategy.base import StageContext
+from recbole_cl.strategy.context import StageContext
 from recbole_cl.testing import PlantedDrift
 from recbole_cl.testing.contract import SMALL, StrategyContract, assert_same
+from recbole_cl.training.runner import Runner
 
 
 class TowerContract(StrategyContract):

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from recbole_cl.runner import Runner
 from recbole_cl.testing.contract import StrategyContract
+from recbole_cl.training.runner import Runner
 
 
 class TestERFreq(StrategyContract):

@@ -13,8 +13,7 @@ import pytest
 
 from recbole_cl.config import CLConfig
 from recbole_cl.stream.batch import Batcher
-from recbole_cl.stream.build import build_stream
-from recbole_cl.stream.stage import Stream
+from recbole_cl.stream.build import Stream, build_stream
 
 INTER = "user_id:token\titem_id:token\ttimestamp:float"
 LOAD = {"inter": ["user_id", "item_id", "timestamp"]}

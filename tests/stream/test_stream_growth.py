@@ -13,8 +13,7 @@ from torch import nn
 from recbole_cl.config import CLConfig
 from recbole_cl.errors import ConfigError
 from recbole_cl.rng import ModelRandomness
-from recbole_cl.stream.build import build_stream
-from recbole_cl.stream.stage import Stream
+from recbole_cl.stream.build import Stream, build_stream
 from recbole_cl.stream.vocabulary import Growth, carry, fixed_axis, grow_optimizer, infer_axes, item_axis, user_axis
 
 USERS, ITEMS = (4, 6), (5, 8)

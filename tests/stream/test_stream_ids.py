@@ -12,8 +12,7 @@ from recbole.utils import ModelType
 from stream_helpers import configure, random_rows, stream_of, tokens, write
 
 from recbole_cl.config import RECBOLE
-from recbole_cl.stream.build import build_stream
-from recbole_cl.stream.stage import Stream
+from recbole_cl.stream.build import Stream, build_stream
 from recbole_cl.stream.table import TRAIN, VALID
 
 SPLITS = ("tail", "user_tail", "leave_one_out", "next_stage")

@@ -12,9 +12,8 @@ from recbole.data.interaction import Interaction
 from stream_helpers import configure, random_rows, stage_context, stream_of, write
 
 from recbole_cl.config import CLConfig
-from recbole_cl.stream.build import build_stream
+from recbole_cl.stream.build import Stream, build_stream
 from recbole_cl.stream.loader import make_loader
-from recbole_cl.stream.stage import Stream
 
 SPLITS = ("tail", "user_tail", "leave_one_out", "next_stage")
 SCHEDULERS: dict[str, dict[str, Any]] = {

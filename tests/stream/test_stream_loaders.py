@@ -15,9 +15,8 @@ from stream_helpers import configure, random_rows, stage_context, stream_of, wri
 
 from recbole_cl.config import CLConfig
 from recbole_cl.stream.batch import TARGETS
-from recbole_cl.stream.build import build_stream
+from recbole_cl.stream.build import Stream, build_stream
 from recbole_cl.stream.loader import KnowledgeStageLoader, make_loader
-from recbole_cl.stream.stage import Stream
 
 UNIFORM = {"distribution": "uniform", "sample_num": 2}
 CASES: dict[str, dict[str, Any]] = {

@@ -9,7 +9,7 @@ import pytest
 from stream_helpers import real, stream_of
 
 from recbole_cl.errors import DataError
-from recbole_cl.stream.stage import Stream
+from recbole_cl.stream.build import Stream
 
 ADER = [23105, 20659, 22219, 21031, 40817, 37808, 41454, 51056, 61739, 63854, 38562, 49385, 54699, 55965, 44874, 60878]
 """Test predictions of cycles 1 to 16: the published ones are the first three and the last."""

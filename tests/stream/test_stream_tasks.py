@@ -16,9 +16,9 @@ from task_helpers import SETTINGS, START, TASKS, read_log, write_task_log
 
 from recbole_cl.config import CLConfig, list_datasets
 from recbole_cl.errors import ConfigError, DataError
-from recbole_cl.runner import Runner
-from recbole_cl.stream.build import build_stream
-from recbole_cl.stream.stage import Stream, Targets
+from recbole_cl.stream.build import Stream, build_stream
+from recbole_cl.stream.stage import Targets
+from recbole_cl.training.runner import Runner
 
 SPLITS = ("train", "valid", "test")
 

@@ -101,11 +101,9 @@ class Scheduler:
         """
         return np.zeros(len(item), dtype=bool)
 
-    def stages(self, table: InteractionTable, roles: np.ndarray, dataset: StreamDatasetMixin) -> list[Stage]:
-        """Returns the stages over the sorted table; by default one a slice, with the roles that the split gave."""
-        from recbole_cl.stream.build import stages_of_slices
-
-        return stages_of_slices(self.config, table, roles, dataset)
+    def stages(self, table: InteractionTable, roles: np.ndarray, dataset: StreamDatasetMixin) -> list[Stage] | None:
+        """Returns the stages over the sorted table, or ``None``: one a slice, with the roles that the split gave."""
+        return None
 
     def require_rows(self, log: Log) -> None:
         """Raises a :class:`DataError` where there are fewer interactions than slices."""

@@ -17,6 +17,7 @@ from recbole_cl.errors import ConfigError, DataError, nearest
 from recbole_cl.registry import schedulers
 from recbole_cl.rng import numpy_generator
 from recbole_cl.schema import is_integer, is_number
+from recbole_cl.stream.build import first_seen, known
 from recbole_cl.stream.schedulers.base import Log, Scheduler, Slices
 from recbole_cl.stream.stage import Stage, Targets, Task
 from recbole_cl.stream.table import TEST, TRAIN, VALID, InteractionTable
@@ -132,8 +133,6 @@ class TaskStream(Scheduler):
         return np.isin(item, drawn[: round(share * len(items))])
 
     def stages(self, table: InteractionTable, roles: np.ndarray, dataset: StreamDatasetMixin) -> list[Stage]:
-        from recbole_cl.stream.build import first_seen, known
-
         if self.config["stage_split"] == "next_stage":
             raise ConfigError("stage_split: next_stage has no meaning under TaskStream; use user_tail or leave_one_out")
         specs = parse_tasks(self.config["tasks"])[: self.n_stages]

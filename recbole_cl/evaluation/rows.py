@@ -1,0 +1,189 @@
+"""What is ranked on one split of a stage: rows, their positives, what is masked, and sampled candidates."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from recbole.utils import ModelType
+
+from recbole_cl.evaluation.known import Known
+from recbole_cl.rng import numpy_generator
+from recbole_cl.stream.build import Stream
+from recbole_cl.stream.sampler import NegativeSampler
+from recbole_cl.stream.stage import Stage, Targets
+
+
+@dataclass
+class Rows:
+    """Ranking rows of one (stage, split): one a user for general models, one a target for sequential ones."""
+
+    targets: Targets  # one target a row: user and history
+    row: np.ndarray  # row of each positive
+    item: np.ndarray  # item of each positive
+    mask_row: np.ndarray  # rows and items that are not recommended again
+    mask_item: np.ndarray
+    candidates: np.ndarray | None  # [n, C] sampled candidates, positives first, 0 where there is none
+
+    @functools.cached_property
+    def positives(self) -> Grouped:
+        """The positives of ranges of rows."""
+        return Grouped(self.row, self.item, len(self.targets))
+
+    @functools.cached_property
+    def masked(self) -> Grouped:
+        """What is not recommended again to ranges of rows."""
+        return Grouped(self.mask_row, self.mask_item, len(self.targets))
+
+    def hits(self, top: np.ndarray) -> np.ndarray:
+        """Returns which recommended items, shape ``[n, K]``, are positives of their row."""
+        if len(self.row) == len(self.targets) and (np.diff(self.row) == 1).all():  # one a row
+            return (top == self.item[:, None]) & (top > 0)
+        asked = (np.arange(len(top))[:, None] << 32) + top
+        found = np.minimum(np.searchsorted(self._keys, asked), len(self._keys) - 1)
+        return (self._keys[found] == asked) & (top > 0)
+
+    @functools.cached_property
+    def _keys(self) -> np.ndarray:
+        return np.unique(np.r_[-1, (self.row << 32) + self.item])
+
+
+class Grouped:
+    """Pairs (row, item) that can be taken by ranges of rows."""
+
+    def __init__(self, row: np.ndarray, item: np.ndarray, n_rows: int) -> None:
+        order = np.argsort(row, kind="stable")
+        self.row, self.item = row[order], item[order]
+        self.ptr = np.searchsorted(self.row, np.arange(n_rows + 1))
+
+    def of(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns rows (from 0) and items of a contiguous range of rows."""
+        part = slice(self.ptr[index[0]], self.ptr[index[-1] + 1])
+        return self.row[part] - index[0], self.item[part]
+
+
+def mode_of(config: Any, split: str) -> str:
+    """Returns RecBole's evaluation mode of a split (``full``, ``uni100``, ``labeled``)."""
+    return str(config["eval_args"]["mode"][split])
+
+
+def build_rows(config: Any, stream: Stream, stage: Stage, split: str) -> Rows:
+    """Returns what is ranked on one split of a stage; the same for every trained stage.
+
+    Args:
+        config: The run's configuration.
+        stream: The stream.
+        stage: The evaluated stage.
+        split: ``valid`` or ``test``.
+    """
+    sequential = config["MODEL_TYPE"] == ModelType.SEQUENTIAL
+    targets = stage.split(split)
+    if sequential:
+        rows, row, item = targets, np.arange(len(targets)), targets.label
+    else:
+        _, first, row = np.unique(targets.user, return_index=True, return_inverse=True)
+        rows = targets[first]
+        pairs = np.unique(np.stack([row, targets.label]), axis=1)
+        row, item = pairs[0], pairs[1]
+    empty = np.empty(0, dtype=np.int64)
+    mask_row, mask_item = (
+        (empty, empty) if config.repeatable_items else _earlier(stream, stage, split, rows, row, item, sequential)
+    )
+    mode = mode_of(config, split)
+    candidates = None
+    if mode[:3] in ("uni", "pop"):
+        candidates = _sample(config, stream, stage, split, len(rows), row, item, mask_row, mask_item)
+    return Rows(rows, row, item, mask_row, mask_item, candidates)
+
+
+def _earlier(
+    stream: Stream, stage: Stage, split: str, rows: Targets, row: np.ndarray, item: np.ndarray, sequential: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """What a user had before, not to be recommended again; targets themselves are never masked."""
+    table = stream.table
+    lengths = rows.hi - rows.lo if sequential else table.ptr[rows.user + 1] - table.ptr[rows.user]
+    start = rows.lo if sequential else table.ptr[rows.user]
+    owner = np.repeat(np.arange(len(rows)), lengths)
+    inside = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    position = table.seq[np.repeat(start, lengths) + inside]
+    if not sequential:
+        held = np.zeros(len(table), dtype=bool)
+        held[stage.test.position] = True
+        if split == "valid":
+            held[stage.valid.position] = True
+        first_later = np.searchsorted(table.stage, _last_slice(stream, stage), side="right")
+        keep = (position < first_later) & ~held[position]
+        owner, position = owner[keep], position[keep]
+    key = np.unique(owner * table.n_items + table.item[position])
+    key = np.setdiff1d(key, row * table.n_items + item, assume_unique=False)
+    return key // table.n_items, key % table.n_items
+
+
+def _last_slice(stream: Stream, stage: Stage) -> int:
+    """Slice in which the stage's test targets lie."""
+    return int(stream.table.stage[stage.test.position].max()) if len(stage.test) else stage.index
+
+
+def _sample(
+    config: Any,
+    stream: Stream,
+    stage: Stage,
+    split: str,
+    n_rows: int,
+    row: np.ndarray,
+    item: np.ndarray,
+    mask_row: np.ndarray,
+    mask_item: np.ndarray,
+) -> np.ndarray:
+    """Draws the candidates of sampled ranking once, the same for every trained stage."""
+    mode = mode_of(config, split)
+    number = int(mode[3:])
+    limit = stream.table.n_items if config["candidates"] == "all" else stage.catalogue
+    by_popularity = mode.startswith("pop")  # of the task's own training targets, hence among its items anyway
+    pool = None if stage.items is None or by_popularity else stage.items[stage.items < limit]
+    sampler = NegativeSampler(
+        np.r_[row, mask_row],
+        np.r_[item, mask_item],
+        limit,
+        numpy_generator(config["seed"], stage.index, f"candidates/{split}"),
+        pool=pool,
+    )
+    if by_popularity:
+        counts = np.bincount(stream.table.item[stage.train.position], minlength=limit)[1:limit].astype(float)
+        sampler.cumulative = np.cumsum(counts / counts.sum())
+    negatives = sampler.sample(row, number).reshape(number, len(row)).T
+    per_row = np.bincount(row, minlength=n_rows)
+    width = int(per_row.max()) * (1 + number)
+    out = np.zeros((n_rows, width), dtype=np.int64)
+    order = np.argsort(row, kind="stable")
+    place = np.arange(len(row)) - np.repeat(np.cumsum(per_row) - per_row, per_row)
+    out[row[order], place] = item[order]
+    start = per_row[row[order]] + place * number
+    out[row[order][:, None], start[:, None] + np.arange(number)[None, :]] = negatives[order]
+    return out
+
+
+def allowed_items(config: Any, known: Known, stage: Stage, n_items: int) -> np.ndarray:
+    """Returns which items may be recommended, shape ``[n_items]``.
+
+    Args:
+        config: ``candidates`` is read.
+        known: What the model has trained on.
+        stage: The evaluated stage.
+        n_items: Items that the model has rows for.
+    """
+    allowed = np.zeros(n_items, dtype=bool)
+    scope = config["candidates"]
+    if scope == "seen":
+        allowed[1 : min(n_items, stage.catalogue)] = True
+        allowed &= known.items[:n_items]
+    elif scope == "trained":
+        allowed = known.items[:n_items].copy()
+    else:
+        allowed[1:] = True
+    if stage.items is not None:
+        allowed &= np.isin(np.arange(n_items), stage.items)
+    allowed[0] = False
+    return allowed

@@ -1,0 +1,173 @@
+"""Several strategies as one; the trainer and the runner speak to it alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from recbole.data.interaction import Interaction
+from torch import nn
+
+from recbole_cl.errors import ConfigError
+from recbole_cl.strategy.base import STEP_HOOKS, Strategy, overrides
+from recbole_cl.strategy.context import Pass, StageContext
+from recbole_cl.stream.stage import Stage
+from recbole_cl.stream.vocabulary import Growth
+
+PARTS = "way of training parts only"
+"""Kind of the strategies that freeze all but a part of their own: two would each freeze the other's."""
+
+
+class Composite:
+    """Several strategies as one, in canonical (priority, name) order: any listing gives the same bits.
+
+    Args:
+        members: The strategies.
+
+    Raises:
+        ConfigError: If two members are of a kind that excludes itself, or the same strategy is listed twice.
+    """
+
+    def __init__(self, members: Iterable[Strategy]) -> None:
+        self.members = sorted(members, key=lambda s: (s.priority, s.name))
+        names = [s.name for s in self.members]
+        for name in names:
+            if names.count(name) > 1:
+                raise ConfigError(f"strategy: {name} is listed twice")
+        for kind in ("bound", "replay", PARTS):
+            same = [s.name for s in self.members if s.kind == kind]
+            if len(same) > 1:
+                raise ConfigError(f"strategy: {' and '.join(same)} are both a {kind}; keep one of them")
+        self._one_plan([s.name for s in self.members if s.plans_passes])
+        self.planner: str | None = None
+
+    @staticmethod
+    def _one_plan(names: list[str]) -> None:
+        if len(names) > 1:
+            raise ConfigError(f"strategy: {' and '.join(names)} both plan a stage's passes; keep one")
+
+    def hooked(self, *hooks: str) -> list[Strategy]:
+        """Returns the members that implement one of the hooks."""
+        return [s for s in self.members if any(overrides(s, hook) for hook in hooks)]
+
+    @property
+    def steps(self) -> bool:
+        """True where a member takes part in optimiser steps."""
+        return bool(self.hooked(*STEP_HOOKS))
+
+    @property
+    def wants_data_gradients(self) -> bool:
+        """True where a member needs the data gradient apart."""
+        return any(s.wants_data_gradients for s in self.members)
+
+    def check(self, config: Any, model: nn.Module) -> None:
+        """Checks every member against the model's capabilities.
+
+        Raises:
+            ConfigError: Naming the strategy, the model and what is missing.
+        """
+        from recbole_cl.model.capabilities import capabilities
+
+        have = capabilities(model)
+        for s in self.members:
+            missing = sorted(s.needs - have)
+            if missing:
+                raise ConfigError(
+                    f"strategy: {s.name} cannot serve the model {config['model']}: it needs {', '.join(missing)}, "
+                    f"the model offers {', '.join(sorted(have)) or 'none of the optional capabilities'}"
+                )
+            s.check(config, model)
+
+    def prepare_model(self, ctx: StageContext) -> None:
+        """Runs every member's hook."""
+        for s in self.members:
+            s.prepare_model(ctx)
+
+    def plan_stage(self, ctx: StageContext) -> list[Pass]:
+        """Returns the one plan that a member gives (``planner`` is its name), or one default pass.
+
+        Raises:
+            ConfigError: If two members give a plan, of which one did not say so (``plans_passes``).
+        """
+        plans = [(s.name, plan) for s in self.members if (plan := s.plan_stage(ctx)) is not None]
+        self._one_plan([name for name, _ in plans])
+        self.planner = plans[0][0] if plans else None
+        return plans[0][1] if plans else [Pass()]
+
+    def companions_state(self, ctx: StageContext) -> dict[str, Any]:
+        """Returns what a pass aside may not change: the states of who did not plan it, and of their generators."""
+        own = f"{self.planner}/"
+        return {
+            "strategies": {s.name: s.state_dict() for s in self.members if s.name != self.planner},
+            "generators": {name: value for name, value in ctx.state_dict().items() if not name.startswith(own)},
+        }
+
+    def load_companions_state(self, ctx: StageContext, state: Mapping[str, Any]) -> None:
+        """Puts back what :meth:`companions_state` returned; generators that came since are forgotten."""
+        for s in self.members:
+            if s.name != self.planner:
+                s.load_state_dict(state["strategies"][s.name])
+        ctx.forget_generators(f"{self.planner}/")
+        ctx.load_state_dict(state["generators"])
+
+    def adjust_scores(self, ctx: StageContext, batch: Interaction, scores: torch.Tensor) -> torch.Tensor:
+        """Passes the scores through every member."""
+        for s in self.members:
+            scores = s.adjust_scores(ctx, batch, scores)
+        return scores
+
+    def serving(self, ctx: StageContext, stage: Stage) -> StageContext:
+        """Returns the context that the first member with one of its own gives, or ``ctx``."""
+        for s in self.members:
+            served = s.serving(ctx, stage)
+            if served is not ctx:
+                return served
+        return ctx
+
+    def begin_pass(self, ctx: StageContext) -> None:
+        """Runs every member's hook."""
+        for s in self.members:
+            s.begin_pass(ctx)
+
+    def end_pass(self, ctx: StageContext) -> None:
+        """Runs every member's hook."""
+        for s in self.members:
+            s.end_pass(ctx)
+
+    def end_stage(self, ctx: StageContext) -> None:
+        """Runs every member's hook."""
+        for s in self.members:
+            s.end_stage(ctx)
+
+    def stage_costs(self, ctx: StageContext) -> dict[str, Any]:
+        """Returns the members' entries."""
+        return {name: value for s in self.members for name, value in s.stage_costs(ctx).items()}
+
+    def grow(self, growth: Growth) -> None:
+        """Grows every member."""
+        for s in self.members:
+            s.grow(growth)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Returns the members' own trainable parameters."""
+        return [p for s in self.members for p in s.parameters()]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns every member's state by name."""
+        return {s.name: s.state_dict() for s in self.members}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Puts the members' states back.
+
+        Raises:
+            KeyError: If a member's state is missing.
+        """
+        for s in self.members:
+            if s.name not in state:
+                raise KeyError(f"the state of the strategy {s.name} is missing")
+            s.load_state_dict(state[s.name])
+
+    def side_stores(self) -> dict[str, str]:
+        """Returns the members' durable stores."""
+        return {name: path for s in self.members for name, path in s.side_stores().items()}

@@ -1,0 +1,348 @@
+"""The walk over the stream: train a stage, evaluate every stage, write a checkpoint, go on.
+
+After each stage the whole row of the matrix is evaluated. Everything random is derived from (seed, stage, name), and a
+checkpoint at the end of each epoch holds all that the rest of the run depends on, so a run that was killed gives,
+resumed, the bits of one that was not.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+import torch
+from recbole.data.transform import construct_transform
+from recbole.utils import ModelType
+from torch import nn
+from tqdm import tqdm
+
+from recbole_cl import checkpoint, distributed
+from recbole_cl.errors import ConfigError
+from recbole_cl.evaluation.evaluator import Evaluator
+from recbole_cl.evaluation.known import Known
+from recbole_cl.evaluation.metrics import check_tasks
+from recbole_cl.model.state import count_parameters, grow_model, load_owned_state, owned_state
+from recbole_cl.registry import strategies
+from recbole_cl.report import write_report
+from recbole_cl.results.journal import open_folder, run_folder, settings
+from recbole_cl.results.records import Records
+from recbole_cl.rng import ModelRandomness, derive
+from recbole_cl.strategy.composite import Composite
+from recbole_cl.strategy.context import Pass, StageContext
+from recbole_cl.strategy.parts.part_tuning import refuse_new_beginnings, with_trainable
+from recbole_cl.stream.build import build_stream
+from recbole_cl.stream.vocabulary import grow_optimizer
+from recbole_cl.training.data_parallel import keep_alike
+from recbole_cl.training.passes import PassTrainer, Progress
+from recbole_cl.training.peak_memory import peak_megabytes, reset_peak
+from recbole_cl.training.resume import newest, side_stores
+from recbole_cl.tree import clone_tree, tree_hash
+
+LOGGER = logging.getLogger("recbole_cl")
+
+__all__ = ["Runner"]
+
+
+class Runner(PassTrainer):
+    """Walks one model under one strategy over one stream.
+
+    Args:
+        config: The run's configuration.
+
+    Attributes:
+        model: The model as the last stage left it, after :meth:`run`.
+        strategy: The strategies, with their state.
+        stream: The stream.
+        journal: Results, curves, costs and warnings so far.
+        folder: The run's folder.
+    """
+
+    def __init__(self, config: Any) -> None:
+        asked = [strategies.get(name)(params) for name, params in config.strategy_specs()]
+        super().__init__(config, Composite(with_trainable(config, asked)))
+        self.model: nn.Module
+        self.folder = run_folder(config)
+        self._number = 0  # of the newest checkpoint
+
+    # -- the run --------------------------------------------------------------------------------------------------
+
+    def run(self) -> dict[str, Any]:
+        """Runs or resumes, writes the results and returns them.
+
+        Raises:
+            RecBoleCLError: For everything a user can mend; the message names it.
+        """
+        group = distributed.start(self.config["device"])
+        with group.announced():
+            if group.size > 1 and self.config["parity"]:
+                raise ConfigError(
+                    f"property 'parity' is {self.config['parity']!r}, which compares with one process of RecBole; "
+                    f"start it without torchrun"
+                )
+            with group.together():
+                if group.main:
+                    open_folder(self.folder, self.config["resume"])
+            return self._run()
+
+    def _run(self) -> dict[str, Any]:
+        LOGGER.info("loading %s", self.config["dataset"])
+        if self.config["reproducibility"]:
+            torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
+        construct_transform(self.config)  # it names its fields in the configuration, where models read them
+        self._begin(build_stream(self.config))
+        self._data = self.stream.fingerprint()
+        state = self._load() if self.config["resume"] else None
+        first = 0
+        if state is not None:
+            first = state["stage"] + (state["phase"] == "done")
+        for index in range(first, len(self.stream)):
+            resumed = state if state is not None and state["phase"] == "train" and state["stage"] == index else None
+            self._stage(index, resumed)
+        if first == len(self.stream) and state is not None:
+            LOGGER.info("nothing is left to do: the run in %s is complete", self.folder)
+        result: dict[str, Any] = {}
+        with distributed.current().together():
+            result = self._write() if self.main else self.journal.result(self.folder)
+        return result
+
+    def _write(self) -> dict[str, Any]:
+        """Writes the results and the report of them; returns the result."""
+        result = self.journal.write(self.folder)
+        with checkpoint.explained(self.folder):
+            write_report(result, self.folder)
+        return result
+
+    @property
+    def records(self) -> Records:
+        """Every result of an evaluation."""
+        return self.journal.records
+
+    def _stage(self, index: int, resumed: dict[str, Any] | None) -> None:
+        stage = self.stream.stages[index]
+        reset_peak(self.config["device"])
+        started = time.perf_counter()
+        ctx, randomness, fresh = self._enter(index, resumed)
+        if resumed is None:
+            stage_start = {
+                "model": clone_tree(owned_state(ctx.model)),
+                "strategy": clone_tree(self.strategy.state_dict()),
+            }
+        else:
+            stage_start = resumed["stage_start"]
+            load_owned_state(ctx.model, stage_start["model"])
+            self.strategy.load_state_dict(clone_tree(stage_start["strategy"]))
+        passes = self.strategy.plan_stage(ctx)
+        refuse_new_beginnings(ctx, self.strategy.members, passes)
+        progress = Progress(best_score=self._worst(stage))
+        if resumed is not None:
+            progress = Progress.of(resumed["progress"])
+            ctx.load_state_dict(resumed["generators"])
+        LOGGER.info(
+            "stage %d/%d (%s): %d training targets, %d known users, %d known items",
+            index + 1, len(self.stream), stage.name, len(stage.train), stage.n_users - 1, stage.n_items - 1,
+        )  # fmt: skip
+        begun = time.perf_counter()
+        offset = progress.seconds
+        for number in range(progress.number, len(passes)):
+            if number != progress.number:
+                progress = Progress(
+                    number, best_score=self._worst(stage), targets=progress.targets, seconds=progress.seconds
+                )
+                resumed = None
+            clock = lambda: offset + time.perf_counter() - begun  # noqa: E731
+            place = sum(not plan.aside for plan in passes[:number])
+            ctx = self._pass(ctx, passes[number], progress, randomness, fresh, stage_start, resumed, clock, place)
+        self.model = ctx.model
+        if not passes:
+            self._carried = {}
+        ctx.known = self.known
+        with randomness.owned():
+            self.strategy.end_stage(ctx)
+        keep_alike(ctx, self.strategy, trained=False)
+        trained = time.perf_counter()
+        seconds = offset + trained - begun
+        self._evaluate_all(ctx)
+        scratch_seconds = self._scratch(index) if self.config["scratch"] else 0.0
+        self._previous = {"stage": index, "model": clone_tree(owned_state(ctx.model))}
+        self._note_costs(ctx, seconds, time.perf_counter() - trained, scratch_seconds)
+        self._save(ctx, "done", None, None, stage_start)
+        LOGGER.info(
+            "stage %d/%d done in %.1f s; %s",
+            index + 1, len(self.stream), time.perf_counter() - started, self.journal.row(stage),
+        )  # fmt: skip
+
+    def _note_costs(self, ctx: StageContext, train: float, after: float, scratch: float) -> None:
+        """Writes the stage's entry of the costs.
+
+        Args:
+            ctx: The trained stage.
+            train: Seconds of its training, also in the processes that were killed before this one.
+            after: Seconds of what came after, evaluation and the scratch model.
+            scratch: Seconds of the scratch model.
+        """
+        trainable, parameters, size = count_parameters(ctx.model)
+        self.journal.costs.append(
+            {
+                "stage": ctx.index,
+                "seconds": train + after,
+                "train_seconds": train,
+                "eval_seconds": after - scratch,
+                "scratch_seconds": scratch,
+                "peak_memory_mb": peak_megabytes(self.config["device"]),
+                "trainable_parameters": trainable,
+                "parameters": parameters,
+                "model_bytes": size,
+                **(ctx.model.stage_costs() if hasattr(ctx.model, "stage_costs") else {}),
+                **self.strategy.stage_costs(ctx),
+            }
+        )
+
+    # -- entering a stage -----------------------------------------------------------------------------------------
+
+    def _enter(
+        self, index: int, resumed: dict[str, Any] | None
+    ) -> tuple[StageContext, ModelRandomness, dict[str, Any]]:
+        """Builds the stage's model and brings everything into it that was learnt before."""
+        stage = self.stream.stages[index]
+        view = self.stream.view(index, self.config["graph"])
+        randomness = ModelRandomness(derive(self.config["seed"], index))
+        old: Any = getattr(self, "model", None)
+        in_place = old is not None and index > 0 and hasattr(old, "grow_in_place")
+        model: Any = old if in_place and old is not None else self.build_model(view, randomness)
+        ctx = self._context(index, model, view)
+        self._prepare(ctx, randomness)
+        if index == 0 or resumed is not None:
+            check_tasks(self.config, self.stream, model)
+            self.strategy.check(self.config, model)
+        fresh = clone_tree(owned_state(model)) if not in_place else {}
+        if resumed is None and old is not None and index > 0:
+            before = self.stream.stages[index - 1]
+            users, items = (before.n_users, stage.n_users), (before.n_items, stage.n_items)
+            lost: list[str] = []
+            with randomness.owned():  # rows of new users and items may be drawn
+                if in_place:
+                    growth = model.grow_in_place(view, users, items)
+                else:
+                    growth, lost = grow_model(old, model, users, items, self.config["new_rows"])
+            if lost:
+                self.journal.warn(f"stage {index + 1}: {', '.join(lost)} of the one before have no place in the model")
+            if not growth.identity:
+                self.strategy.grow(growth)
+                self._carried = grow_optimizer(self._carried, growth)
+        if resumed is None:
+            self._reference(index, view)
+        self.model = model
+        return ctx, randomness, fresh
+
+    # -- evaluation -----------------------------------------------------------------------------------------------
+
+    def _evaluate_all(self, ctx: StageContext) -> None:
+        """Fills the wanted cells of row t of the matrix; asserts by a hash that evaluation changed nothing."""
+        before = tree_hash(owned_state(ctx.model), self.strategy.state_dict())
+        quiet = None if self.config["show_progress"] and self.main else True  # None: no bar where stderr is no terminal
+        told = f"stage {ctx.index + 1}/{len(self.stream)} evaluate"
+        for stage in tqdm(self.stream.stages, desc=told, disable=quiet, leave=False):
+            if not stage.evaluable(ctx.index) or not self._wanted(ctx.index, stage.index):
+                continue
+            outcome = self.evaluator.evaluate(ctx, self.known, stage)
+            mode = self.evaluator.mode("test") if stage.task.kind != "classification" else "labeled"
+            self.journal.record(outcome, ctx.index, stage, mode)
+            if stage.index == ctx.index:
+                self.journal.record_exposure(outcome, stage)
+        if tree_hash(owned_state(ctx.model), self.strategy.state_dict()) != before:
+            raise RuntimeError(f"stage {ctx.index + 1}: evaluation changed the model or the strategy; it must be pure")
+
+    def _wanted(self, trained: int, tested: int) -> bool:
+        """Tells whether a cell of the matrix is asked for (``matrix_cells``)."""
+        cells = self.config["matrix_cells"]
+        if cells == "diagonal":
+            return trained == tested
+        return cells == "all" or trained == len(self.stream) - 1
+
+    def _reference(self, index: int, view: Any) -> None:
+        """Scores an untrained model on the next stage: b[s] of forward transfer, which needs R[s-1, s]."""
+        if self.config["fwt_reference"] != "untrained" or index + 1 >= len(self.stream):
+            return
+        if not self._wanted(index, index + 1):
+            return
+        if self.config["MODEL_TYPE"] == ModelType.TRADITIONAL:
+            return  # a memory-based model has no untrained state
+        following = self.stream.stages[index + 1]
+        if not following.evaluable(index):
+            return
+        randomness = ModelRandomness(derive(self.config["seed"], index, "reference"))
+        model = self.build_model(view, randomness)
+        ctx = self._context(index, model, view)
+        self._prepare(ctx, randomness)
+        plain = Evaluator(self.config, self.stream, Composite([]))
+        known = Known.everything(self.stream.table, ctx.batcher.n_users, ctx.batcher.n_items)
+        self.journal.record_reference(plain.evaluate(ctx, known, following), following)
+
+    def _scratch(self, index: int) -> float:
+        """Trains a model on the stage alone and keeps its scores on the stage."""
+        begun = time.perf_counter()
+        alone = PassTrainer(self.config, Composite([]))  # its curves are nobody's
+        alone._begin(self.stream)
+        randomness = ModelRandomness(derive(self.config["seed"], index, "scratch"))
+        view = self.stream.view(index, "stage")
+        ctx = alone._context(index, alone.build_model(view, randomness), view)
+        start = {"model": clone_tree(owned_state(ctx.model)), "strategy": {}}
+        progress = Progress(best_score=self._worst(ctx.stage))
+        plan = Pass("scratch", init="previous", data="stage", graph=self.config["graph"], untrained=True)
+        ctx = alone._pass(ctx, plan, progress, randomness, {}, start, None, lambda: 0.0)
+        if ctx.stage.evaluable(index):
+            self.journal.record_scratch(alone.evaluator.evaluate(ctx, alone.known, ctx.stage), ctx.stage)
+        return time.perf_counter() - begun
+
+    # -- checkpoints ----------------------------------------------------------------------------------------------
+
+    def _save(
+        self,
+        ctx: StageContext,
+        phase: str,
+        progress: Progress | None,
+        trainer_state: dict[str, Any] | None,
+        stage_start: dict[str, Any],
+    ) -> None:
+        if self.config["saved"] is False:  # unset counts as wanted: a run without checkpoints is asked for
+            return
+        self._number += 1
+        state = {
+            "config": settings(self.config),
+            "data": self._data,
+            "stage": ctx.index,
+            "phase": phase,
+            "model": owned_state(ctx.model),
+            "strategy": self.strategy.state_dict(),
+            "side_stores": side_stores(ctx.model, self.strategy),
+            "generators": ctx.state_dict(),
+            "previous": self._previous,
+            "carried": self._carried,
+            "known": self.known.state_dict(),
+            "journal": self.journal.state_dict(),
+        }
+        if progress is not None:
+            state |= {"progress": progress.state_dict(), "trainer": trainer_state, "stage_start": stage_start}
+        with distributed.current().together():
+            if self.main:
+                checkpoint.save(self.folder / "checkpoints", self._number, state, int(self.config["checkpoint_keep"]))
+
+    def _load(self) -> dict[str, Any] | None:
+        state, self._number = newest(self.folder, self.config, self._data, self.journal.warn)
+        if state is None:
+            return None
+        self.journal.load_state_dict(state["journal"])
+        self._previous, self._carried = state["previous"], state["carried"]
+        self.known.load_state_dict(state["known"])
+        index = state["stage"]
+        if state["phase"] == "done":
+            view = self.stream.view(index, self.config["graph"])
+            randomness = ModelRandomness(derive(self.config["seed"], index))
+            model = self.build_model(view, randomness)
+            self._prepare(self._context(index, model, view), randomness)
+            load_owned_state(model, state["model"])
+            self.strategy.load_state_dict(state["strategy"])
+            self.model = model
+        LOGGER.info("resuming at stage %d from checkpoint %d", index + 1, self._number)
+        return state

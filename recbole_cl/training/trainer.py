@@ -1,0 +1,228 @@
+"""One training pass: RecBole's trainers with the hooks of the strategies.
+
+RecBole's trainer class of the model (``Trainer``, ``KGTrainer``, ...) keeps its optimiser and its epoch. Where no
+strategy takes part in steps, RecBole's own ``_train_epoch`` runs unchanged; otherwise :class:`HookedTrainer` runs the
+same operations in the same order with the hooks between them.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from recbole.trainer import trainer as recbole_trainer
+from torch import nn
+from torch.nn.utils import clip_grad_norm_
+from tqdm import tqdm
+
+from recbole_cl import distributed
+from recbole_cl.errors import TrainingError
+from recbole_cl.strategy.composite import Composite
+from recbole_cl.strategy.context import StageContext
+
+
+class HookedTrainer(recbole_trainer.Trainer):
+    """RecBole's trainer with hooks around each optimiser step."""
+
+    strategy: Composite
+    ctx: StageContext
+    after_batch: Callable[[], None] | None = None
+    resumed_loss: Any = None
+    always_hooked = False
+    group = distributed.current()
+
+    def _train_epoch(
+        self, train_data: Any, epoch_idx: int, loss_func: Any = None, show_progress: bool = False
+    ) -> float | tuple[float, ...]:
+        """Runs one epoch; see RecBole's method. Losses that are not finite end it with stage, batch and term named."""
+        checked = _Checked(self, loss_func or self.model.calculate_loss)
+        if not self.strategy.steps and self.after_batch is None and not self.always_hooked:
+            return super()._train_epoch(_Counted(train_data, self), epoch_idx, checked)
+        return self._hooked_epoch(train_data, checked)
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Does what RecBole's ``fit`` does before an epoch: NCL clusters its embeddings every ``m_step`` epochs."""
+        every = getattr(self, "num_m_step", None)
+        if every and hasattr(self.model, "e_step") and epoch % every == 0:
+            self.model.e_step()
+
+    def _check_nan(self, loss: torch.Tensor) -> None:
+        """Named checks are done where the loss is computed."""
+
+    def _hooked_epoch(self, train_data: Any, loss_func: Any) -> float | tuple[float, ...]:
+        ctx, members = self.ctx, self.strategy.members
+        self.model.train()
+        total: Any = self.resumed_loss
+        self.resumed_loss = None
+        scaler = torch.amp.GradScaler(self.device.type, enabled=self.enable_scaler)
+        for batch in train_data:
+            for member in members:
+                batch = member.augment_batch(ctx, batch)
+            self.optimizer.zero_grad()
+            total = _add(total, self._gradients(batch, loss_func, scaler))
+            scaler.unscale_(self.optimizer) if self.enable_scaler else None
+            for member in members:
+                member.add_gradients(ctx)
+            for member in members:
+                member.mask_gradients(ctx)
+            if self.clip_grad_norm:
+                clip_grad_norm_(self.model.parameters(), **self.clip_grad_norm)
+            scaler.step(self.optimizer)
+            scaler.update()
+            ctx.step += 1
+            for member in members:
+                member.after_step(ctx)
+            if self.after_batch is not None:
+                self.partial_loss = total
+                self.after_batch()
+        return total
+
+    partial_loss: Any = None
+
+    def _gradients(self, batch: Any, loss_func: Any, scaler: Any) -> Any:
+        """Leaves the gradients of data loss and terms in ``p.grad``; returns the data loss, or a tuple of its parts."""
+        batch = batch.to(self.device)
+        with torch.autocast(device_type=self.device.type, enabled=self.enable_amp):
+            losses = loss_func(batch)
+            terms = self._terms(batch)
+        self._backward(scaler, sum(losses) if isinstance(losses, tuple) else losses, terms)
+        return losses
+
+    def _terms(self, batch: Any) -> dict[str, torch.Tensor]:
+        terms: dict[str, torch.Tensor] = {}
+        for member in self.strategy.members:
+            terms.update(member.loss_terms(self.ctx, batch))
+        for name, term in terms.items():
+            self.check_finite(term, name)
+            self.ctx.log(name, term.detach())
+        return terms
+
+    def _backward(self, scaler: Any, loss: Any, terms: dict[str, torch.Tensor]) -> None:
+        differentiable = [term for term in terms.values() if term.requires_grad]
+        if not self.strategy.wants_data_gradients:
+            scaler.scale(sum(differentiable, loss)).backward()
+            return
+        scaler.scale(loss).backward(retain_graph=bool(differentiable))
+        factor = scaler.get_scale() if self.enable_scaler else 1.0
+        self.ctx.data_gradients = {
+            name: p.grad.detach().clone() / factor if self.enable_scaler else p.grad.detach().clone()
+            for name, p in self.ctx.parameters().items()
+            if p.grad is not None
+        }
+        if differentiable:
+            scaler.scale(sum(differentiable[1:], differentiable[0])).backward()
+
+    def check_finite(self, value: torch.Tensor, term: str) -> None:
+        """Raises a :class:`TrainingError` naming stage, epoch, batch and term where a loss is NaN or infinite."""
+        if not torch.isfinite(value).all():
+            where = f"rank {self.group.rank}, " if self.group.size > 1 else ""
+            raise TrainingError(
+                f"{where}stage {self.ctx.index + 1}, pass {self.ctx.pass_.name!r}, epoch {self.ctx.epoch}, "
+                f"batch {self.batch_number}: the term {term!r} is {float(value.detach().float().sum())}; lower "
+                f"learning_rate (now {self.ctx.learning_rate:g}) or the strategy's weight, or set "
+                f"clip_grad_norm: {{max_norm: 5.0}}"
+            )
+
+    batch_number: int = -1
+
+
+class _Wrapped:
+    """A loader around another; everything but iteration is the other's (``set_mode`` of knowledge loaders)."""
+
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)
+
+
+class Watched(_Wrapped):
+    """A loader with a progress bar.
+
+    Args:
+        loader: The loader.
+        disable: True for no bar, ``None`` for one where stderr is a terminal.
+        told: The bar's words.
+    """
+
+    def __init__(self, loader: Any, disable: bool | None, told: str) -> None:
+        super().__init__(loader)
+        self.disable, self.told = disable, told
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from tqdm(self.loader, total=len(self.loader), desc=self.told, disable=self.disable, leave=False)
+
+
+class _Counted(_Wrapped):
+    """A loader that counts steps for a trainer that knows no hooks."""
+
+    def __init__(self, loader: Any, trainer: HookedTrainer) -> None:
+        super().__init__(loader)
+        self.trainer = trainer
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.loader:
+            yield batch
+            self.trainer.ctx.step += 1
+
+
+class _Checked:
+    """A loss function whose value is checked, with the batch's number kept for the message."""
+
+    def __init__(self, trainer: HookedTrainer, loss_func: Any) -> None:
+        self.trainer, self.loss_func = trainer, loss_func
+        self.counter = itertools.count()
+
+    def __call__(self, batch: Any) -> Any:
+        self.trainer.batch_number = next(self.counter)
+        losses = self.loss_func(batch)
+        parts = losses if isinstance(losses, tuple) else (losses,)
+        for number, part in enumerate(parts):
+            self.trainer.check_finite(part, "data" if len(parts) == 1 else f"data/{number}")
+        return losses
+
+
+def _add(total: Any, losses: Any) -> Any:
+    if isinstance(losses, tuple):
+        values = tuple(part.item() for part in losses)
+        return values if total is None else tuple(a + b for a, b in zip(total, values, strict=True))
+    return losses.item() if total is None else total + losses.item()
+
+
+def optimizer_by_name(trainer: HookedTrainer, model: nn.Module, strategy: Composite) -> dict[str, dict[str, Any]]:
+    """Returns the optimiser's state by parameter name; names survive a change of shapes, indices do not."""
+    names = _names(model, strategy)
+    return {names[id(p)]: dict(state) for p, state in trainer.optimizer.state.items() if id(p) in names}
+
+
+def load_optimizer_by_name(
+    trainer: HookedTrainer, model: nn.Module, strategy: Composite, state: dict[str, dict[str, Any]]
+) -> None:
+    """Puts states back for the parameters that still exist with the same shape."""
+    for group in trainer.optimizer.param_groups:
+        for p in group["params"]:
+            saved = state.get(_names(model, strategy).get(id(p), ""))
+            if not saved:
+                continue
+            moments = [v for v in saved.values() if torch.is_tensor(v) and v.dim()]
+            if any(v.shape != p.shape for v in moments):
+                continue
+            trainer.optimizer.state[p] = {
+                key: value.to(p.device).clone()
+                if torch.is_tensor(value) and value.dim()
+                else (value.clone() if torch.is_tensor(value) else value)
+                for key, value in saved.items()
+            }
+
+
+def _names(model: nn.Module, strategy: Composite) -> dict[int, str]:
+    names = {id(p): name for name, p in model.named_parameters()}
+    for member in strategy.members:
+        for number, p in enumerate(member.parameters()):
+            names[id(p)] = f"strategy:{member.name}:{number}"
+    return names
