@@ -140,6 +140,9 @@ SCHEMA: dict[str, Rule] = {
         "a number of at least 0 or a list of such numbers",
         lambda v: _one_or_many(v, lambda x: is_number(x) and x >= 0),
     ),
+    "accumulate_gradients": integer(1),
+    "warmup": Rule("a number of steps, or a share of them below 1", lambda v: is_number(v) and v >= 0),
+    "lr_schedule": choice("constant", "linear", "cosine"),
     "stage_epochs": Rule(
         "an integer of at least 1, a list of such numbers and ~, or ~",
         lambda v: _one_or_many(v, lambda x: x is None or (is_integer(x) and x >= 1)),

@@ -24,10 +24,10 @@ def prepared(tmp_path: Path, model: str, trained: int, **properties: Any) -> tup
     config = configure(toy(tmp_path), tmp_path / "run", model, topk=[3, 5], **properties)
     stream = build_stream(config)
     runner = Runner(config)
-    runner.stream = stream
+    runner.begin(stream)
     view = stream.view(trained)
     net = runner.build_model(view, ModelRandomness(3))
-    ctx = runner._context(trained, net, view)
+    ctx = runner.state.models.context(trained, net, view)
     known = Known.nothing(stream.table)
     for stage in stream.stages[: trained + 1]:
         known.learn(stream.table, stage.train, model == "SASRec", None)

@@ -135,8 +135,8 @@ def test_metrics_are_those_without_sharing(tmp_path: Path, monkeypatch: pytest.M
     config, stream, net, batcher = made(tmp_path, MAX_ITEM_LIST_LENGTH=6)
     known = Known.everything(stream.table, batcher.n_users, batcher.n_items)
     ctx = Runner(config)
-    ctx.stream = stream
-    stage = ctx._context(2, net, batcher.view)
+    ctx.begin(stream)
+    stage = ctx.state.models.context(2, net, batcher.view)
     found = {}
     for shared in (True, False):
         if not shared:

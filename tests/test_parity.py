@@ -173,9 +173,9 @@ def test_a_resumed_run_goes_on_with_the_same_bits(model: str, tmp_path: Path) ->
         pass
 
     class Dies(Runner):
-        def _save(self, ctx: Any, phase: str, progress: Any, *rest: Any) -> None:
-            super()._save(ctx, phase, progress, *rest)
-            if progress is not None and progress.epoch == 1:
+        def _save(self, ctx: Any, phase: str, inside: Any = None) -> None:
+            super()._save(ctx, phase, inside)
+            if inside is not None and inside["progress"]["epoch"] == 1:
                 raise Killed
 
     with pytest.raises(Killed):

@@ -31,7 +31,7 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> PlantedDrift:
 
 
 @pytest.mark.parametrize("companion", list(COMPANIONS))
-def test_a_pass_aside_leaves_companions_as_they_were(
+def test_an_auxiliary_pass_leaves_companions_as_they_were(
     companion: str, log: PlantedDrift, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """PISA's forward model, without PISA's term, changes no bit of what stands beside it; nor where it broke off."""
@@ -46,7 +46,7 @@ def test_a_pass_aside_leaves_companions_as_they_were(
 
     def stop(member: PISA, ctx: StageContext) -> None:
         original(member, ctx)
-        if ctx.index == 1 and ctx.pass_.aside:
+        if ctx.index == 1 and ctx.pass_.auxiliary:
             left["steps"] -= 1
             if left["steps"] == 0:
                 raise KeyboardInterrupt

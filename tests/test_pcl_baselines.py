@@ -35,6 +35,7 @@ from recbole_cl.stream.loader import make_loader
 from recbole_cl.stream.task_loader import TaskLoader
 from recbole_cl.testing.contract import assert_same
 from recbole_cl.testing.toy import write_planted_drift
+from recbole_cl.training.passes import StagePass
 from recbole_cl.training.runner import Runner
 from recbole_cl.tree import clone_tree, tree_hash
 
@@ -274,7 +275,7 @@ def test_old_stages_keep_their_row_where_tables_grow(
         assert len(set(column[s:])) == 1, f"stage {s + 1}"
         assert column[s] > 0
     last = len(stages) - 1
-    ctx = runner._context(last, runner.model, runner.stream.view(last))
+    ctx = runner.state.models.context(last, runner.model, runner.stream.view(last))
     ctx.known = runner.known
     blank = Known.nothing(runner.stream.table)  # what a kept model knows is kept with it
     assert runner.evaluator.evaluate(ctx, blank, stages[0]).metrics["hit@5"] == result["matrix"]["hit@5"][last][0]
@@ -293,14 +294,13 @@ def test_sinmo_drifts(finished: Callable[..., Any]) -> None:
 def test_where_a_task_starts(start: Start, finished: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """FineAll starts each task at the end of the first one; SingleTask trains as Scratch does, and keeps it."""
     begun: list[str] = []
-    original = FineAll.plan_stage
+    original = FineAll.begin_stage
 
-    def plan(member: FineAll, ctx: StageContext) -> Any:
-        passes = original(member, ctx)
+    def begin(member: FineAll, ctx: StageContext) -> None:
+        original(member, ctx)
         begun.append(tree_hash(owned_state(ctx.model)["tensors"]))
-        return passes
 
-    monkeypatch.setattr(FineAll, "plan_stage", plan)
+    monkeypatch.setattr(FineAll, "begin_stage", begin)
     runner = start("MultiTask", "FineAll", epochs=1)
     runner.run()
     kept = runner.strategy.members[0].kept  # type: ignore[attr-defined]
@@ -430,7 +430,7 @@ def test_conure_gradient_is_that_of_its_formula() -> None:
     weight.grad = torch.ones_like(weight)
     conure.mask_gradients(retrain)
     assert torch.equal(weight.grad > 0, conure.owner["layer.weight"] == 2)
-    conure.plan_stage(fake_stage(weight, 2, "train"))
+    conure.begin_stage(fake_stage(weight, 2, "train"))
     assert torch.equal(weight.detach(), values)
 
 
@@ -504,7 +504,7 @@ def test_soft_masks_act_and_leave_no_graph(start: Start) -> None:
     runner = start("SoftMask", "TERACON", n_stages=1, epochs=1)
     runner.run()
     model: Any = runner.model.eval()
-    batch = runner._context(0, model, runner.stream.view(0)).batcher.rows(runner.stream.stages[0].test)
+    batch = runner.state.models.context(0, model, runner.stream.view(0)).batcher.rows(runner.stream.stages[0].test)
     with torch.no_grad():
         open_, shut = [], []
         for value, kept in ((20.0, open_), (-20.0, shut)):
@@ -696,17 +696,17 @@ def test_all_tasks_at_once_are_trained_once_for_a_last_row(start: Start, model: 
     assert {curve["stage"] for curve in kept["curves"]} == {0, 1, 2}, "a start from the previous weights needs them"
 
 
-def test_the_best_epoch_is_that_of_all_tasks(start: Start) -> None:
+def test_the_best_epoch_is_that_of_all_tasks(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stage on all tasks keeps the epoch with the best mean score of the tasks on validation targets."""
     runner = start("MultiTask", "MTL", epochs=4, n_stages=3)
     means: list[tuple[int, float]] = []
-    original = runner._mean_score
+    original = StagePass.mean_score
 
-    def note(ctx: StageContext, own: float) -> float:
-        means.append((ctx.index, original(ctx, own)))
+    def note(stage_pass: StagePass, own: float) -> float:
+        means.append((stage_pass.ctx.index, original(stage_pass, own)))
         return means[-1][1]
 
-    runner._mean_score = note  # type: ignore[method-assign]
+    monkeypatch.setattr(StagePass, "mean_score", note)
     result = runner.run()
     mine = [value for index, value in means if index == 2]
     best = max(point["epoch"] for point in result["curves"] if point["stage"] == 2 and point["best"])
@@ -718,16 +718,17 @@ def test_the_mean_over_tasks_is_geometric(start: Start, monkeypatch: pytest.Monk
     runner = start("MultiTask", "MTL", epochs=1, n_stages=3)
     runner.run()
     values = {0: 0.04, 1: 0.0}
-    ctx = SimpleNamespace(index=2, stage=runner.stream.stages[2])
+    ctx: Any = SimpleNamespace(index=2, stage=runner.stream.stages[2])
+    every: Any = SimpleNamespace(run=runner.state, ctx=ctx)
 
     def evaluate(ctx: Any, known: Any, stage: Any, part: str) -> Any:
         assert part == "valid"
         return SimpleNamespace(metrics={runner.journal.primary(stage): values[stage.index]})
 
     monkeypatch.setattr(runner.evaluator, "evaluate", evaluate)
-    assert runner._mean_score(ctx, 0.3) == pytest.approx((0.04 * 1e-4 * 0.3) ** (1 / 3))
+    assert StagePass.mean_score(every, 0.3) == pytest.approx((0.04 * 1e-4 * 0.3) ** (1 / 3))
     values[1] = 0.05
-    assert runner._mean_score(ctx, 0.3) == pytest.approx((0.04 * 0.05 * 0.3) ** (1 / 3))
+    assert StagePass.mean_score(every, 0.3) == pytest.approx((0.04 * 0.05 * 0.3) ** (1 / 3))
 
 
 # -- the model with heads -----------------------------------------------------------------------------------------
@@ -744,7 +745,7 @@ def test_windows_train_what_rows_train(start: Start, model: str, loss: str) -> N
     assert bool(trained.heads.item_bias(1).any())
     for p in trained.heads.parameters():
         nn.init.normal_(p, std=0.3)
-    ctx = runner._context(2, trained, runner.stream.view(2))
+    ctx = runner.state.models.context(2, trained, runner.stream.view(2))
     for index in (0, 1, 2):
         mine = SimpleNamespace(**{**ctx.__dict__, "index": index, "stage": runner.stream.stages[index]})
         loader = make_loader(mine, mine.stage.train, "test")
@@ -779,7 +780,7 @@ def test_windows_train_what_rows_train(start: Start, model: str, loss: str) -> N
 def test_classes_of_what_comes_next_train_on_windows(start: Start, positions: str) -> None:
     """If asked to; the class of a user belongs to no place in a history and is a row always."""
     runner = start("MultiTask", "FineTune", task_class_positions=positions, **SILENT)
-    runner.stream = build_stream(runner.config)
+    runner.begin(build_stream(runner.config))
     kinds = {}
     for stage in runner.stream.stages:
         model = SimpleNamespace(trains_all_positions=True)
@@ -800,7 +801,7 @@ def test_queries_score_as_the_model_does(
     runner = start("MultiTask", "FineTune", n_stages=2, epochs=1, **biases)
     runner.run()
     model: Any = runner.model
-    ctx = runner._context(1, model, runner.stream.view(1))
+    ctx = runner.state.models.context(1, model, runner.stream.view(1))
     known = Known.everything(runner.stream.table, ctx.batcher.n_users, ctx.batcher.n_items)
     monkeypatch.setattr("recbole_cl.evaluation.evaluator.SCORES_IN_CACHE", 5 * ctx.batcher.n_items)
     sizes: list[int] = []

@@ -207,10 +207,10 @@ def test_batches_of_the_first_task_hold_warm_ids_only(folder: Path, tmp_path: Pa
     """Windows over all positions and rows; inputs, targets and negatives."""
     config = configured(folder, tmp_path, task_cold_items=0.5, train_positions=positions)
     runner = Runner(config)
-    runner.stream = stream = build_stream(config)
+    stream = runner.begin(build_stream(config)).stream
     stage = stream.stages[0]
     model = config.model_class(config, stream.view(0))
-    context = runner._context(0, model, stream.view(0))
+    context = runner.state.models.context(0, model, stream.view(0))
     negatives: set[int] = set()
     for _ in range(5):
         for batch in make_loader(context, stage.train, "test"):

@@ -157,7 +157,7 @@ def walk_si(model: nn.Module, plugin: Any, mine: Any, number: int, regularised: 
     """One stage under both; the steps are the same, with ``plugin``'s penalty in them where there is one."""
     s, ctx = avalanche(model, number), ours(model)
     plugin.before_training_exp(s)
-    mine.plan_stage(ctx)
+    mine.begin_stage(ctx)
     for step, optimizer in enumerate(train(model, number)):
         plugin.before_training_iteration(s)
         data = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

@@ -117,7 +117,7 @@ def test_a_state_that_was_put_back_works_where_the_parameters_are(
 ) -> None:
     """Snapshots and checkpoints lie on the CPU; whichever hook comes first brings them back, once."""
     strategy, here = make(name), around(Point())
-    strategy.plan_stage(here)
+    strategy.begin_stage(here)
     step(strategy, here)
     strategy.end_stage(here)
     step(strategy, here)

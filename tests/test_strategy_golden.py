@@ -246,7 +246,7 @@ def test_si_on_a_quadratic_is_the_papers_loop() -> None:
     ctx = toy_context(point)
     optimizer = torch.optim.SGD(point.parameters(), lr=rate)
     for goal in goals:
-        strategy.plan_stage(ctx)
+        strategy.begin_stage(ctx)
         for step in range(20):
             ctx.step = step
             optimizer.zero_grad()
@@ -277,7 +277,7 @@ def test_si_path_is_the_fall_of_the_loss() -> None:
     """With small steps omega sums to what the loss fell by (the paper's eq. 2)."""
     strategy, point = strategies.get("SI")({"c": 0.0, "xi": 0.1}), Point([3.0, -2.0])
     ctx = toy_context(point)
-    strategy.plan_stage(ctx)
+    strategy.begin_stage(ctx)
     optimizer = torch.optim.SGD(point.parameters(), lr=1e-3)
     first = float((point.theta**2).sum())
     for _ in range(500):
@@ -294,7 +294,7 @@ def test_si_path_is_the_fall_of_the_loss() -> None:
 def test_si_snapshot_is_not_changed_by_later_steps() -> None:
     strategy, point = strategies.get("SI")({"c": 0.1, "xi": 0.1}), Point([1.0, 1.0])
     ctx = toy_context(point)
-    strategy.plan_stage(ctx)
+    strategy.begin_stage(ctx)
     snapshot = strategy.state_dict()
     strategy.add_gradients(ctx)
     point.theta.data -= 1.0
@@ -309,14 +309,14 @@ def test_si_snapshot_is_not_changed_by_later_steps() -> None:
 def test_si_negative_importance_is_cut_and_a_fresh_pass_begins_anew() -> None:
     strategy, point = strategies.get("SI")({"c": 0.1, "xi": 0.1}), Point([1.0, 1.0])
     ctx = toy_context(point)
-    strategy.plan_stage(ctx)
+    strategy.begin_stage(ctx)
     strategy.path["theta"] = torch.tensor([-1.0, 1.0])
     strategy.end_stage(ctx)
     assert torch.allclose(strategy.importance["theta"], torch.tensor([0.0, 10.0]))
     strategy.path["theta"] = torch.ones(2)
     point.theta.data += 5.0
     ctx.pass_ = Pass(init="fresh")
-    strategy.add_gradients(ctx)
+    strategy.first_step(ctx)
     assert strategy.start["theta"].tolist() == [6.0, 6.0] and strategy.path["theta"].tolist() == [0.0, 0.0]
 
 

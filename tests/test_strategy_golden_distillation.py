@@ -383,7 +383,7 @@ class Aside(Strategy):
     stop: bool = False
 
     def plan_stage(self, ctx: StageContext) -> list[Pass]:
-        return [Pass("forward", aside=True), Pass(init="stage_start")]
+        return [Pass("forward", auxiliary=True), Pass(init="stage_start")]
 
     def after_step(self, ctx: StageContext) -> None:
         if type(self).stop and ctx.index == 1 and ctx.pass_.name == "forward" and ctx.step == 4:
@@ -400,7 +400,7 @@ def lent(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("lent")
-def test_a_pass_aside_leaves_no_trace(toy: PlantedDrift, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_auxiliary_pass_leaves_no_trace(toy: PlantedDrift, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Under dropout and carried moments the second pass has FineTune's bits, also where the first one broke off.
 
     Growing draws here, as it does in models that grow in place: a resumed stage does not grow again.

@@ -532,7 +532,7 @@ def test_reloop2_holds_errors_of_observed_targets_only(
     assert (position.diff() > 0).all() and set(position.tolist()) <= set(asked)
     assert len(position) > 0.8 * len(asked) and not set(position.tolist()) & set(ctx.stage.test.position)
     assert int(strategy.memory.counts[0].sum()) == 2 * len(position)  # a negative for each
-    strategy.plan_stage(ctx)
+    strategy.begin_stage(ctx)
     assert not strategy.memory.counts.any()
 
 

@@ -31,7 +31,7 @@ class MultiTask(TaskModel):
 
     def make_heads(self) -> TaskHeads:
         """Returns the heads; a next-item task after the first has one, too, or it would be the first one again."""
-        with self.aside("heads"):
+        with self.own_randomness("heads"):
             return self.heads_of(*(f"{self.prefix}_{part}" for part in ("classifier", "next_item", "item_bias")))
 
     @property
@@ -84,7 +84,7 @@ class MMOE(MultiTask):
         experts = config["mmoe_experts"]
         if experts < 1:
             raise ConfigError(f"mmoe_experts: {experts!r} must be at least 1")
-        with self.aside("mixture"):
+        with self.own_randomness("mixture"):
             self.mixture = MixtureOfExperts(self.width, experts, len(self.tasks))
 
     def stage_costs(self) -> dict[str, int]:
@@ -120,7 +120,7 @@ class SoftMask(MultiTask):
             )
         if config["soft_mask_scale"] <= 0:
             raise ConfigError(f"soft_mask_scale: {config['soft_mask_scale']!r} must be above 0")
-        with self.aside("masks"):
+        with self.own_randomness("masks"):
             self.masks = TaskMasks(len(self.tasks), len(self._halves()), self.width)
         self.train_scale = self.answer_scale = float(config["soft_mask_scale"])
         for half in self._halves():

@@ -80,7 +80,7 @@ class PCL(TaskModel):
         n_prompts = n_later if config["pcl_prompts"] else 0
         self.contextual: ContextualPrompts | None = None
         whole, n_in_log = dataset.stream.dataset, dataset.stream.table.n_items  # also items that come later
-        with self.aside("parts"):
+        with self.own_randomness("parts"):
             drawn = (torch.randn(length, self.width) * config["pcl_init_std"] for _ in range(n_prompts))
             self.prompts = nn.ParameterList(drawn)
             if config["pcl_contextual"]:
@@ -135,11 +135,11 @@ class PCL(TaskModel):
         device = self.config["device"]
         sequence = torch.ones(1, self.max_seq_length, dtype=torch.int64, device=device)
         prompted = self.backbone.item_embedding.adding(sequence, None)
-        with self.aside("probe"), probing(self.backbone, device), prompted:
+        with self.own_randomness("probe"), probing(self.backbone, device), prompted:
             self.backbone.forward(sequence, sequence[:, 0])
 
     def make_heads(self) -> TaskHeads:
-        with self.aside("heads"):
+        with self.own_randomness("heads"):
             return self.heads_of("pcl_adapter", "pcl_item_adapter", "pcl_item_bias")
 
     def make_backbone(self, config: Any, dataset: Any) -> Any:

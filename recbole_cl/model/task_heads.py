@@ -181,7 +181,7 @@ class TaskModel(SequentialRecommender):
             raise self._refusal(config, self._why_not_made(config, dataset, error)) from error
         if not isinstance(getattr(backbone, "item_embedding", None), nn.Embedding):
             raise self._refusal(config, "it has no item_embedding to build on")
-        with self.aside("probe"):
+        with self.own_randomness("probe"):
             why_not = why_no_inner_product(backbone, config["device"])
         if why_not:
             raise self._refusal(config, why_not)
@@ -204,7 +204,7 @@ class TaskModel(SequentialRecommender):
         given = f"loss_type: {config['loss_type']} and the columns of this log"
         return f"it cannot be made with {given} ({type(error).__name__}: {error})"
 
-    def aside(self, name: str) -> Any:
+    def own_randomness(self, name: str) -> Any:
         """A context whose draws leave the run's random state alone: the first task is the same whatever else."""
         return seeded(derive(self.config["seed"], self.stage, f"{type(self).__name__}/{name}"))
 

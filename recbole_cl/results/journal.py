@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -47,10 +47,12 @@ class Journal:
         disparity: One entry a stage: exposure of items, quality for users.
         cold: One entry an evaluation: targets, and those that the model never trained on.
         scratch: Scores on each stage of a model trained on it alone, by metric.
+        reports: One entry a stage and teller (the model, a strategy): numbers, tables and figures of its own.
         warnings: What went on in spite of something.
+        listeners: Functions that are told every point of a curve.
     """
 
-    KEYS = ("curves", "costs", "disparity", "cold", "scratch", "warnings")
+    KEYS = ("curves", "costs", "disparity", "cold", "scratch", "reports", "warnings")
 
     def __init__(self, config: Any, stream: Stream) -> None:
         self.config, self.stream = config, stream
@@ -60,7 +62,9 @@ class Journal:
         self.disparity: list[dict[str, Any]] = []
         self.cold: list[dict[str, Any]] = []
         self.scratch: dict[str, list[float | None]] = {}
+        self.reports: list[dict[str, Any]] = []
         self.warnings: list[str] = []
+        self.listeners: list[Callable[[dict[str, Any]], None]] = []
 
     # -- writing into it ------------------------------------------------------------------------------------------
 
@@ -68,6 +72,23 @@ class Journal:
         """Logs a warning and keeps it for the report."""
         LOGGER.warning(message)
         self.warnings.append(message)
+
+    def add_point(self, point: dict[str, Any]) -> None:
+        """Adds a point of the learning curves, at the end of an epoch."""
+        self.curves.append(point)
+        for listener in self.listeners:
+            listener(point)
+
+    def add_report(self, stage: Stage, told: Mapping[str, Mapping[str, Any]]) -> None:
+        """Adds what the model or the strategies tell at the end of a stage.
+
+        Args:
+            stage: The stage.
+            told: Who tells to ``{"numbers": ..., "tables": ..., "figures": ...}``, each of them optional.
+        """
+        for who, content in told.items():
+            if content:
+                self.reports.append({"stage": stage.index, "who": who, **json.loads(json.dumps(content))})
 
     def primary(self, stage: Stage) -> str:
         """Returns the primary metric of a stage: its task's, or ``valid_metric``."""
@@ -183,6 +204,7 @@ class Journal:
             "disparity": self.disparity,
             "cold": self.cold,
             "cost": self.costs,
+            "reports": self.reports,
             "warnings": list(dict.fromkeys([*self.config.warnings, *self.stream.warnings, *self.warnings])),
         }
 

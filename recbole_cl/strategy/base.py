@@ -2,7 +2,23 @@
 
 A strategy is one file with a class that derives from :class:`Strategy`, decorated with ``@strategies.register()``,
 and a properties file ``properties/strategy/<Name>.yaml`` whose keys start with the class's ``prefix``. Hooks return
-what they want; they never reach into the trainer.
+what they want; they never reach into the trainer. When each runs::
+
+    a run begins, and each stage         prepare_model    the stage's model is new, old knowledge not yet in it
+                                         grow             rows for who is new since the last stage (not at the first)
+    a stage begins                       begin_stage      once: not where a run is resumed inside the stage
+                                         plan_stage       also on resume; says the passes and changes nothing
+      a pass begins                      begin_pass       also on resume, the checkpoint's weights and state in place;
+                                                          says which parameters are trained, the optimiser comes next
+                                         first_step       once, before the pass's first step: not on resume
+        a batch                          augment_batch, loss_terms
+        an optimiser step                add_gradients, mask_gradients, (clipping, step), after_step
+      a pass ends, best weights in place end_pass
+    a stage ends, best weights in place  end_stage
+    targets are answered                 serving, adjust_scores
+
+On resume the order is: ``prepare_model``, the state as the stage began, ``plan_stage``, the checkpoint's weights and
+state, ``begin_pass``, the optimiser's state; then training goes on with the next batch.
 """
 
 from __future__ import annotations
@@ -68,12 +84,18 @@ class Strategy:
     def prepare_model(self, ctx: StageContext) -> None:
         """Adds deterministic structure (adapters, masks) to ``ctx.model``; runs again before a checkpoint is loaded."""
 
+    def begin_stage(self, ctx: StageContext) -> None:
+        """Changes the model or its own state as a stage begins; never where a run is resumed inside the stage."""
+
     def plan_stage(self, ctx: StageContext) -> list[Pass] | None:
-        """Returns the stage's passes, or ``None`` for one pass over the stage's own data."""
+        """Returns the stage's passes, or ``None`` for one pass over the stage's own data; changes nothing."""
         return None
 
     def begin_pass(self, ctx: StageContext) -> None:
-        """Runs before each pass (``ctx.pass_``), before its optimiser is made: says which parameters it trains."""
+        """Says which parameters a pass (``ctx.pass_``) trains; also on resume, then with the checkpoint's weights."""
+
+    def first_step(self, ctx: StageContext) -> None:
+        """Notes what a pass starts from: right before its first step, never where a run is resumed inside the pass."""
 
     def augment_batch(self, ctx: StageContext, batch: Interaction) -> Interaction:
         """Returns the batch, with rows added (replay)."""
@@ -111,6 +133,10 @@ class Strategy:
 
     def stage_costs(self, ctx: StageContext) -> dict[str, Any]:
         """Returns entries of the stage's costs that the strategy knows better than the model (``backbones`` kept)."""
+        return {}
+
+    def report(self, ctx: StageContext) -> dict[str, Any]:
+        """Returns what is to be told of a stage beside the matrix; see ``ContinualModel.report``."""
         return {}
 
     def penalty(self, ctx: StageContext) -> torch.Tensor:

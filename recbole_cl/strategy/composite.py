@@ -10,6 +10,7 @@ from recbole.data.interaction import Interaction
 from torch import nn
 
 from recbole_cl.errors import ConfigError
+from recbole_cl.model.capabilities import capabilities
 from recbole_cl.strategy.base import STEP_HOOKS, Strategy, overrides
 from recbole_cl.strategy.context import Pass, StageContext
 from recbole_cl.stream.stage import Stage
@@ -67,8 +68,6 @@ class Composite:
         Raises:
             ConfigError: Naming the strategy, the model and what is missing.
         """
-        from recbole_cl.model.capabilities import capabilities
-
         have = capabilities(model)
         for s in self.members:
             missing = sorted(s.needs - have)
@@ -96,7 +95,7 @@ class Composite:
         return plans[0][1] if plans else [Pass()]
 
     def companions_state(self, ctx: StageContext) -> dict[str, Any]:
-        """Returns what a pass aside may not change: the states of who did not plan it, and of their generators."""
+        """Returns what an auxiliary pass may not change: the states of who did not plan it, and of their generators."""
         own = f"{self.planner}/"
         return {
             "strategies": {s.name: s.state_dict() for s in self.members if s.name != self.planner},
@@ -125,6 +124,20 @@ class Composite:
                 return served
         return ctx
 
+    def begin_stage(self, ctx: StageContext) -> None:
+        """Runs every member's hook."""
+        for s in self.members:
+            s.begin_stage(ctx)
+
+    def first_step(self, ctx: StageContext) -> None:
+        """Runs every member's hook."""
+        for s in self.members:
+            s.first_step(ctx)
+
+    def loss_terms(self, ctx: StageContext, batch: Interaction) -> dict[str, torch.Tensor]:
+        """Returns every member's terms by name."""
+        return {name: term for s in self.members for name, term in s.loss_terms(ctx, batch).items()}
+
     def begin_pass(self, ctx: StageContext) -> None:
         """Runs every member's hook."""
         for s in self.members:
@@ -143,6 +156,10 @@ class Composite:
     def stage_costs(self, ctx: StageContext) -> dict[str, Any]:
         """Returns the members' entries."""
         return {name: value for s in self.members for name, value in s.stage_costs(ctx).items()}
+
+    def reports(self, ctx: StageContext) -> dict[str, dict[str, Any]]:
+        """Returns what each member tells beside the matrix, by its name."""
+        return {s.name: s.report(ctx) for s in self.members}
 
     def grow(self, growth: Growth) -> None:
         """Grows every member."""

@@ -34,8 +34,8 @@ class Pass:
         mix_tasks: ``data`` holds targets of several stages' tasks: each step has a batch of every one of them
             (:class:`recbole_cl.stream.task_loader.TaskLoader`), and the geometric mean of their primary metrics stops
             training.
-        aside: A pass beside the plan: it draws from generators of its own, hands on no optimiser state, and leaves the
-            strategies beside the one that planned it as they were, so the passes after it have the bits that they
+        auxiliary: A pass beside the plan: it draws from generators of its own, hands on no optimiser state, and leaves
+            the strategies beside the one that planned it as they were, so the passes after it have the bits that they
             have without it (PISA's forward model).
     """
 
@@ -48,7 +48,7 @@ class Pass:
     early_stopping: bool = True
     untrained: bool = False
     mix_tasks: bool = False
-    aside: bool = False
+    auxiliary: bool = False
 
 
 @dataclass
@@ -73,6 +73,7 @@ class StageContext:
         terms: Values logged this epoch, by name: sum and count.
         known: What the model has trained on (:class:`recbole_cl.evaluation.evaluator.Known`), as the stage ends.
         model_factory: See :meth:`with_model`.
+        strategy: The strategies as one; a model with its own loop asks it for loss terms.
     """
 
     config: Any
@@ -92,6 +93,7 @@ class StageContext:
     previous_factory: Callable[[], nn.Module | None] = lambda: None
     known: Any = None
     model_factory: Callable[[int, Mapping[str, Any]], tuple[Any, Any, Batcher]] | None = None
+    strategy: Any = None
     _generators: dict[str, np.random.Generator] = field(default_factory=dict)
     _previous: nn.Module | None = None
 
@@ -124,10 +126,10 @@ class StageContext:
         if self.model_factory is None:
             raise RuntimeError("with_model: this context was made without a run, which would build the model")
         model, view, batcher = self.model_factory(index, state)
-        told = copy.copy(self.known)
+        trained_on = copy.copy(self.known)
         if known is not None:
-            told.load_state_dict(known)
-        return replace(self, model=model, view=view, batcher=batcher, known=told)
+            trained_on.load_state_dict(known)
+        return replace(self, model=model, view=view, batcher=batcher, known=trained_on)
 
     def log(self, name: str, value: float | torch.Tensor) -> None:
         """Adds a value to this epoch's mean of ``name`` in the curves."""

@@ -90,16 +90,18 @@ class CONURE(Strategy):
 
     # -- a stage --------------------------------------------------------------------------------------------------
 
-    def plan_stage(self, ctx: StageContext) -> list[Pass]:
+    def begin_stage(self, ctx: StageContext) -> None:
         apart = self._owned_by_tasks(ctx.model)
         for name, p in ctx.parameters().items():
             if name in apart:
                 continue
             if name not in self.owner:
                 self.owner[name] = torch.zeros(p.shape, dtype=torch.uint8)
-            if name in self.left:  # on resume the checkpoint's weights replace this
+            if name in self.left:
                 free = self.owner[name].to(p.device) == 0
                 p.data.copy_(torch.where(free, self.left[name].to(p.device), p.data))
+
+    def plan_stage(self, ctx: StageContext) -> list[Pass]:
         return [Pass("train"), Pass("retrain", epochs=self.params["retrain_epochs"])]
 
     def augment_batch(self, ctx: StageContext, batch: Interaction) -> Interaction:

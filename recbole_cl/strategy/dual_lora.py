@@ -57,11 +57,13 @@ class DualLoRA(PartTuning):
         super().plan_stage(ctx)
         if not self.adapts(ctx):
             return None
-        self._forget_short(ctx)
         return [Pass("long", data="so_far"), Pass("short", data="stage")]
 
-    def _forget_short(self, ctx: StageContext) -> None:
-        """Starts the short-term update anew. On resume this runs again, before the checkpoint's weights are put in."""
+    def begin_stage(self, ctx: StageContext) -> None:
+        """Starts the short-term update anew."""
+        super().begin_stage(ctx)
+        if not self.adapts(ctx):
+            return
         generator = torch_generator(ctx.config["seed"], ctx.index, f"{self.name}/short")
         with torch.no_grad():
             for name, p in ctx.model.named_parameters():

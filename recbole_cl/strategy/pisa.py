@@ -44,7 +44,7 @@ class PISA(Strategy):
     hand. Ours are: the form of p, that J is taken relative to the largest, that L is the least weight of either side,
     cosines, the rows of the user table as the "user-specific parameters", and that new users are left out.
 
-    The forward pass is aside (:class:`~recbole_cl.strategy.context.Pass`): the second draws what FineTune's pass draws.
+    The forward pass is auxiliary (:class:`~recbole_cl.strategy.context.Pass`): the second draws what FineTune's does.
     """
 
     prefix = "pisa"
@@ -73,7 +73,7 @@ class PISA(Strategy):
     def plan_stage(self, ctx: StageContext) -> list[Pass]:
         if ctx.index == 0:
             return [Pass()]
-        return [Pass(FORWARD, aside=True), Pass(init="stage_start")]
+        return [Pass(FORWARD, auxiliary=True), Pass(init="stage_start")]
 
     def end_pass(self, ctx: StageContext) -> None:
         teacher = ctx.previous_model

@@ -14,7 +14,7 @@ from torch import nn
 from recbole_cl.errors import ConfigError
 from recbole_cl.registry import strategies
 from recbole_cl.strategy.base import Strategy, require
-from recbole_cl.strategy.context import Pass, StageContext
+from recbole_cl.strategy.context import StageContext
 from recbole_cl.strategy.parts.checks import check_number
 from recbole_cl.strategy.parts.error_memory import ErrorMemory
 from recbole_cl.strategy.parts.histories import full_softmax, item_logits, known_targets, looking
@@ -84,10 +84,9 @@ class ReLoop2(Strategy):
             f"models with loss_type: CE and an item_embedding: SASRec, GRU4Rec); use one of them"
         )
 
-    def plan_stage(self, ctx: StageContext) -> list[Pass] | None:
+    def begin_stage(self, ctx: StageContext) -> None:
         """Empties the memory: the base of its errors begins to change."""
         self.memory.clear()
-        return None
 
     def end_stage(self, ctx: StageContext) -> None:
         self.memory.clear()

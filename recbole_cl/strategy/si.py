@@ -53,13 +53,14 @@ class SI(QuadraticPenalty):
         self.start = {name: p.detach().clone() for name, p in ctx.parameters().items()}
         self.path = {name: torch.zeros_like(p) for name, p in self.start.items()}
 
-    def plan_stage(self, ctx: StageContext) -> None:
-        """Notes where the stage starts; no plan of its own. On resume the checkpoint's state replaces this."""
+    def begin_stage(self, ctx: StageContext) -> None:
         self._begin_path(ctx)
 
-    def add_gradients(self, ctx: StageContext) -> None:
-        if ctx.step == 0 and ctx.pass_.init != "previous":
+    def first_step(self, ctx: StageContext) -> None:
+        if ctx.pass_.init != "previous":
             self._begin_path(ctx)
+
+    def add_gradients(self, ctx: StageContext) -> None:
         # A copy: the step changes a parameter in place.
         self._before = {name: p.detach().clone() for name, p in ctx.parameters().items()}
         super().add_gradients(ctx)

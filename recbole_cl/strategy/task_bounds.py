@@ -40,7 +40,6 @@ class FineAll(KeepsModels):
     prefix = "fine_all"
     why_not_neutral = _NOT_NEUTRAL
 
-    def plan_stage(self, ctx: StageContext) -> list[Pass] | None:
-        if ctx.index:  # on resume this runs again, before the checkpoint's weights are put in
+    def begin_stage(self, ctx: StageContext) -> None:
+        if ctx.index:
             start_from(ctx, self.kept["0"]["model"], 0)
-        return None

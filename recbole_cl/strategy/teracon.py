@@ -53,8 +53,7 @@ class TERACON(Strategy):
         if self.params["alpha"] < 0:
             raise ConfigError(f"teracon_alpha: {self.params['alpha']!r} must be at least 0")
 
-    def plan_stage(self, ctx: StageContext) -> None:
-        """Begins anew; no plan of its own. On resume the checkpoint's state replaces this."""
+    def begin_stage(self, ctx: StageContext) -> None:
         self.shares, self.epoch = [START_SHARE] * ctx.index, [-1, 0]
 
     def augment_batch(self, ctx: StageContext, batch: Interaction) -> Interaction:

@@ -273,13 +273,13 @@ def _run_ours(config: Any, folder: Path) -> dict[str, Any]:
             model = super().build_model(view, randomness)
             tape.listen(model)
             tape.losses.append([])
+            self.journal.listeners = [self._note]
             return model
 
-        def _end_epoch(self, *args: Any) -> None:
-            super()._end_epoch(*args)
-            valid = self.journal.curves[-1]["valid"]
-            if valid is not None:
-                tape.valid.append(dict(valid))
+        @staticmethod
+        def _note(point: dict[str, Any]) -> None:
+            if point["valid"] is not None:
+                tape.valid.append(dict(point["valid"]))
             tape.losses.append([])
 
     asked, saved = config["output_dir"], config["saved"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
 from collections.abc import Callable
@@ -11,32 +10,29 @@ from typing import Any
 
 from recbole.utils import ModelType, early_stopping
 
-from recbole_cl import distributed
 from recbole_cl.errors import ConfigError
-from recbole_cl.evaluation.evaluator import Evaluator
 from recbole_cl.evaluation.known import Known
 from recbole_cl.evaluation.scores import clear_caches
+from recbole_cl.model.contract import contract
 from recbole_cl.model.state import load_owned_state, owned_state
-from recbole_cl.results.journal import Journal
 from recbole_cl.rng import ModelRandomness, derive
-from recbole_cl.strategy.base import STEP_HOOKS
-from recbole_cl.strategy.composite import Composite
 from recbole_cl.strategy.context import Pass, StageContext
-from recbole_cl.stream.build import Stream
 from recbole_cl.stream.loader import make_loader
-from recbole_cl.stream.stage import Stage, Targets
+from recbole_cl.stream.stage import Targets
 from recbole_cl.stream.task_loader import TaskLoader
 from recbole_cl.training.data_parallel import keep_alike
-from recbole_cl.training.resume import load_trainer_state, trainer_state
-from recbole_cl.training.stage_models import StageModels
-from recbole_cl.training.stage_trainer import make_trainer
-from recbole_cl.training.trainer import HookedTrainer, Watched, load_optimizer_by_name, optimizer_by_name
+from recbole_cl.training.run_state import RunState
+from recbole_cl.training.stage_trainer import PassTrainer, pace, pass_trainer
+from recbole_cl.training.trainer import Watched
 from recbole_cl.tree import clone_tree
 
 LOGGER = logging.getLogger("recbole_cl")
 
 LEAST_SCORE = 1e-4
 """What a task's metric counts at least in the mean over tasks: one that is still zero must not hide the others."""
+
+Save = Callable[[StageContext, "Progress", dict[str, Any]], None]
+"""Writes a checkpoint inside a pass: the stage, where the pass stands, what its trainer and its draws need."""
 
 
 @dataclass
@@ -69,352 +65,355 @@ class Progress:
             progress.partial_loss = tuple(progress.partial_loss)
         return progress
 
+    def next_pass(self, number: int, worst: float) -> Progress:
+        """Returns the progress of the pass after this one."""
+        return Progress(number, best_score=worst, targets=self.targets, seconds=self.seconds)
+
 
 @dataclass
-class Running:
-    """A pass whose training has begun.
+class StageStart:
+    """What a stage's passes begin from.
 
     Attributes:
-        plan: The pass.
-        progress: Where it stands.
-        trainer: Its trainer, RecBole's with hooks or the model's own.
-        loader: Its batches.
-        randomness: The random state that its training draws from.
-        clock: Seconds spent on the stage.
-        save: Writes a checkpoint of a phase.
+        fresh: Initial weights of the stage's model, empty where it lives on from the stage before.
+        state: Model and strategies as the stage began.
+        randomness: The random state that the stage's training draws from.
     """
 
-    plan: Pass
-    progress: Progress
-    trainer: Any
-    loader: Any
+    fresh: dict[str, Any]
+    state: dict[str, Any]
     randomness: ModelRandomness
-    clock: Callable[[], float]
-    save: Callable[[str], None]
-
-    @property
-    def hooked(self) -> HookedTrainer | None:
-        """RecBole's trainer with hooks; ``None`` where the model trains its stages by itself."""
-        return self.trainer if isinstance(self.trainer, HookedTrainer) else None
 
 
-class PassTrainer(StageModels):
-    """Trains passes over a stream; by itself it keeps no checkpoints.
+class StagePass:
+    """A pass of a stage: its progress, its trainer, its batches, and when it is saved.
 
     Args:
-        config: The run's configuration.
-        strategy: The strategies.
+        run: The run.
+        ctx: The stage, with the model as the pass before left it.
+        plan: The pass.
+        progress: Where it stands.
+        start: What the stage began from.
+        place: Number of the pass among the stage's, auxiliary ones not counted.
+        clock: Seconds spent on the stage.
+        save: Writes a checkpoint; by default none is written.
 
     Attributes:
-        journal: Results, curves, costs and warnings so far.
-        evaluator: Scores the model.
-        known: What the model has trained on.
+        ctx: The stage; its model is another one where the pass has a graph of its own.
+        trainer: Who trains the epochs.
+        loader: The batches.
+        randomness: What the training draws from.
     """
 
-    journal: Journal
-    evaluator: Evaluator
-    known: Known
+    trainer: PassTrainer
+    loader: Any
 
-    def __init__(self, config: Any, strategy: Composite) -> None:
-        super().__init__(config, strategy)
-        self._carried: dict[str, Any] = {}  # the optimiser's moments as the last pass left them
-
-    def _begin(self, stream: Stream) -> None:
-        """Takes a stream of which nothing has been trained."""
-        self.stream = stream
-        self.journal = Journal(self.config, stream)
-        self.evaluator = Evaluator(self.config, stream, self.strategy)
-        self.known = Known.nothing(stream.table)
-
-    @property
-    def main(self) -> bool:
-        """True in the process that writes files and progress bars."""
-        return distributed.current().main
-
-    def _save(
+    def __init__(
         self,
-        ctx: StageContext,
-        phase: str,
-        progress: Progress | None,
-        trainer_state: dict[str, Any] | None,
-        stage_start: dict[str, Any],
-    ) -> None:
-        """Does nothing; a runner writes a checkpoint here."""
-
-    def _worst(self, stage: Stage) -> float:
-        return -math.inf if self.journal.bigger(stage) else math.inf
-
-    def _pass(
-        self,
+        run: RunState,
         ctx: StageContext,
         plan: Pass,
         progress: Progress,
-        randomness: ModelRandomness,
-        fresh: dict[str, Any],
-        stage_start: dict[str, Any],
-        resumed: dict[str, Any] | None,
-        clock: Callable[[], float],
+        start: StageStart,
         place: int = 0,
-    ) -> StageContext:
-        """Trains one pass of a stage, or the rest of it.
+        clock: Callable[[], float] = lambda: 0.0,
+        save: Save | None = None,
+    ) -> None:
+        self.run, self.plan, self.progress, self.start, self.place = run, plan, progress, start, place
+        self.clock, self._save = clock, save
+        own_graph = plan.graph is not None and plan.graph != run.config["graph"]
+        self.ctx = run.models.over_graph(ctx, str(plan.graph)) if own_graph else ctx
+        self.randomness = self._own_randomness()
+
+    # -- what an auxiliary pass does otherwise ------------------------------------------------------------------------
+
+    def _own_randomness(self) -> ModelRandomness:
+        return self.start.randomness
+
+    @property
+    def _draws_as(self) -> str:
+        """Name from which the generators of the pass's batches are derived."""
+        return f"{self.place}/{self.plan.name}"
+
+    def _state(self) -> dict[str, Any]:
+        """Returns what a checkpoint needs beside weights and progress."""
+        return {
+            "own": self.trainer.state_dict(),
+            "loader": self.loader.state_dict(),
+            "randomness": self.randomness.state_dict(),
+        }
+
+    def _load_state(self, state: dict[str, Any]) -> None:
+        self.trainer.load_state_dict(state["own"])
+        self.loader.load_state_dict(state["loader"])
+        self.randomness.load_state_dict(state["randomness"])
+
+    def _finish(self) -> None:
+        self.run.moments = clone_tree(self.trainer.moments())
+        with self.randomness.owned():
+            self.run.strategy.end_pass(self.ctx)
+
+    # -- a pass -------------------------------------------------------------------------------------------------------
+
+    def train(self, resumed: dict[str, Any] | None = None) -> StageContext:
+        """Trains the pass, or the rest of it.
 
         Args:
-            ctx: The stage, with the model as the pass before left it.
-            plan: The pass.
-            progress: Where it stands.
-            randomness: The stage's random state.
-            fresh: Initial weights of the stage's model, empty where it grows in place.
-            stage_start: State of model and strategy at the start of the stage.
-            resumed: The checkpoint that the pass goes on from.
-            clock: Seconds spent on the stage.
-            place: Number of the pass among those that are not ``aside``.
+            resumed: The checkpoint that it goes on from.
 
         Returns:
-            The stage with the trained model, which is another one where the pass has a graph of its own.
+            The stage with the trained model.
 
         Raises:
             ConfigError: If the model trains its stages by itself and something asks for more than that.
         """
-        config, stage_randomness = self.config, randomness
-        if plan.aside:
-            randomness = ModelRandomness(derive(config["seed"], ctx.index, f"aside/{plan.name}"))
-        if plan.graph is not None and plan.graph != config["graph"]:
-            ctx = self._with_view(ctx, plan.graph)
-        companions: dict[str, Any] = {}
-        if plan.aside:
-            before = self.strategy.companions_state(ctx) if resumed is None else resumed["trainer"]["companions"]
-            companions = clone_tree(before)
-        targets = plan.data if isinstance(plan.data, Targets) else self.stream.trained_targets(ctx.index, plan.data)
+        run, ctx, plan, progress = self.run, self.ctx, self.plan, self.progress
+        targets = plan.data if isinstance(plan.data, Targets) else run.stream.trained_targets(ctx.index, plan.data)
         if resumed is None:
-            self._initialise(ctx, plan, progress.number, randomness, fresh, stage_start)
-            self._learn(ctx, targets)  # a checkpoint holds what was learnt
+            self._initialise()
+            self._learn(targets)  # a checkpoint holds what was learnt
+        else:
+            load_owned_state(ctx.model, resumed["model"])
+            run.strategy.load_state_dict(clone_tree(resumed["strategy"]))
         ctx.pass_, ctx.epoch, ctx.step = plan, progress.epoch, progress.step
-        self.strategy.begin_pass(ctx)
+        run.strategy.begin_pass(ctx)
         make = TaskLoader.over if plan.mix_tasks else make_loader
-        loader = make(ctx, targets, f"{'aside' if plan.aside else place}/{plan.name}")
-        ctx.loader = loader
-        trainer = self._trainer(ctx, plan)
-
-        def save(phase: str) -> None:
-            progress.step, progress.seconds = ctx.step, clock()
-            state = trainer_state(trainer, ctx, self.strategy, loader, randomness)
-            if plan.aside:
-                state["stage_randomness"] = stage_randomness.state_dict()
-                state["companions"] = companions
-            self._save(ctx, phase, progress, state, stage_start)
-
-        running = Running(plan, progress, trainer, loader, randomness, clock, save)
-        continues = plan.init == "previous" or (plan.init == "stage_start" and place == 0)
-        if resumed is None and running.hooked is not None and config["stage_optimizer"] == "carry" and continues:
-            load_optimizer_by_name(running.hooked, ctx.model, self.strategy, self._carried)
-        if config["train_neg_sample_args"].get("dynamic", False):
-            loader.get_model(ctx.model)
-        self._save_between_steps(ctx, running)
-        if resumed is not None:
-            self._restore(ctx, running, resumed)
-            if plan.aside:
-                stage_randomness.load_state_dict(resumed["trainer"]["stage_randomness"])
-        epochs = plan.epochs if plan.epochs is not None else self._stage_epochs(ctx.index, plan)
-        if epochs is None:
-            epochs = int(getattr(trainer, "epochs", config["epochs"]))
+        self.loader = ctx.loader = make(ctx, targets, self._draws_as)
+        self.trainer = pass_trainer(ctx, run.strategy, self._rate())
+        if run.config["train_neg_sample_args"].get("dynamic", False):
+            self.loader.get_model(ctx.model)
+        self._save_between_steps()
+        given = plan.epochs if plan.epochs is not None else self._stage_epochs()
+        epochs = int(getattr(self.trainer, "epochs", run.config["epochs"])) if given is None else given
+        pace(self.trainer, run.config, epochs, self.loader)
+        if resumed is None:
+            self._begin()
+        else:
+            self._load_state(resumed["trainer"])
+            ctx.terms = {name: list(values) for name, values in progress.terms.items()}
+            self.trainer.resume_epoch(progress.partial_loss)
         while progress.epoch < epochs and not progress.stopped:
-            self._epoch(ctx, running)
+            self._epoch(targets)
         if progress.best is not None:
             load_owned_state(ctx.model, progress.best["model"])
-            self.strategy.load_state_dict(clone_tree(progress.best["strategy"]))
+            run.strategy.load_state_dict(clone_tree(progress.best["strategy"]))
             clear_caches(ctx.model)
-        if not plan.aside:
-            hooked = running.hooked
-            moments = optimizer_by_name(hooked, ctx.model, self.strategy) if hooked is not None else {}
-            self._carried = clone_tree(moments)
-        with randomness.owned():
-            self.strategy.end_pass(ctx)
-        if plan.aside:
-            self.strategy.load_companions_state(ctx, companions)
+        self._finish()
         return ctx
 
-    def _save_between_steps(self, ctx: StageContext, running: Running) -> None:
-        """Lets the trainer save every ``checkpoint_steps`` steps."""
-        every, hooked = self.config["checkpoint_steps"], running.hooked
-        if hooked is None or not every:
-            return
-        done = itertools.count(1)
+    def _begin(self) -> None:
+        """Does what is done once, before the first step."""
+        run, plan = self.run, self.plan
+        continues = plan.init == "previous" or (plan.init == "stage_start" and self.place == 0)
+        if run.config["stage_optimizer"] == "carry" and continues:
+            self.trainer.load_moments(run.moments)
+        run.strategy.first_step(self.ctx)
 
-        def after_batch() -> None:
-            if next(done) % every == 0:
-                running.progress.partial_loss, running.progress.terms = hooked.partial_loss, ctx.terms
-                running.save("train")
-
-        hooked.after_batch = after_batch
-
-    def _restore(self, ctx: StageContext, running: Running, resumed: dict[str, Any]) -> None:
-        """Puts the pass back to where a checkpoint was written."""
-        load_owned_state(ctx.model, resumed["model"])
-        self.strategy.load_state_dict(clone_tree(resumed["strategy"]))
-        load_trainer_state(running.trainer, ctx, self.strategy, running.loader, running.randomness, resumed["trainer"])
-        ctx.terms = {k: list(v) for k, v in running.progress.terms.items()}
-        if running.hooked is not None:
-            running.hooked.resumed_loss = running.progress.partial_loss
-
-    def _epoch(self, ctx: StageContext, running: Running) -> None:
-        """Trains an epoch, or the rest of one, validates and saves."""
-        progress, hooked, loader = running.progress, running.hooked, running.loader
-        ctx.epoch = progress.epoch
-        if progress.partial_loss is None:
-            ctx.terms, progress.epoch_start = {}, ctx.step
-        told = f"stage {ctx.index + 1}/{len(self.stream)} {running.plan.name} epoch {progress.epoch}"
-        watched = Watched(loader, None if self.config["show_progress"] and self.main else True, told)
-        with running.randomness.owned():
-            if hooked is None:
-                loss = running.trainer.train_epoch(watched, progress.epoch)
+    def _initialise(self) -> None:
+        """Puts the weights in that the pass starts from."""
+        ctx, run, init = self.ctx, self.run, self.plan.init
+        if init == "stage_start":
+            load_owned_state(ctx.model, self.start.state["model"])
+        elif init == "fresh":
+            run.known = Known.nothing(run.stream.table)
+            if self.progress.number == 0 and self.start.fresh:  # a model that lives on has no fresh state at hand
+                load_owned_state(ctx.model, self.start.fresh)
             else:
-                if progress.partial_loss is None:
-                    hooked.begin_epoch(progress.epoch)
-                loss = hooked._train_epoch(watched, progress.epoch)
-        keep_alike(ctx, self.strategy, loader.state_dict(), running.randomness.state_dict(), ctx.state_dict())
-        progress.partial_loss = None
-        progress.epoch += 1
-        progress.targets += loader.n_targets
-        self._end_epoch(ctx, running.plan, progress, loss, running.clock)
-        progress.terms = {}
-        running.save("train")
+                load_owned_state(ctx.model, owned_state(run.models.fresh(ctx.index, ctx.view, self.randomness).model))
+        elif init != "previous":
+            raise ConfigError(f"Pass.init: {init!r} is none of previous, stage_start, fresh")
+        clear_caches(ctx.model)
 
-    def _stage_epochs(self, index: int, plan: Pass) -> int | None:
+    def _learn(self, targets: Targets) -> None:
+        """Notes what the model trains on."""
+        ctx, run = self.ctx, self.run
+        if run.config["parity"]:  # RecBole scores what it never trained on by its random row
+            run.known = Known.everything(run.stream.table, ctx.batcher.n_users, ctx.batcher.n_items)
+            return
+        sequential = run.config["MODEL_TYPE"] == ModelType.SEQUENTIAL
+        targets = contract(ctx.model).learned(ctx, targets)
+        labels = None
+        columns = run.stream.dataset.inter_feat
+        if ctx.stage.task.kind == "value" and run.config["LABEL_FIELD"] in columns:
+            labels = columns[run.config["LABEL_FIELD"]].numpy()[targets.position]
+        run.known.learn(run.stream.table, targets, sequential, labels)
+        if run.config["valid_split"] == "random":
+            # Randomly drawn validation targets lie inside the training period: what occurs there has been seen (ADER).
+            run.known.learn(run.stream.table, ctx.stage.valid, sequential, None)
+
+    def _rate(self) -> float:
+        """Returns the learning rate of the pass."""
+        config, index = self.run.config, self.ctx.index
+        scale = config["stage_lr_scale"]
+        if isinstance(scale, (list, tuple)):
+            scale = scale[min(index, len(scale) - 1)]
+        elif index == 0:
+            scale = 1.0
+        return float(config["learning_rate"] * scale * self.plan.lr_scale)
+
+    def _stage_epochs(self) -> int | None:
         """Returns how many epochs a pass has been given, all of which are trained; ``None`` where it may stop early.
 
         They are for a model that knows the stages before: passes with new weights, or a number of their own, have none.
         """
-        given = self.config["stage_epochs"]
+        given, plan = self.run.config["stage_epochs"], self.plan
         if isinstance(given, (list, tuple)):
-            given = given[min(index, len(given) - 1)]
-        elif index == 0:
+            given = given[min(self.ctx.index, len(given) - 1)]
+        elif self.ctx.index == 0:
             return None
         anew = plan.init == "fresh" or plan.untrained
         return None if given is None or anew or plan.epochs is not None else int(given)
 
-    def _trainer(self, ctx: StageContext, plan: Pass) -> Any:
-        """Returns RecBole's trainer of the model with the hooks in it, or the model's own."""
-        config = self.config
-        scale = config["stage_lr_scale"]
-        if isinstance(scale, (list, tuple)):
-            scale = scale[min(ctx.index, len(scale) - 1)]
-        elif ctx.index == 0:
-            scale = 1.0
-        rate = config["learning_rate"] * scale * plan.lr_scale
-        own_trainer = getattr(ctx.model, "stage_trainer", None)
-        if own_trainer is None:
-            return make_trainer(ctx, self.strategy, rate)
-        if distributed.current().size > 1:
-            raise ConfigError(
-                f"model: {config['model']} cannot be trained by several processes: it trains its stages by itself; "
-                f"start it without torchrun"
-            )
-        if self.strategy.steps:
-            names = ", ".join(s.name for s in self.strategy.hooked(*STEP_HOOKS))
-            raise ConfigError(
-                f"strategy: {names} cannot serve the model {config['model']}, which trains its stages by itself: there "
-                f"are no optimiser steps to take part in; use FineTune, FullRetrain, Joint, Scratch or Pretrain"
-            )
-        return own_trainer(ctx, rate)
+    # -- checkpoints --------------------------------------------------------------------------------------------------
 
-    def _initialise(
-        self,
-        ctx: StageContext,
-        plan: Pass,
-        number: int,
-        randomness: ModelRandomness,
-        fresh: dict[str, Any],
-        stage_start: dict[str, Any],
-    ) -> None:
-        if plan.init == "stage_start":
-            load_owned_state(ctx.model, stage_start["model"])
-        elif plan.init == "fresh":
-            self.known = Known.nothing(self.stream.table)
-            if number == 0 and fresh:  # a model that grows in place has no fresh state at hand
-                load_owned_state(ctx.model, fresh)
-            else:
-                model = self.build_model(ctx.view, randomness)
-                self._prepare(self._context(ctx.index, model, ctx.view), randomness)
-                load_owned_state(ctx.model, owned_state(model))
-        elif plan.init != "previous":
-            raise ConfigError(f"Pass.init: {plan.init!r} is none of previous, stage_start, fresh")
-        clear_caches(ctx.model)
+    def save(self) -> None:
+        """Writes a checkpoint."""
+        if self._save is not None:
+            self.progress.step, self.progress.seconds = self.ctx.step, self.clock()
+            self._save(self.ctx, self.progress, self._state())
 
-    def _learn(self, ctx: StageContext, targets: Targets) -> None:
-        if self.config["parity"]:  # RecBole scores what it never trained on by its random row
-            self.known = Known.everything(self.stream.table, ctx.batcher.n_users, ctx.batcher.n_items)
+    def _save_between_steps(self) -> None:
+        """Lets the trainer save every ``checkpoint_steps`` steps."""
+        every = self.run.config["checkpoint_steps"]
+        if not every:
             return
-        sequential = self.config["MODEL_TYPE"] == ModelType.SEQUENTIAL
-        labels = None
-        columns = self.stream.dataset.inter_feat
-        if ctx.stage.task.kind == "value" and self.config["LABEL_FIELD"] in columns:
-            labels = columns[self.config["LABEL_FIELD"]].numpy()[targets.position]
-        self.known.learn(self.stream.table, targets, sequential, labels)
-        if self.config["valid_split"] == "random":
-            # Randomly drawn validation targets lie inside the training period: what occurs there has been seen (ADER).
-            self.known.learn(self.stream.table, ctx.stage.valid, sequential, None)
 
-    def _end_epoch(
-        self, ctx: StageContext, plan: Pass, progress: Progress, loss: Any, clock: Callable[[], float]
-    ) -> None:
+        def save() -> None:
+            self.progress.partial_loss, self.progress.terms = self.trainer.partial_loss, self.ctx.terms
+            self.save()
+
+        self.trainer.save_between_steps(every, save)
+
+    # -- an epoch -----------------------------------------------------------------------------------------------------
+
+    def _epoch(self, targets: Targets) -> None:
+        """Trains an epoch, or the rest of one, validates and saves."""
+        run, ctx, progress, loader = self.run, self.ctx, self.progress, self.loader
+        ctx.epoch = progress.epoch
+        if progress.partial_loss is None:
+            ctx.terms, progress.epoch_start = {}, ctx.step
+        words = f"stage {ctx.index + 1}/{len(run.stream)} {self.plan.name} epoch {progress.epoch}"
+        watched = Watched(loader, None if run.config["show_progress"] and run.main else True, words)
+        with self.randomness.owned():
+            loss = self.trainer.train_epoch(watched, progress.epoch)
+        keep_alike(ctx, run.strategy, loader.state_dict(), self.randomness.state_dict(), ctx.state_dict())
+        progress.partial_loss = None
+        progress.epoch += 1
+        progress.targets += loader.n_targets if self.trainer.n_targets is None else self.trainer.n_targets
+        if contract(ctx.model).learned(ctx, targets) is not targets:
+            self._learn(targets)
+        self._end_epoch(loss)
+        progress.terms = {}
+        self.save()
+
+    def _end_epoch(self, loss: Any) -> None:
         """Validates, keeps the best snapshot, decides on stopping, writes the curve."""
-        config, metric = self.config, self.journal.primary(ctx.stage)
-        valid: dict[str, float] | None = None
-        improved = False
-        every = 0 if self._stage_epochs(ctx.index, plan) else config["eval_step"]
-        wanted = plan.early_stopping and every > 0 and progress.epoch % every == 0
-        if wanted and len(ctx.stage.valid):
-            valid = self.evaluator.evaluate(ctx, self.known, ctx.stage, "valid").metrics
-            score = valid.get(metric)
-            if score is not None and plan.mix_tasks:
-                score = self._mean_score(ctx, score)
-            if score is not None:
-                progress.best_score, progress.waited, progress.stopped, improved = early_stopping(
-                    score, progress.best_score, progress.waited, config["stopping_step"], self.journal.bigger(ctx.stage)
-                )
-                if improved:
-                    progress.best = {
-                        "model": clone_tree(owned_state(ctx.model)),
-                        "strategy": clone_tree(self.strategy.state_dict()),
-                    }
-                    progress.best_targets = progress.targets
+        run, ctx, progress = self.run, self.ctx, self.progress
+        metric = run.journal.primary(ctx.stage)
+        valid, improved = self._validate(metric)
         # RecBole sums over the batches of an epoch; the curve tells the mean, as it does for the strategies' terms.
-        batches = max(ctx.step - progress.epoch_start, 1)
-        train_loss = None if loss is None else float(sum(loss) if isinstance(loss, tuple) else loss) / batches
-        point = {
-            "stage": ctx.index,
-            "pass": plan.name,
-            "epoch": progress.epoch - 1,
-            "targets": progress.targets,
-            "seconds": clock(),
-            "train_loss": train_loss,
-            "terms": {name: total / max(count, 1) for name, (total, count) in sorted(ctx.terms.items())},
-            "valid": valid or None,
-            "best": improved,
-        }
-        self.journal.curves.append(point)
-        told = "" if not valid else f", {metric} {valid.get(metric, float('nan')):.4f}{' *' if improved else ''}"
+        steps = max(ctx.step - progress.epoch_start, 1)
+        train_loss = None if loss is None else float(sum(loss) if isinstance(loss, tuple) else loss) / steps
+        run.journal.add_point(
+            {
+                "stage": ctx.index,
+                "pass": self.plan.name,
+                "epoch": progress.epoch - 1,
+                "targets": progress.targets,
+                "seconds": self.clock(),
+                "train_loss": train_loss,
+                "terms": {name: total / max(count, 1) for name, (total, count) in sorted(ctx.terms.items())},
+                "valid": valid or None,
+                "best": improved,
+            }
+        )
+        validated = "" if not valid else f", {metric} {valid.get(metric, float('nan')):.4f}{' *' if improved else ''}"
         LOGGER.info(
             "  %s epoch %d: loss %s%s",
-            plan.name,
+            self.plan.name,
             progress.epoch - 1,
             "-" if train_loss is None else f"{train_loss:.4f}",
-            told,
+            validated,
         )
 
-    def _mean_score(self, ctx: StageContext, own: float) -> float:
+    def _validate(self, metric: str) -> tuple[dict[str, float] | None, bool]:
+        """Returns the metrics on validation targets, if this epoch is validated, and whether it is the best so far."""
+        run, ctx, progress = self.run, self.ctx, self.progress
+        every = 0 if self._stage_epochs() else run.config["eval_step"]
+        wanted = self.plan.early_stopping and every > 0 and progress.epoch % every == 0
+        if not wanted or not len(ctx.stage.valid):
+            return None, False
+        valid = run.evaluator.evaluate(ctx, run.known, ctx.stage, "valid").metrics
+        score = valid.get(metric)
+        if score is None:
+            return valid, False
+        if self.plan.mix_tasks:
+            score = self.mean_score(score)
+        progress.best_score, progress.waited, progress.stopped, improved = early_stopping(
+            score, progress.best_score, progress.waited, run.config["stopping_step"], run.journal.bigger(ctx.stage)
+        )
+        if improved:
+            progress.best = {
+                "model": clone_tree(owned_state(ctx.model)),
+                "strategy": clone_tree(run.strategy.state_dict()),
+            }
+            progress.best_targets = progress.targets
+        return valid, improved
+
+    def mean_score(self, own: float) -> float:
         """Returns the geometric mean of the tasks' primary metrics on validation targets, for a pass over all of them.
 
         Metrics of tasks are of different sizes: an accuracy of .3 with noise of .05 would decide over a hit rate of
         .04 in a plain mean. In this one a tenth more counts the same in each.
 
         Args:
-            ctx: The stage.
             own: That of the stage's own task.
         """
+        run, ctx = self.run, self.ctx
         scores = [own]
-        for stage in self.stream.stages[: ctx.index]:
-            if len(stage.valid) and self.journal.bigger(stage) == self.journal.bigger(ctx.stage):
-                metrics = self.evaluator.evaluate(ctx, self.known, stage, "valid").metrics
-                scores.append(metrics.get(self.journal.primary(stage), own))
+        for stage in run.stream.stages[: ctx.index]:
+            if len(stage.valid) and run.journal.bigger(stage) == run.journal.bigger(ctx.stage):
+                metrics = run.evaluator.evaluate(ctx, run.known, stage, "valid").metrics
+                scores.append(metrics.get(run.journal.primary(stage), own))
         return math.exp(sum(math.log(max(score, LEAST_SCORE)) for score in scores) / len(scores))
+
+
+class AuxiliaryPass(StagePass):
+    """A pass beside the plan (``Pass.auxiliary``), after which the others draw and go on as if it had not been.
+
+    It draws from generators of its own, hands on no optimiser state, and puts the strategies beside the one that
+    planned it back to where they were.
+    """
+
+    _companions: dict[str, Any]
+
+    def _own_randomness(self) -> ModelRandomness:
+        return ModelRandomness(derive(self.run.config["seed"], self.ctx.index, f"aside/{self.plan.name}"))
+
+    @property
+    def _draws_as(self) -> str:
+        return f"aside/{self.plan.name}"
+
+    def train(self, resumed: dict[str, Any] | None = None) -> StageContext:
+        strategy = self.run.strategy
+        before = strategy.companions_state(self.ctx) if resumed is None else resumed["trainer"]["companions"]
+        self._companions = clone_tree(before)
+        return super().train(resumed)
+
+    def _state(self) -> dict[str, Any]:
+        stage_randomness = self.start.randomness.state_dict()
+        return {**super()._state(), "stage_randomness": stage_randomness, "companions": self._companions}
+
+    def _load_state(self, state: dict[str, Any]) -> None:
+        super()._load_state(state)
+        self.start.randomness.load_state_dict(state["stage_randomness"])
+
+    def _finish(self) -> None:
+        with self.randomness.owned():
+            self.run.strategy.end_pass(self.ctx)
+        self.run.strategy.load_companions_state(self.ctx, self._companions)
+
+
+def make_pass(run: RunState, ctx: StageContext, plan: Pass, *given: Any, **more: Any) -> StagePass:
+    """Returns a :class:`StagePass`, or an :class:`AuxiliaryPass` where the plan says so."""
+    return (AuxiliaryPass if plan.auxiliary else StagePass)(run, ctx, plan, *given, **more)

@@ -9,11 +9,9 @@ from typing import Any
 
 from recbole_cl import checkpoint, distributed
 from recbole_cl.errors import CheckpointError, ConfigError
+from recbole_cl.model.contract import contract
 from recbole_cl.results.journal import settings
-from recbole_cl.rng import ModelRandomness
 from recbole_cl.strategy.composite import Composite
-from recbole_cl.strategy.context import StageContext
-from recbole_cl.training.trainer import HookedTrainer, load_optimizer_by_name, optimizer_by_name
 
 LOGGER = logging.getLogger("recbole_cl")
 
@@ -71,42 +69,13 @@ def refuse_changes(state: dict[str, Any], config: Any, data: Any) -> None:
         )
 
 
-def trainer_state(
-    trainer: Any, ctx: StageContext, strategy: Composite, loader: Any, randomness: ModelRandomness
-) -> dict[str, Any]:
-    """Returns what a pass needs beside weights: optimiser (or a model's own trainer), loader and random state."""
-    own = (
-        {"optimizer": optimizer_by_name(trainer, ctx.model, strategy)}
-        if isinstance(trainer, HookedTrainer)
-        else trainer.state_dict()
-    )
-    return {"own": own, "loader": loader.state_dict(), "randomness": randomness.state_dict()}
-
-
-def load_trainer_state(
-    trainer: Any,
-    ctx: StageContext,
-    strategy: Composite,
-    loader: Any,
-    randomness: ModelRandomness,
-    state: dict[str, Any],
-) -> None:
-    """Puts back what :func:`trainer_state` returned."""
-    if isinstance(trainer, HookedTrainer):
-        load_optimizer_by_name(trainer, ctx.model, strategy, state["own"]["optimizer"])
-    else:
-        trainer.load_state_dict(state["own"])
-    loader.load_state_dict(state["loader"])
-    randomness.load_state_dict(state["randomness"])
-
-
 def side_stores(model: Any, strategy: Composite) -> dict[str, str]:
     """Returns the durable stores of strategies and model, name to path.
 
     Raises:
         ConfigError: If both name a store alike.
     """
-    own = dict(model.side_stores()) if hasattr(model, "side_stores") else {}
+    own = dict(contract(model).side_stores())
     stores = strategy.side_stores()
     twice = sorted(own.keys() & stores.keys())
     if twice:

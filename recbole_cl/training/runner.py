@@ -8,7 +8,9 @@ resumed, the bits of one that was not.
 from __future__ import annotations
 
 import logging
+import math
 import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -22,21 +24,25 @@ from recbole_cl.errors import ConfigError
 from recbole_cl.evaluation.evaluator import Evaluator
 from recbole_cl.evaluation.known import Known
 from recbole_cl.evaluation.metrics import check_tasks
+from recbole_cl.model.contract import contract, offers
 from recbole_cl.model.state import count_parameters, grow_model, load_owned_state, owned_state
 from recbole_cl.registry import strategies
 from recbole_cl.report import write_report
-from recbole_cl.results.journal import open_folder, run_folder, settings
+from recbole_cl.results.journal import Journal, open_folder, run_folder, settings
 from recbole_cl.results.records import Records
 from recbole_cl.rng import ModelRandomness, derive
 from recbole_cl.strategy.composite import Composite
 from recbole_cl.strategy.context import Pass, StageContext
 from recbole_cl.strategy.parts.part_tuning import refuse_new_beginnings, with_trainable
-from recbole_cl.stream.build import build_stream
+from recbole_cl.stream.build import Stream, build_stream
+from recbole_cl.stream.stage import Stage
 from recbole_cl.stream.vocabulary import grow_optimizer
 from recbole_cl.training.data_parallel import keep_alike
-from recbole_cl.training.passes import PassTrainer, Progress
+from recbole_cl.training.passes import Progress, Save, StageStart, make_pass
 from recbole_cl.training.peak_memory import peak_megabytes, reset_peak
 from recbole_cl.training.resume import newest, side_stores
+from recbole_cl.training.run_state import RunState
+from recbole_cl.training.stage_models import StageModels, build_model
 from recbole_cl.tree import clone_tree, tree_hash
 
 LOGGER = logging.getLogger("recbole_cl")
@@ -44,7 +50,7 @@ LOGGER = logging.getLogger("recbole_cl")
 __all__ = ["Runner"]
 
 
-class Runner(PassTrainer):
+class Runner:
     """Walks one model under one strategy over one stream.
 
     Args:
@@ -53,17 +59,50 @@ class Runner(PassTrainer):
     Attributes:
         model: The model as the last stage left it, after :meth:`run`.
         strategy: The strategies, with their state.
-        stream: The stream.
-        journal: Results, curves, costs and warnings so far.
+        state: The run as far as it has come, once it has begun.
         folder: The run's folder.
     """
 
+    model: Any = None
+    state: RunState
+
     def __init__(self, config: Any) -> None:
+        self.config = config
         asked = [strategies.get(name)(params) for name, params in config.strategy_specs()]
-        super().__init__(config, Composite(with_trainable(config, asked)))
-        self.model: nn.Module
+        self.strategy = Composite(with_trainable(config, asked))
         self.folder = run_folder(config)
         self._number = 0  # of the newest checkpoint
+
+    # -- what the run has found out -------------------------------------------------------------------------------
+
+    @property
+    def stream(self) -> Stream:
+        """The stream."""
+        return self.state.stream
+
+    @property
+    def journal(self) -> Journal:
+        """Results, curves, costs and warnings so far."""
+        return self.state.journal
+
+    @property
+    def records(self) -> Records:
+        """Every result of an evaluation."""
+        return self.journal.records
+
+    @property
+    def evaluator(self) -> Evaluator:
+        """Scores the model."""
+        return self.state.evaluator
+
+    @property
+    def known(self) -> Known:
+        """What the model has trained on."""
+        return self.state.known
+
+    def build_model(self, view: Any, randomness: ModelRandomness) -> nn.Module:
+        """Returns a new model over a view, initialised from the given random state."""
+        return build_model(self.config, view, randomness)
 
     # -- the run --------------------------------------------------------------------------------------------------
 
@@ -90,21 +129,26 @@ class Runner(PassTrainer):
         if self.config["reproducibility"]:
             torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
         construct_transform(self.config)  # it names its fields in the configuration, where models read them
-        self._begin(build_stream(self.config))
-        self._data = self.stream.fingerprint()
-        state = self._load() if self.config["resume"] else None
-        first = 0
-        if state is not None:
-            first = state["stage"] + (state["phase"] == "done")
-        for index in range(first, len(self.stream)):
-            resumed = state if state is not None and state["phase"] == "train" and state["stage"] == index else None
-            self._stage(index, resumed)
-        if first == len(self.stream) and state is not None:
+        stream = build_stream(self.config)
+        self.begin(stream)
+        self._data = stream.fingerprint()
+        saved = self._load() if self.config["resume"] else None
+        first = 0 if saved is None else saved["stage"] + (saved["phase"] == "done")
+        for index in range(first, len(stream)):
+            inside = saved is not None and saved["phase"] == "train" and saved["stage"] == index
+            self._stage(index, saved if inside else None)
+        if first == len(stream) and saved is not None:
             LOGGER.info("nothing is left to do: the run in %s is complete", self.folder)
         result: dict[str, Any] = {}
         with distributed.current().together():
-            result = self._write() if self.main else self.journal.result(self.folder)
+            result = self._write() if self.state.main else self.journal.result(self.folder)
         return result
+
+    def begin(self, stream: Stream) -> RunState:
+        """Takes a stream of which nothing has been trained; returns the run over it."""
+        models = StageModels(self.config, stream, self.strategy, self.build_model)
+        self.state = RunState.begin(self.config, self.strategy, stream, models)
+        return self.state
 
     def _write(self) -> dict[str, Any]:
         """Writes the results and the report of them; returns the result."""
@@ -113,28 +157,20 @@ class Runner(PassTrainer):
             write_report(result, self.folder)
         return result
 
-    @property
-    def records(self) -> Records:
-        """Every result of an evaluation."""
-        return self.journal.records
+    # -- a stage --------------------------------------------------------------------------------------------------
 
     def _stage(self, index: int, resumed: dict[str, Any] | None) -> None:
+        """Trains a stage, or the rest of it, evaluates and saves."""
         stage = self.stream.stages[index]
         reset_peak(self.config["device"])
         started = time.perf_counter()
         ctx, randomness, fresh = self._enter(index, resumed)
-        if resumed is None:
-            stage_start = {
-                "model": clone_tree(owned_state(ctx.model)),
-                "strategy": clone_tree(self.strategy.state_dict()),
-            }
-        else:
-            stage_start = resumed["stage_start"]
-            load_owned_state(ctx.model, stage_start["model"])
-            self.strategy.load_state_dict(clone_tree(stage_start["strategy"]))
+        start = StageStart(fresh, self._begin_stage(ctx, resumed), randomness)
         passes = self.strategy.plan_stage(ctx)
+        passes = contract(ctx.model).plan_stage(ctx, passes)
         refuse_new_beginnings(ctx, self.strategy.members, passes)
-        progress = Progress(best_score=self._worst(stage))
+        worst = self._worst(stage)
+        progress = Progress(best_score=worst)
         if resumed is not None:
             progress = Progress.of(resumed["progress"])
             ctx.load_state_dict(resumed["generators"])
@@ -142,20 +178,21 @@ class Runner(PassTrainer):
             "stage %d/%d (%s): %d training targets, %d known users, %d known items",
             index + 1, len(self.stream), stage.name, len(stage.train), stage.n_users - 1, stage.n_items - 1,
         )  # fmt: skip
-        begun = time.perf_counter()
-        offset = progress.seconds
+        begun, offset = time.perf_counter(), progress.seconds
+        clock = lambda: offset + time.perf_counter() - begun  # noqa: E731
+
+        def save(ctx: StageContext, progress: Progress, trainer: dict[str, Any]) -> None:
+            inside = {"progress": progress.state_dict(), "trainer": trainer, "stage_start": start.state}
+            self._save(ctx, "train", inside)
+
         for number in range(progress.number, len(passes)):
             if number != progress.number:
-                progress = Progress(
-                    number, best_score=self._worst(stage), targets=progress.targets, seconds=progress.seconds
-                )
-                resumed = None
-            clock = lambda: offset + time.perf_counter() - begun  # noqa: E731
-            place = sum(not plan.aside for plan in passes[:number])
-            ctx = self._pass(ctx, passes[number], progress, randomness, fresh, stage_start, resumed, clock, place)
+                progress, resumed = progress.next_pass(number, worst), None
+            place = sum(not plan.auxiliary for plan in passes[:number])
+            ctx = self._pass(ctx, passes[number], progress, start, place, clock, save, resumed)
         self.model = ctx.model
         if not passes:
-            self._carried = {}
+            self.state.moments = {}
         ctx.known = self.known
         with randomness.owned():
             self.strategy.end_stage(ctx)
@@ -164,16 +201,46 @@ class Runner(PassTrainer):
         seconds = offset + trained - begun
         self._evaluate_all(ctx)
         scratch_seconds = self._scratch(index) if self.config["scratch"] else 0.0
-        self._previous = {"stage": index, "model": clone_tree(owned_state(ctx.model))}
+        self.state.models.previous = {"stage": index, "model": clone_tree(owned_state(ctx.model))}
         self._note_costs(ctx, seconds, time.perf_counter() - trained, scratch_seconds)
-        self._save(ctx, "done", None, None, stage_start)
+        self._save(ctx, "done")
         LOGGER.info(
             "stage %d/%d done in %.1f s; %s",
             index + 1, len(self.stream), time.perf_counter() - started, self.journal.row(stage),
         )  # fmt: skip
 
+    def _worst(self, stage: Stage) -> float:
+        """Returns what every validation score of a stage is better than."""
+        return -math.inf if self.journal.bigger(stage) else math.inf
+
+    def _begin_stage(self, ctx: StageContext, resumed: dict[str, Any] | None) -> dict[str, Any]:
+        """Prepares a stage; returns the state of model and strategies as it began."""
+        if resumed is not None:
+            start: dict[str, Any] = resumed["stage_start"]
+            load_owned_state(ctx.model, start["model"])
+            self.strategy.load_state_dict(clone_tree(start["strategy"]))
+        contract(ctx.model).prepare_stage(ctx)
+        if resumed is None:
+            self.strategy.begin_stage(ctx)
+            start = clone_tree({"model": owned_state(ctx.model), "strategy": self.strategy.state_dict()})
+        return start
+
+    def _pass(
+        self,
+        ctx: StageContext,
+        plan: Pass,
+        progress: Progress,
+        start: StageStart,
+        place: int,
+        clock: Callable[[], float],
+        save: Save,
+        resumed: dict[str, Any] | None,
+    ) -> StageContext:
+        """Trains a pass of a stage; returns the stage with the trained model."""
+        return make_pass(self.state, ctx, plan, progress, start, place, clock, save).train(resumed)
+
     def _note_costs(self, ctx: StageContext, train: float, after: float, scratch: float) -> None:
-        """Writes the stage's entry of the costs.
+        """Writes the stage's entry of the costs, and what the model tells beside the matrix.
 
         Args:
             ctx: The trained stage.
@@ -193,10 +260,12 @@ class Runner(PassTrainer):
                 "trainable_parameters": trainable,
                 "parameters": parameters,
                 "model_bytes": size,
-                **(ctx.model.stage_costs() if hasattr(ctx.model, "stage_costs") else {}),
+                **contract(ctx.model).stage_costs(),
                 **self.strategy.stage_costs(ctx),
             }
         )
+        self.journal.add_report(ctx.stage, {self.config["model"]: contract(ctx.model).report()})
+        self.journal.add_report(ctx.stage, self.strategy.reports(ctx))
 
     # -- entering a stage -----------------------------------------------------------------------------------------
 
@@ -204,14 +273,14 @@ class Runner(PassTrainer):
         self, index: int, resumed: dict[str, Any] | None
     ) -> tuple[StageContext, ModelRandomness, dict[str, Any]]:
         """Builds the stage's model and brings everything into it that was learnt before."""
-        stage = self.stream.stages[index]
+        stage, models = self.stream.stages[index], self.state.models
         view = self.stream.view(index, self.config["graph"])
         randomness = ModelRandomness(derive(self.config["seed"], index))
-        old: Any = getattr(self, "model", None)
-        in_place = old is not None and index > 0 and hasattr(old, "grow_in_place")
-        model: Any = old if in_place and old is not None else self.build_model(view, randomness)
-        ctx = self._context(index, model, view)
-        self._prepare(ctx, randomness)
+        old: Any = self.model
+        in_place = old is not None and index > 0 and offers(old, "grow_in_place")
+        model: Any = old if in_place else models.build(view, randomness)
+        ctx = models.context(index, model, view)
+        models.prepare(ctx, randomness)
         if index == 0 or resumed is not None:
             check_tasks(self.config, self.stream, model)
             self.strategy.check(self.config, model)
@@ -229,7 +298,7 @@ class Runner(PassTrainer):
                 self.journal.warn(f"stage {index + 1}: {', '.join(lost)} of the one before have no place in the model")
             if not growth.identity:
                 self.strategy.grow(growth)
-                self._carried = grow_optimizer(self._carried, growth)
+                self.state.moments = grow_optimizer(self.state.moments, growth)
         if resumed is None:
             self._reference(index, view)
         self.model = model
@@ -240,9 +309,9 @@ class Runner(PassTrainer):
     def _evaluate_all(self, ctx: StageContext) -> None:
         """Fills the wanted cells of row t of the matrix; asserts by a hash that evaluation changed nothing."""
         before = tree_hash(owned_state(ctx.model), self.strategy.state_dict())
-        quiet = None if self.config["show_progress"] and self.main else True  # None: no bar where stderr is no terminal
-        told = f"stage {ctx.index + 1}/{len(self.stream)} evaluate"
-        for stage in tqdm(self.stream.stages, desc=told, disable=quiet, leave=False):
+        quiet = None if self.config["show_progress"] and self.state.main else True  # None: no bar without a terminal
+        words = f"stage {ctx.index + 1}/{len(self.stream)} evaluate"
+        for stage in tqdm(self.stream.stages, desc=words, disable=quiet, leave=False):
             if not stage.evaluable(ctx.index) or not self._wanted(ctx.index, stage.index):
                 continue
             outcome = self.evaluator.evaluate(ctx, self.known, stage)
@@ -272,9 +341,7 @@ class Runner(PassTrainer):
         if not following.evaluable(index):
             return
         randomness = ModelRandomness(derive(self.config["seed"], index, "reference"))
-        model = self.build_model(view, randomness)
-        ctx = self._context(index, model, view)
-        self._prepare(ctx, randomness)
+        ctx = self.state.models.fresh(index, view, randomness)
         plain = Evaluator(self.config, self.stream, Composite([]))
         known = Known.everything(self.stream.table, ctx.batcher.n_users, ctx.batcher.n_items)
         self.journal.record_reference(plain.evaluate(ctx, known, following), following)
@@ -282,29 +349,32 @@ class Runner(PassTrainer):
     def _scratch(self, index: int) -> float:
         """Trains a model on the stage alone and keeps its scores on the stage."""
         begun = time.perf_counter()
-        alone = PassTrainer(self.config, Composite([]))  # its curves are nobody's
-        alone._begin(self.stream)
-        randomness = ModelRandomness(derive(self.config["seed"], index, "scratch"))
+        alone = RunState.begin(self.config, Composite([]), self.stream)  # its curves are nobody's
         view = self.stream.view(index, "stage")
-        ctx = alone._context(index, alone.build_model(view, randomness), view)
-        start = {"model": clone_tree(owned_state(ctx.model)), "strategy": {}}
-        progress = Progress(best_score=self._worst(ctx.stage))
+        randomness = ModelRandomness(derive(self.config["seed"], index, "scratch"))
+        ctx = alone.models.fresh(index, view, randomness)
+        contract(ctx.model).prepare_stage(ctx)
+        start = StageStart({}, clone_tree({"model": owned_state(ctx.model), "strategy": {}}), randomness)
+        worst = self._worst(ctx.stage)
+        progress = Progress(best_score=worst)
         plan = Pass("scratch", init="previous", data="stage", graph=self.config["graph"], untrained=True)
-        ctx = alone._pass(ctx, plan, progress, randomness, {}, start, None, lambda: 0.0)
+        for number, each in enumerate(contract(ctx.model).plan_stage(ctx, [plan])):
+            progress = progress if number == 0 else progress.next_pass(number, worst)
+            ctx = make_pass(alone, ctx, each, progress, start).train()
         if ctx.stage.evaluable(index):
             self.journal.record_scratch(alone.evaluator.evaluate(ctx, alone.known, ctx.stage), ctx.stage)
         return time.perf_counter() - begun
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
-    def _save(
-        self,
-        ctx: StageContext,
-        phase: str,
-        progress: Progress | None,
-        trainer_state: dict[str, Any] | None,
-        stage_start: dict[str, Any],
-    ) -> None:
+    def _save(self, ctx: StageContext, phase: str, inside: Mapping[str, Any] | None = None) -> None:
+        """Writes a checkpoint.
+
+        Args:
+            ctx: The stage.
+            phase: ``train`` or ``done``.
+            inside: In a stage: where its training stands (``progress``, ``trainer``, ``stage_start``).
+        """
         if self.config["saved"] is False:  # unset counts as wanted: a run without checkpoints is asked for
             return
         self._number += 1
@@ -317,32 +387,29 @@ class Runner(PassTrainer):
             "strategy": self.strategy.state_dict(),
             "side_stores": side_stores(ctx.model, self.strategy),
             "generators": ctx.state_dict(),
-            "previous": self._previous,
-            "carried": self._carried,
+            "previous": self.state.models.previous,
+            "carried": self.state.moments,
             "known": self.known.state_dict(),
             "journal": self.journal.state_dict(),
+            **(inside or {}),
         }
-        if progress is not None:
-            state |= {"progress": progress.state_dict(), "trainer": trainer_state, "stage_start": stage_start}
         with distributed.current().together():
-            if self.main:
+            if self.state.main:
                 checkpoint.save(self.folder / "checkpoints", self._number, state, int(self.config["checkpoint_keep"]))
 
     def _load(self) -> dict[str, Any] | None:
-        state, self._number = newest(self.folder, self.config, self._data, self.journal.warn)
-        if state is None:
+        saved, self._number = newest(self.folder, self.config, self._data, self.journal.warn)
+        if saved is None:
             return None
-        self.journal.load_state_dict(state["journal"])
-        self._previous, self._carried = state["previous"], state["carried"]
-        self.known.load_state_dict(state["known"])
-        index = state["stage"]
-        if state["phase"] == "done":
+        self.journal.load_state_dict(saved["journal"])
+        self.state.models.previous, self.state.moments = saved["previous"], saved["carried"]
+        self.known.load_state_dict(saved["known"])
+        index = saved["stage"]
+        if saved["phase"] == "done":
             view = self.stream.view(index, self.config["graph"])
-            randomness = ModelRandomness(derive(self.config["seed"], index))
-            model = self.build_model(view, randomness)
-            self._prepare(self._context(index, model, view), randomness)
-            load_owned_state(model, state["model"])
-            self.strategy.load_state_dict(state["strategy"])
-            self.model = model
+            ctx = self.state.models.fresh(index, view, ModelRandomness(derive(self.config["seed"], index)))
+            load_owned_state(ctx.model, saved["model"])
+            self.strategy.load_state_dict(saved["strategy"])
+            self.model = ctx.model
         LOGGER.info("resuming at stage %d from checkpoint %d", index + 1, self._number)
-        return state
+        return saved

@@ -1,6 +1,9 @@
-"""Who trains a stage: RecBole's trainer of the model with the hooks in it, or the model's own."""
+"""Who trains the epochs of a pass: RecBole's trainer of the model with the hooks in it, or the model's own."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import torch
 from recbole.trainer import trainer as recbole_trainer
@@ -8,10 +11,121 @@ from recbole.utils import get_trainer
 
 from recbole_cl import compat, distributed
 from recbole_cl.errors import ConfigError
+from recbole_cl.model.contract import StageTrainer, contract
+from recbole_cl.strategy.base import STEP_HOOKS
 from recbole_cl.strategy.composite import Composite
 from recbole_cl.strategy.context import StageContext
 from recbole_cl.training.data_parallel import SharedTrainer
 from recbole_cl.training.trainer import HookedTrainer
+
+
+class PassTrainer(Protocol):
+    """What a pass asks of whoever trains its epochs: a :class:`StageTrainer`, and what goes beyond one epoch.
+
+    Attributes:
+        partial_loss: Loss of the batches of the running epoch, as ``save_between_steps`` calls.
+    """
+
+    partial_loss: Any
+
+    @property
+    def n_targets(self) -> int | None:
+        """Training targets that the last epoch used, where they are not the loader's."""
+
+    def train_epoch(self, loader: Any, epoch: int) -> Any:
+        """Trains an epoch, or the rest of one; returns the loss summed over its steps, parts as a tuple, or None."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns everything that a resumed pass needs beside the model."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Puts a state back."""
+
+    def moments(self) -> dict[str, Any]:
+        """Returns what the next stage's optimiser may go on from, by parameter name."""
+
+    def load_moments(self, moments: Mapping[str, Any]) -> None:
+        """Takes over what :meth:`moments` of an earlier stage returned."""
+
+    def save_between_steps(self, every: int, save: Callable[[], None]) -> None:
+        """Calls ``save`` after every so many steps, where there are steps to look between."""
+
+    def resume_epoch(self, partial_loss: Any) -> None:
+        """Goes on in the middle of an epoch."""
+
+
+class OwnTrainer:
+    """The trainer that a model brings, as a pass sees it: its epochs are whole, its optimiser its own.
+
+    Args:
+        own: What the model's ``stage_trainer`` returned.
+    """
+
+    partial_loss: Any = None
+
+    def __init__(self, own: StageTrainer) -> None:
+        self.own = own
+        self.train_epoch, self.state_dict, self.load_state_dict = own.train_epoch, own.state_dict, own.load_state_dict
+        if hasattr(own, "epochs"):
+            self.epochs = int(own.epochs)
+
+    @property
+    def n_targets(self) -> int | None:
+        """Training targets that the last epoch used, where the trainer counts them."""
+        return getattr(self.own, "n_targets", None)
+
+    def moments(self) -> dict[str, Any]:
+        """Returns nothing: what the trainer keeps between stages is the model's state."""
+        return {}
+
+    def load_moments(self, moments: Mapping[str, Any]) -> None:
+        """Takes nothing over."""
+
+    def save_between_steps(self, every: int, save: Callable[[], None]) -> None:
+        """Does nothing: there are no steps to look between."""
+
+    def resume_epoch(self, partial_loss: Any) -> None:
+        """Does nothing: an epoch is trained as a whole."""
+
+
+def pass_trainer(ctx: StageContext, strategy: Composite, learning_rate: float) -> PassTrainer:
+    """Returns the trainer of the pass ``ctx.pass_``.
+
+    Args:
+        ctx: The stage; its model is trained.
+        strategy: The strategies.
+        learning_rate: Learning rate of the pass.
+
+    Raises:
+        ConfigError: If a model that trains its stages by itself is asked for steps that it does not have.
+    """
+    config, model = ctx.config, contract(ctx.model)
+    own = model.stage_trainer(ctx, learning_rate)
+    if own is None:
+        return make_trainer(ctx, strategy, learning_rate)
+    if distributed.current().size > 1:
+        raise ConfigError(
+            f"model: {config['model']} cannot be trained by several processes: it trains its stages by itself; "
+            f"start it without torchrun"
+        )
+    hooked = strategy.hooked(*(hook for hook in STEP_HOOKS if hook not in model.strategy_hooks))
+    if hooked:
+        names = ", ".join(s.name for s in hooked)
+        raise ConfigError(
+            f"strategy: {names} cannot serve the model {config['model']}, which trains its stages by itself: there "
+            f"are no optimiser steps to take part in; use FineTune, FullRetrain, Joint, Scratch or Pretrain"
+        )
+    if any(config[key] != neutral for key, neutral in PACE.items()):
+        raise ConfigError(
+            f"property {next(k for k, neutral in PACE.items() if config[k] != neutral)!r} has no effect on the model "
+            f"{config['model']}, which trains its stages by itself; leave it out"
+        )
+    ctx.learning_rate = learning_rate
+    return OwnTrainer(own)
+
+
+PACE = {"accumulate_gradients": 1, "warmup": 0, "lr_schedule": "constant"}
+"""Properties of how the optimiser steps, and what leaves RecBole's way as it is."""
 
 COOPERATIVE = ("Trainer", "KGTrainer", "KGATTrainer", "MKRTrainer", "TraditionalTrainer")
 """RecBole trainers whose epochs go through ``Trainer._train_epoch``, so hooks reach every step."""
@@ -48,15 +162,69 @@ def make_trainer(ctx: StageContext, strategy: Composite, learning_rate: float) -
     with compat.without_side_effects():
         trainer = type(f"Hooked{base.__name__}", bases, {})(config, model)
     trainer.strategy, trainer.ctx = strategy, ctx
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    groups = _groups(ctx, learning_rate)
     own = strategy.parameters()
-    if trainable or own:
-        groups = [{"params": trainable}] + ([{"params": own}] if own else [])
+    if groups[0]["params"] or own:
+        groups += [{"params": own}] if own else []
         trainer.optimizer = trainer._build_optimizer(params=groups, learning_rate=learning_rate)
         if config["train_positions"] == "all" and getattr(model, "trains_all_positions", False):
             _fuse(trainer.optimizer)
     ctx.learning_rate = learning_rate
     return trainer
+
+
+def _groups(ctx: StageContext, learning_rate: float) -> list[dict[str, Any]]:
+    """Returns the optimiser's groups: one of all trainable parameters, or those that the model gives.
+
+    Raises:
+        ConfigError: If the model's groups leave a trainable parameter out, or name one twice.
+    """
+    named = ctx.parameters()
+    groups = contract(ctx.model).parameter_groups(ctx, learning_rate)
+    if groups is None:
+        return [{"params": list(named.values())}]
+    given = [id(p) for group in groups for p in group["params"]]
+    missing = [name for name, p in named.items() if id(p) not in given]
+    if missing or len(given) != len(set(given)):
+        what = f"leave out {', '.join(missing[:3])}" if missing else "name a parameter twice"
+        raise ConfigError(
+            f"model: the parameter_groups of {ctx.config['model']} {what}; every trainable parameter stands in one"
+        )
+    return [{**group, "params": [p for p in group["params"] if p.requires_grad]} for group in groups]
+
+
+def pace(trainer: PassTrainer, config: Any, epochs: int, loader: Any) -> None:
+    """Lets a trainer accumulate gradients and change its learning rate, as the configuration asks.
+
+    Args:
+        trainer: The trainer.
+        config: ``accumulate_gradients``, ``warmup`` and ``lr_schedule`` are read.
+        epochs: Epochs of the pass at most; the schedule ends with them.
+        loader: Its length is the batches of an epoch.
+
+    Raises:
+        ConfigError: If several processes shall accumulate gradients.
+    """
+    accumulate, warmup, name = (config[key] for key in PACE)
+    if not isinstance(trainer, HookedTrainer) or all(config[key] == neutral for key, neutral in PACE.items()):
+        return
+    if accumulate > 1 and distributed.current().size > 1:
+        raise ConfigError(
+            f"property 'accumulate_gradients' is {accumulate}, which several processes cannot do yet; set "
+            f"train_batch_size to what one of their steps shall see, or start it without torchrun"
+        )
+    steps = epochs * -(-len(loader) // accumulate)
+    schedule = None
+    if name != "constant" or warmup:
+        warm = round(warmup * steps) if isinstance(warmup, float) and warmup < 1 else int(warmup)
+
+        def schedule(optimizer: torch.optim.Optimizer) -> Any:
+            from transformers import get_scheduler  # it takes seconds to import
+
+            kind = "constant_with_warmup" if name == "constant" else name
+            return get_scheduler(kind, optimizer, num_warmup_steps=warm, num_training_steps=steps)
+
+    trainer.pace(accumulate, schedule)
 
 
 def _fuse(optimizer: torch.optim.Optimizer) -> None:

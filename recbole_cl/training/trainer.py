@@ -8,12 +8,11 @@ same operations in the same order with the hooks between them.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from recbole.trainer import trainer as recbole_trainer
-from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
@@ -28,17 +27,96 @@ class HookedTrainer(recbole_trainer.Trainer):
 
     strategy: Composite
     ctx: StageContext
+    n_targets: int | None = None  # those of the loader
     after_batch: Callable[[], None] | None = None
+    partial_loss: Any = None
     resumed_loss: Any = None
     always_hooked = False
     group = distributed.current()
+    accumulate = 1
+    rates: list[tuple[float, Callable[[int], float]]] | None = None  # of each group: its own rate, its factor by step
+    share = 1.0  # of a batch in its optimiser step
+
+    # -- what a pass asks of a trainer (:class:`recbole_cl.training.stage_trainer.PassTrainer`) -----------------------
+
+    def train_epoch(self, loader: Any, epoch: int) -> float | tuple[float, ...]:
+        """Trains an epoch, or the rest of one; returns the data loss summed over its steps."""
+        if self.resumed_loss is None:
+            self.begin_epoch(epoch)
+        return self._train_epoch(loader, epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the optimiser's state by parameter name."""
+        return {"optimizer": self.moments()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Puts a state back."""
+        self.load_moments(state["optimizer"])
+
+    def moments(self) -> dict[str, Any]:
+        """Returns the optimiser's state by parameter name; names survive a change of shapes, indices do not."""
+        names = self._names()
+        return {names[id(p)]: dict(state) for p, state in self.optimizer.state.items() if id(p) in names}
+
+    def load_moments(self, moments: Mapping[str, Any]) -> None:
+        """Puts states back for the parameters that still exist with the same shape."""
+        names = self._names()
+        for group in self.optimizer.param_groups:
+            for p in group["params"]:
+                saved = moments.get(names.get(id(p), ""))
+                if not saved:
+                    continue
+                if any(v.shape != p.shape for v in saved.values() if torch.is_tensor(v) and v.dim()):
+                    continue
+                self.optimizer.state[p] = {
+                    key: value.to(p.device).clone()
+                    if torch.is_tensor(value) and value.dim()
+                    else (value.clone() if torch.is_tensor(value) else value)
+                    for key, value in saved.items()
+                }
+
+    def save_between_steps(self, every: int, save: Callable[[], None]) -> None:
+        """Calls ``save`` after every so many steps; ``partial_loss`` then holds the loss of the epoch so far."""
+        done = itertools.count(1)
+
+        def after_batch() -> None:
+            if next(done) % every == 0:
+                save()
+
+        self.after_batch = after_batch
+
+    def resume_epoch(self, partial_loss: Any) -> None:
+        """Goes on in the middle of an epoch whose batches so far had this loss; ``None`` at the start of one."""
+        self.resumed_loss = partial_loss
+
+    def pace(self, accumulate: int, schedule: Callable[[Any], Any] | None) -> None:
+        """Sets how many batches make a step, and how the learning rate goes.
+
+        Args:
+            accumulate: Batches of a step; their gradients' mean is taken.
+            schedule: Returns a ``LambdaLR`` of the optimiser, or ``None`` for a constant rate.
+        """
+        self.accumulate = accumulate
+        if schedule is not None:
+            made = schedule(self.optimizer)
+            self.rates = list(zip(made.base_lrs, made.lr_lambdas, strict=True))
+
+    def _names(self) -> dict[int, str]:
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        for member in self.strategy.members:
+            for number, p in enumerate(member.parameters()):
+                names[id(p)] = f"strategy:{member.name}:{number}"
+        return names
+
+    # -- an epoch -------------------------------------------------------------------------------------------------
 
     def _train_epoch(
         self, train_data: Any, epoch_idx: int, loss_func: Any = None, show_progress: bool = False
     ) -> float | tuple[float, ...]:
         """Runs one epoch; see RecBole's method. Losses that are not finite end it with stage, batch and term named."""
         checked = _Checked(self, loss_func or self.model.calculate_loss)
-        if not self.strategy.steps and self.after_batch is None and not self.always_hooked:
+        plain = self.accumulate == 1 and self.rates is None and not self.always_hooked
+        if plain and not self.strategy.steps and self.after_batch is None:
             return super()._train_epoch(_Counted(train_data, self), epoch_idx, checked)
         return self._hooked_epoch(train_data, checked)
 
@@ -57,16 +135,22 @@ class HookedTrainer(recbole_trainer.Trainer):
         total: Any = self.resumed_loss
         self.resumed_loss = None
         scaler = torch.amp.GradScaler(self.device.type, enabled=self.enable_scaler)
-        for batch in train_data:
-            for member in members:
-                batch = member.augment_batch(ctx, batch)
+        for batches in _grouped(train_data, self.accumulate):
             self.optimizer.zero_grad()
-            total = _add(total, self._gradients(batch, loss_func, scaler))
+            self.share = 1 / len(batches)
+            for number, batch in enumerate(batches):
+                for member in members:
+                    batch = member.augment_batch(ctx, batch)
+                if number == 0:
+                    ctx.data_gradients = {}
+                total = _add(total, self._gradients(batch, loss_func, scaler), self.share)
             scaler.unscale_(self.optimizer) if self.enable_scaler else None
             for member in members:
                 member.add_gradients(ctx)
             for member in members:
                 member.mask_gradients(ctx)
+            for group, (rate, factor) in zip(self.optimizer.param_groups, self.rates or (), strict=False):
+                group["lr"] = rate * factor(ctx.step)
             if self.clip_grad_norm:
                 clip_grad_norm_(self.model.parameters(), **self.clip_grad_norm)
             scaler.step(self.optimizer)
@@ -79,8 +163,6 @@ class HookedTrainer(recbole_trainer.Trainer):
                 self.after_batch()
         return total
 
-    partial_loss: Any = None
-
     def _gradients(self, batch: Any, loss_func: Any, scaler: Any) -> Any:
         """Leaves the gradients of data loss and terms in ``p.grad``; returns the data loss, or a tuple of its parts."""
         batch = batch.to(self.device)
@@ -91,9 +173,7 @@ class HookedTrainer(recbole_trainer.Trainer):
         return losses
 
     def _terms(self, batch: Any) -> dict[str, torch.Tensor]:
-        terms: dict[str, torch.Tensor] = {}
-        for member in self.strategy.members:
-            terms.update(member.loss_terms(self.ctx, batch))
+        terms = self.strategy.loss_terms(self.ctx, batch)
         for name, term in terms.items():
             self.check_finite(term, name)
             self.ctx.log(name, term.detach())
@@ -101,16 +181,22 @@ class HookedTrainer(recbole_trainer.Trainer):
 
     def _backward(self, scaler: Any, loss: Any, terms: dict[str, torch.Tensor]) -> None:
         differentiable = [term for term in terms.values() if term.requires_grad]
+        if self.share != 1:
+            loss, differentiable = self.share * loss, [self.share * term for term in differentiable]
         if not self.strategy.wants_data_gradients:
             scaler.scale(sum(differentiable, loss)).backward()
             return
+        parameters = self.ctx.parameters()
+        before = {name: p.grad.detach().clone() for name, p in parameters.items() if p.grad is not None}
         scaler.scale(loss).backward(retain_graph=bool(differentiable))
         factor = scaler.get_scale() if self.enable_scaler else 1.0
-        self.ctx.data_gradients = {
-            name: p.grad.detach().clone() / factor if self.enable_scaler else p.grad.detach().clone()
-            for name, p in self.ctx.parameters().items()
-            if p.grad is not None
-        }
+        for name, p in parameters.items():
+            if p.grad is None:
+                continue
+            gradient = p.grad.detach().clone() if name not in before else p.grad.detach() - before[name]
+            gradient = gradient / factor if self.enable_scaler else gradient
+            earlier = self.ctx.data_gradients.get(name)  # of this step's batches before
+            self.ctx.data_gradients[name] = gradient if earlier is None else earlier + gradient
         if differentiable:
             scaler.scale(sum(differentiable[1:], differentiable[0])).backward()
 
@@ -187,42 +273,19 @@ class _Checked:
         return losses
 
 
-def _add(total: Any, losses: Any) -> Any:
-    if isinstance(losses, tuple):
-        values = tuple(part.item() for part in losses)
-        return values if total is None else tuple(a + b for a, b in zip(total, values, strict=True))
-    return losses.item() if total is None else total + losses.item()
+def _grouped(loader: Any, size: int) -> Iterator[list[Any]]:
+    """Yields the loader's batches, so many at a time; the last ones may be fewer."""
+    batches = iter(loader)
+    while group := list(itertools.islice(batches, size)):
+        yield group
 
 
-def optimizer_by_name(trainer: HookedTrainer, model: nn.Module, strategy: Composite) -> dict[str, dict[str, Any]]:
-    """Returns the optimiser's state by parameter name; names survive a change of shapes, indices do not."""
-    names = _names(model, strategy)
-    return {names[id(p)]: dict(state) for p, state in trainer.optimizer.state.items() if id(p) in names}
-
-
-def load_optimizer_by_name(
-    trainer: HookedTrainer, model: nn.Module, strategy: Composite, state: dict[str, dict[str, Any]]
-) -> None:
-    """Puts states back for the parameters that still exist with the same shape."""
-    for group in trainer.optimizer.param_groups:
-        for p in group["params"]:
-            saved = state.get(_names(model, strategy).get(id(p), ""))
-            if not saved:
-                continue
-            moments = [v for v in saved.values() if torch.is_tensor(v) and v.dim()]
-            if any(v.shape != p.shape for v in moments):
-                continue
-            trainer.optimizer.state[p] = {
-                key: value.to(p.device).clone()
-                if torch.is_tensor(value) and value.dim()
-                else (value.clone() if torch.is_tensor(value) else value)
-                for key, value in saved.items()
-            }
-
-
-def _names(model: nn.Module, strategy: Composite) -> dict[int, str]:
-    names = {id(p): name for name, p in model.named_parameters()}
-    for member in strategy.members:
-        for number, p in enumerate(member.parameters()):
-            names[id(p)] = f"strategy:{member.name}:{number}"
-    return names
+def _add(total: Any, losses: Any, share: float) -> Any:
+    parts = losses if isinstance(losses, tuple) else (losses,)
+    values = tuple(part.item() if share == 1 else share * part.item() for part in parts)
+    values = (
+        values
+        if total is None
+        else tuple(a + b for a, b in zip(total if isinstance(total, tuple) else (total,), values, strict=True))
+    )
+    return values if isinstance(losses, tuple) else values[0]

@@ -47,9 +47,9 @@ def _on(device: str) -> dict[str, Any]:
 
 def context(config: CLConfig, index: int = 0) -> tuple[Runner, Any]:
     runner = Runner(config)
-    runner.stream = build_stream(config)
+    runner.begin(build_stream(config))
     view = runner.stream.view(index)
-    ctx = runner._context(index, runner.build_model(view, ModelRandomness(config["seed"])), view)
+    ctx = runner.state.models.context(index, runner.build_model(view, ModelRandomness(config["seed"])), view)
     return runner, ctx
 
 
@@ -325,11 +325,14 @@ def shares_of_a_stage(model: str = "SASRec", dataset: str = "ml-100k", epochs: i
             ):  # fmt: skip
                 setattr(self, part, timed(name, getattr(self, part)))
 
-        def _end_epoch(self, ctx: Any, *args: Any, **kwargs: Any) -> Any:
-            done = super()._end_epoch(ctx, *args, **kwargs)
-            if self.stop_at is not None and ctx.index == len(self.stream) - 1 and ctx.epoch >= self.stop_at:
+        def begin(self, stream: Any) -> Any:
+            state = super().begin(stream)
+            state.journal.listeners.append(self._stop)
+            return state
+
+        def _stop(self, point: dict[str, Any]) -> None:
+            if self.stop_at is not None and point["stage"] == len(self.stream) - 1 and point["epoch"] >= self.stop_at:
                 raise Killed
-            return done
 
     grow = module.grow_model
     module.grow_model = timed("growth", grow)

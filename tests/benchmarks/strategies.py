@@ -53,9 +53,9 @@ def context(model: str, dataset: str = "ml-100k", **settings: Any) -> Any:
     """A stage's context with a fresh model; seed of the configuration."""
     config = CLConfig(model, dataset, config_dict={"n_stages": 1, "show_progress": False, **settings})
     runner = Runner(config)
-    runner.stream = build_stream(config)
+    runner.begin(build_stream(config))
     view = runner.stream.view(0)
-    return runner._context(0, runner.build_model(view, ModelRandomness(config["seed"])), view)
+    return runner.state.models.context(0, runner.build_model(view, ModelRandomness(config["seed"])), view)
 
 
 def take(ctx: Any, count: int) -> list[Interaction]:

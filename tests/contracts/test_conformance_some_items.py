@@ -140,7 +140,7 @@ def test_ties_at_minus_infinity_are_no_hits(job: Job, tmp_path: Path) -> None:
         assert matrix(walk, "hit@5")[-1, stage.index] == pytest.approx(expected["hit"], abs=1e-9)
         trap += filled_hits - round(expected["hit"] * len(stage.test))
         outcome = walk.runner.evaluator.evaluate(
-            walk.runner._context(2, walk.runner.model, walk.runner.stream.view(2)), walk.runner.known, stage
+            walk.runner.state.models.context(2, walk.runner.model, walk.runner.stream.view(2)), walk.runner.known, stage
         )
         assert outcome.recommended is not None
         for row, items in zip(outcome.recommended, lists, strict=True):

@@ -26,16 +26,15 @@ class PartsContract(StrategyContract):
         """In the last stage every tensor of the newest parts moves, and so do new rows; nothing else does."""
         before: dict[str, torch.Tensor] = {}
         trained: list[str] = []
-        original = self.cls.plan_stage
+        original = self.cls.begin_stage
 
-        def planned(member: Any, ctx: StageContext) -> Any:
-            plan = original(member, ctx)
+        def begun(member: Any, ctx: StageContext) -> None:
+            original(member, ctx)
             if ctx.index == len(ctx.stream) - 1:
                 before.update({name: p.detach().clone() for name, p in ctx.model.named_parameters()})
                 trained.extend(ctx.parameters())
-            return plan
 
-        monkeypatch.setattr(self.cls, "plan_stage", planned)
+        monkeypatch.setattr(self.cls, "begin_stage", begun)
         active = run(backbone, self.active(), eval_step=0)
         after = dict(active.model.named_parameters())
         parts = part_names(active.model)
