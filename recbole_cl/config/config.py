@@ -253,7 +253,7 @@ class CLConfig(Config):
             return [], []
         asked = self.external_config_dict.get(key, component_defaults(model_class, model, "model")[0].get(key))
         inner = get_model_class(str(asked))
-        if getattr(inner, "type", None) != ModelType.SEQUENTIAL or hasattr(inner, "backbone_property"):
+        if getattr(inner, "type", None) != ModelType.SEQUENTIAL or getattr(inner, "backbone_property", None):
             raise ConfigError(f"{key}: {asked!r} cannot be the backbone of {model}; name a sequential model, as SASRec")
         return [inner.__name__], [component_defaults(inner, inner.__name__, "model")]
 

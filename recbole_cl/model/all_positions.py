@@ -14,6 +14,7 @@ import torch
 from recbole.data.interaction import Interaction
 from torch import nn
 
+from recbole_cl.model.contract import ContinualModel
 from recbole_cl.model.fused import softmax_loss
 from recbole_cl.stream.batch import TARGETS
 
@@ -23,7 +24,7 @@ INPUTS_AT_ONCE = {"cpu": 1 << 12, "cuda": 1 << 18}
 """Inputs of a pass without gradients. On a CPU its activations then stay in the cache."""
 
 
-class AllPositions:
+class AllPositions(ContinualModel):
     """Mixin of models that can be trained on all positions (``train_positions: all``).
 
     The loss is the mean over the supervised positions; for a sequence within the window it equals the mean of

@@ -6,11 +6,11 @@ capability by having the method, or by listing further ones in a class attribute
 
 from __future__ import annotations
 
-from recbole.model.abstract_recommender import AbstractRecommender
 from recbole.utils import InputType, ModelType
 from torch import nn
 
 from recbole_cl.config.models import USER_BATCH_MODELS
+from recbole_cl.model.contract import contract, offers
 
 METHODS = ("per_sample_loss", "user_representation", "scores", "adapter_groups", "full_sort_predict", "predict_task")
 
@@ -22,7 +22,7 @@ def capabilities(model: nn.Module) -> frozenset[str]:
     rows of interactions (not RecBole's whole-user batches); ``pairwise`` and ``pointwise`` by their input type; the
     methods of :data:`METHODS` where the class implements them; and what the class lists itself.
     """
-    found = set(getattr(model, "capabilities", ()))
+    found = set(contract(model).capabilities)
     # RecBole's closed-form models have one parameter that nothing reads, since its trainer needs one.
     trained = any(p.requires_grad for name, p in model.named_parameters() if name != "dummy_param")
     if trained and getattr(model, "type", None) != ModelType.TRADITIONAL:
@@ -32,8 +32,5 @@ def capabilities(model: nn.Module) -> frozenset[str]:
     kind = getattr(model, "input_type", None)
     if kind is not None:
         found.add("pairwise" if kind == InputType.PAIRWISE else "pointwise")
-    for name in METHODS:
-        method = getattr(type(model), name, None)
-        if method is not None and method is not getattr(AbstractRecommender, name, None):
-            found.add(name)
+    found |= {name for name in METHODS if offers(model, name)}
     return frozenset(found)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from recbole.utils import ModelType
 from torch import nn
 
 from recbole_cl.errors import CheckpointError
+from recbole_cl.model.contract import contract, offers
 from recbole_cl.stream.vocabulary import Growth, carry, infer_axes
 from recbole_cl.tree import clone_tree
 
@@ -18,27 +19,34 @@ from recbole_cl.tree import clone_tree
 def frozen_bases(model: Any) -> dict[str, dict[str, str]]:
     """Returns the frozen parts of a model: prefix of their names to ``{"source": ..., "sha256": ...}``.
 
-    A model that builds on a pretrained base declares it with a method of this name; the base is referred to in
-    checkpoints, not stored.
+    A model that builds on a pretrained base declares it (:class:`~recbole_cl.model.contract.ContinualModel`); the base
+    is referred to in checkpoints, not stored.
     """
-    declared = getattr(model, "frozen_bases", None)
-    return dict(declared()) if declared is not None else {}
+    declared = contract(model).frozen_bases()
+    return {prefix: {key: base[key] for key in ("source", "sha256")} for prefix, base in declared.items()}
 
 
-def _below(name: str, prefixes: Iterable[str]) -> bool:
-    """Tells whether a tensor lies below one of the prefixes: ``base`` holds ``base.weight``, not ``base2.weight``."""
-    return any(name == prefix or name.startswith(prefix.rstrip(".") + ".") for prefix in prefixes)
+def base_names(model: Any) -> frozenset[str]:
+    """Returns the names of the tensors that belong to frozen bases: those that are named, or all below the prefix.
+
+    ``base`` holds ``base.weight``, not ``base2.weight``.
+    """
+    names: set[str] = set()
+    for prefix, base in contract(model).frozen_bases().items():
+        below = {n for n in model.state_dict() if n == prefix or n.startswith(prefix.rstrip(".") + ".")}
+        names |= below & set(base["names"]) if "names" in base else below
+    return frozenset(names)
 
 
 def owned_state(model: Any) -> dict[str, Any]:
     """Returns the tensors that a checkpoint holds, RecBole's ``other_parameter`` and state that is no parameter."""
-    bases = frozen_bases(model)
+    theirs = base_names(model)
     state = {
-        "tensors": {k: v for k, v in model.state_dict().items() if not _below(k, bases)},
-        "bases": bases,
+        "tensors": {k: v for k, v in model.state_dict().items() if k not in theirs},
+        "bases": frozen_bases(model),
         "other": _others(model),
     }
-    if hasattr(model, "owned_state"):
+    if offers(model, "owned_state"):
         state["owned"] = model.owned_state()
     return state
 
@@ -67,7 +75,8 @@ def load_owned_state(model: Any, state: Mapping[str, Any]) -> None:
                 f"give it that base, or start anew in another output_dir"
             )
     missing = model.load_state_dict(state["tensors"], strict=False)
-    lost = [k for k in missing.missing_keys if not _below(k, bases)]
+    theirs = base_names(model)
+    lost = [k for k in missing.missing_keys if k not in theirs]
     if lost or missing.unexpected_keys:
         raise CheckpointError(
             f"checkpoint: the model misses {lost or 'nothing'} and does not know {list(missing.unexpected_keys)}"
@@ -104,12 +113,12 @@ def grow_model(
         The growth, and the names of old tensors that have no place in the new model.
     """
     growth = Growth(n_users, n_items, infer_axes(old, new, n_users, n_items))
-    bases = frozen_bases(new)
-    state = {k: v for k, v in old.state_dict().items() if not _below(k, bases)}
+    theirs = base_names(new)
+    state = {k: v for k, v in old.state_dict().items() if k not in theirs}
     lost = carry(state, new, growth, new_rows)
     if getattr(new, "type", None) != ModelType.TRADITIONAL or type(new).__name__ == "Pop":
         _carry_others(old, new, n_users, n_items)
-    if hasattr(new, "grow_owned_state") and hasattr(old, "owned_state"):
+    if offers(new, "grow_owned_state") and offers(old, "owned_state"):
         new.load_owned_state(new.grow_owned_state(clone_tree(old.owned_state()), growth))
     return growth, lost
 
@@ -134,5 +143,5 @@ def _carry_others(old: Any, new: Any, n_users: tuple[int, int], n_items: tuple[i
 def count_parameters(model: nn.Module) -> tuple[int, int, int]:
     """Returns trainable numbers (frozen rows left out), all numbers, and bytes of a model; tied tensors count once."""
     unique = {p.data_ptr(): p for p in model.parameters()}.values()
-    trainable = sum(p.numel() for p in unique if p.requires_grad) - int(getattr(model, "masked_entries", 0))
+    trainable = sum(p.numel() for p in unique if p.requires_grad) - int(contract(model).masked_entries)
     return trainable, sum(p.numel() for p in unique), sum(p.numel() * p.element_size() for p in unique)

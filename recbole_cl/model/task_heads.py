@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from recbole.data.interaction import Interaction
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from recbole_cl.config.models import get_model_class
 from recbole_cl.errors import ConfigError, RecBoleCLError, nearest
 from recbole_cl.model.all_positions import last_items
+from recbole_cl.model.contract import ContinualModel
 from recbole_cl.rng import derive, seeded
 from recbole_cl.stream.batch import LABELS, TARGETS, TASK
 from recbole_cl.stream.stage import Task
@@ -124,7 +125,7 @@ class TaskHeads(nn.ModuleList):
         return [f"{task}.item_bias" for task in biases]
 
 
-class TaskModel(SequentialRecommender):
+class TaskModel(ContinualModel, SequentialRecommender):
     """A sequential backbone that answers the tasks of a stream, each through its own adapter.
 
     A subclass names the property that names its backbone, and writes :meth:`represent`. What is written here trains
@@ -143,7 +144,7 @@ class TaskModel(SequentialRecommender):
         heads: The adapters, by stage.
     """
 
-    backbone_property: str
+    backbone_property: ClassVar[str | None] = None
     serving_backbones = "SASRec, GRU4Rec, NARM or STAMP"
     backbone: Any
     stage: int

@@ -9,6 +9,7 @@ from recbole.data.interaction import Interaction
 from torch import nn
 
 from recbole_cl.errors import ConfigError
+from recbole_cl.model.contract import offers
 from recbole_cl.registry import strategies
 from recbole_cl.strategy.base import Strategy, require
 from recbole_cl.strategy.context import StageContext
@@ -51,12 +52,12 @@ class ERRandom(Strategy):
     def check(self, config: Any, model: nn.Module) -> None:
         check_number(self, "memory_size", "the default is 1000 exemplars", least=1)
         check_number(self, "batch_size", "the default is 256, 0 is FineTune", least=0)
-        if hasattr(model, "grow_in_place"):
+        if offers(model, "grow_in_place"):
             raise ConfigError(
                 f"strategy: {self.name} cannot serve the model {config['model']}, which keeps what earlier stages "
                 f"trained as it is, so that replay has nothing to keep; use FineTune"
             )
-        if config["scheduler"] == "TaskStream" and hasattr(model, "predict_task"):
+        if config["scheduler"] == "TaskStream" and offers(model, "predict_task"):
             # A model with heads reads other fields for each kind of task (labels, windows): no batch holds rows of two.
             raise ConfigError(
                 f"strategy: {self.name} cannot serve the model {config['model']} under the scheduler TaskStream: rows "

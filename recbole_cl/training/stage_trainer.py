@@ -167,7 +167,7 @@ def make_trainer(ctx: StageContext, strategy: Composite, learning_rate: float) -
     if groups[0]["params"] or own:
         groups += [{"params": own}] if own else []
         trainer.optimizer = trainer._build_optimizer(params=groups, learning_rate=learning_rate)
-        if config["train_positions"] == "all" and getattr(model, "trains_all_positions", False):
+        if config["train_positions"] == "all" and contract(model).trains_all_positions:
             _fuse(trainer.optimizer)
     ctx.learning_rate = learning_rate
     return trainer
