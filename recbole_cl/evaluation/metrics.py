@@ -14,6 +14,7 @@ from recbole.evaluator.register import metric_information, metrics_dict
 from recbole.utils import EvaluatorType
 
 from recbole_cl.errors import ConfigError, nearest
+from recbole_cl.model.contract import offers
 from recbole_cl.stream.build import Stream
 from recbole_cl.stream.stage import CLASSIFICATION_METRICS, Stage, Task
 
@@ -64,7 +65,7 @@ def check_tasks(config: Any, stream: Stream, model: Any) -> None:
                 f"stage {stage.index + 1} ({stage.name}): its primary metric {primary!r} is not computed; the task "
                 f"{stage.task.name!r} has {', '.join(computed)}"
             )
-        if stage.task.kind == "classification" and not hasattr(model, "predict_task"):
+        if stage.task.kind == "classification" and not offers(model, "predict_task"):
             raise ConfigError(
                 f"model: {config['model']} has no predict_task(batch, task), which the task "
                 f"{stage.task.name!r} (classification) of stage {stage.index + 1} needs"
