@@ -18,7 +18,7 @@ from recbole.utils import ModelType
 from recbole_cl import distributed
 from recbole_cl.errors import ConfigError, TrainingError
 from recbole_cl.evaluation.known import Known
-from recbole_cl.evaluation.metrics import asked_metrics
+from recbole_cl.evaluation.metrics import GAUC_NEEDS_SCORES, asked_metrics
 from recbole_cl.evaluation.outcome import Outcome, class_outcome, ranking_outcome, value_outcome
 from recbole_cl.evaluation.ranking import (
     Pairs,
@@ -26,6 +26,7 @@ from recbole_cl.evaluation.ranking import (
     bound_of,
     choose_way,
     limit,
+    own_lists,
     rows_at_once,
     scores_of,
     scores_of_prefixes,
@@ -142,13 +143,22 @@ class Evaluator:
     def _ranking(self, ctx: StageContext, known: Known, stage: Stage, split: str) -> Outcome:
         rows, n = self._rows_of(stage, split), ctx.batcher.n_items
         cold_row = self._cold_rows(ctx, known, rows.targets, self._needs_user(ctx))
-        cold_item = cold_row[rows.row] | (rows.item >= n) | ~known.items[np.minimum(rows.item, len(known.items) - 1)]
-        bound = bound_of(torch.from_numpy(allowed_items(self.config, known, stage, n)).to(ctx.device))
+        cold_item = cold_row[rows.row] | self._cold_items(ctx, known, rows.item)
         top = np.zeros((len(rows.targets), max(self.config["topk"])), dtype=np.int64)
         auc = np.zeros(len(rows.targets))
         with_auc = "gauc" in asked_metrics(self.config, stage.task)
         way = choose_way(ctx.model, rows.candidates is not None, bool(self._adjusting))
+        if way is Way.OWN and with_auc:
+            raise ConfigError(GAUC_NEEDS_SCORES.format(self.config["model"]))
+        untrained = contract(ctx.model).scores_untrained_items
+        allowed = torch.from_numpy(allowed_items(self.config, known, stage, n, untrained)).to(ctx.device)
+        bound = bound_of(allowed)
         for batch in self._batches(len(rows.targets), rows_at_once(self.config, n, way)):
+            if way is Way.OWN:
+                asked, excluded = self._batch(ctx, stage, rows.targets[batch]), self._excluded(ctx, rows, batch)
+                items, _ = own_lists(ctx.model, asked, min(top.shape[1], n), allowed, excluded)
+                top[batch, : items.size(1)] = items.cpu().numpy()
+                continue
             for index, scores in self._scored(ctx, stage, rows, batch, way):
                 if torch.isnan(scores.sum()) and torch.isnan(scores).any():  # a sum takes a fraction of the time
                     raise TrainingError(
@@ -191,6 +201,13 @@ class Evaluator:
     def _needs_user(self, ctx: StageContext) -> bool:
         """Tells whether a user whom the model never trained on makes a row a miss (RecBole's models count users)."""
         return not self.sequential or hasattr(ctx.model, "n_users")
+
+    def _cold_items(self, ctx: StageContext, known: Known, item: np.ndarray) -> np.ndarray:
+        """Returns which items the model cannot score: it has no row for them, or never trained the one it has."""
+        n = ctx.batcher.n_items
+        scorable = known.scorable(n, contract(ctx.model).scores_untrained_items)
+        cold: np.ndarray = (item >= n) | ~scorable[np.minimum(item, len(scorable) - 1)]
+        return cold
 
     def _cold_rows(self, ctx: StageContext, known: Known, targets: Targets, needs_user: bool) -> np.ndarray:
         cold = np.zeros(len(targets), dtype=bool)
@@ -260,7 +277,7 @@ class Evaluator:
                 f"LABEL_FIELD: {label_field!r} is no column of the interactions and no threshold makes it; set "
                 f"threshold: {{rating: 4}} or evaluate with eval_args mode uni100"
             )
-        cold = ~known.items[item] | (item >= ctx.batcher.n_items)
+        cold = self._cold_items(ctx, known, item)
         if self._needs_user(ctx):
             cold |= ~known.users[user] | (user >= ctx.batcher.n_users)
         prior = known.label_sum / known.label_count if known.label_count else 0.5

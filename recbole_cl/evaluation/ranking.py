@@ -18,6 +18,7 @@ import torch
 from recbole.data.interaction import Interaction
 from recbole.utils import ModelType
 
+from recbole_cl.errors import TrainingError
 from recbole_cl.evaluation.scores import best, full_scores, pair_scores
 from recbole_cl.model.contract import contract, offers
 from recbole_cl.model.prefixes import prefix_outputs
@@ -40,6 +41,7 @@ class Way(enum.Enum):
     QUERIES = "the outputs of many rows at once, their scores a few rows at a time"
     GIVEN = "scores of each row's candidates"
     FULL = "scores of all items"
+    OWN = "lists that the model makes itself, knowing what may stand in them"
 
 
 def choose_way(model: Any, candidates: bool, adjusted: bool = False, histories: bool = True) -> Way:
@@ -56,6 +58,8 @@ def choose_way(model: Any, candidates: bool, adjusted: bool = False, histories: 
         return Way.GIVEN if given else Way.FULL
     if adjusted:
         return Way.FULL
+    if offers(model, "recommend"):
+        return Way.OWN
     if histories and contract(model).shares_prefixes():
         return Way.PREFIXES
     return Way.QUERIES if contract(model).scores_by_queries() else Way.FULL
@@ -87,7 +91,8 @@ def scores_of(
     """Yields rows and their scores of all items, -inf where there is none, shape ``[part, n_items]``.
 
     Args:
-        way: Any but :attr:`Way.PREFIXES`, for which there is :func:`scores_of_prefixes`.
+        way: Any but :attr:`Way.PREFIXES`, for which there is :func:`scores_of_prefixes`, and :attr:`Way.OWN`, for
+            which there is :func:`own_lists`.
         model: The model, in eval mode.
         batcher: Knows the model's items and adds their features (:class:`recbole_cl.stream.batch.Batcher`).
         batch: ``B`` rows on the model's device.
@@ -168,3 +173,56 @@ def top_items(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]
     """
     values, items = best(scores, min(k, scores.size(1)))
     return torch.where(torch.isfinite(values), items, 0), values
+
+
+def own_lists(
+    model: Any, batch: Interaction, k: int, allowed: torch.Tensor, excluded: Pairs
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the lists that a model makes itself (``recommend``), and their scores, shape ``[B, k]`` each.
+
+    Args:
+        model: The model, in eval mode.
+        batch: ``B`` rows on the model's device.
+        k: Items wanted; an empty slot holds item 0 and -inf, and no item stands behind it.
+        allowed: Flag of each item, shape ``[n_items]``.
+        excluded: Rows and items that must not stand in a list.
+
+    Raises:
+        TrainingError: If the lists are not what was asked for.
+    """
+    items, values = model.recommend(batch, k, allowed, excluded)
+    wrong = _wrong(items, values, (len(batch), k), allowed, excluded)
+    if wrong:
+        raise TrainingError(f"model: recommend() of {type(model).__name__} {wrong}")
+    return items, values
+
+
+def _wrong(
+    items: torch.Tensor, values: torch.Tensor, shape: tuple[int, int], allowed: torch.Tensor, excluded: Pairs
+) -> str:
+    """Returns what is wrong with a model's own lists, in words, or nothing."""
+    for told, found in (("items", items), ("scores", values)):
+        if found.shape != shape:
+            return f"returned {told} of shape {list(found.shape)} instead of {list(shape)}, a row for each of the batch"
+    if items.dtype not in (torch.int32, torch.int64):
+        return f"returned items of type {items.dtype} instead of int64"
+    filled = items != 0
+    outside = filled & ((items < 0) | (items >= len(allowed)))
+    outside = outside | ~(allowed[items.clamp(0, len(allowed) - 1)] | ~filled)
+    if outside.any():
+        return f"returned item {int(items[outside][0])}, which is not among the {int(allowed.sum())} allowed items"
+    if (filled[:, 1:] & ~filled[:, :-1]).any():
+        return "returned an item behind an empty slot; items come first, then zeros"
+    ordered = items.sort(dim=1).values
+    twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] > 0)
+    if twice.any():
+        return f"returned item {int(ordered[:, 1:][twice][0])} twice in one list"
+    row, item = excluded
+    again = (items[row] == item.unsqueeze(1)).any(dim=1)
+    if again.any():
+        return f"returned item {int(item[again][0])} in a row that it is excluded from"
+    if torch.isnan(values).any() or (torch.isfinite(values) != filled).any():
+        return "returned scores that are not finite where an item stands and -inf where a slot is empty"
+    if (values[:, 1:] > values[:, :-1]).any():
+        return "returned lists whose scores rise; the best item comes first"
+    return ""
