@@ -14,8 +14,8 @@ from recbole.model.layers import TransformerEncoder
 from run_helpers import configure, toy
 from torch.nn import functional as F
 
-from recbole_cl.evaluation import evaluator as evaluator_module
-from recbole_cl.evaluation.evaluator import Evaluator, Known, best
+from recbole_cl.evaluation.evaluator import Evaluator, Known
+from recbole_cl.evaluation.scores import best
 from recbole_cl.model import all_positions, fused
 from recbole_cl.model.all_positions import AllPositions, _cuts, passes
 from recbole_cl.model.prefixes import prefix_outputs
@@ -140,7 +140,7 @@ def test_metrics_are_those_without_sharing(tmp_path: Path, monkeypatch: pytest.M
     found = {}
     for shared in (True, False):
         if not shared:
-            monkeypatch.setattr(evaluator_module.Evaluator, "_shares_prefixes", lambda *_: False)
+            monkeypatch.setattr(type(net), "shares_prefixes", lambda _: False)
         calls: list[int] = []
         original = net.outputs_at
         monkeypatch.setattr(type(net), "outputs_at", lambda *a: (calls.append(len(a[1])), original(*a[1:]))[1])  # noqa: B023

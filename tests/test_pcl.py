@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import itertools
 import sys
@@ -25,6 +24,7 @@ from recbole_cl.config import CLConfig, properties_dir, read_properties
 from recbole_cl.errors import ConfigError
 from recbole_cl.evaluation.known import Known
 from recbole_cl.llm.encode import encode_texts
+from recbole_cl.model.contract import ContinualModel
 from recbole_cl.model.pcl import PCL
 from recbole_cl.model.prompted_histories import (
     ROWS_AT_ONCE,
@@ -710,7 +710,7 @@ def test_the_short_way_is_taken_where_it_is_right(
     with torch.no_grad():
         answers = model.eval().represent(rows, task)
         assert not used, "answers take the plain way"
-        with model.validating():
+        with model.evaluating(whole.stream.stages[task], "valid"):
             torch.testing.assert_close(model.represent(rows, task), answers, rtol=0, atol=1e-6)
         assert bool(used) == short
         used.clear()
@@ -733,7 +733,7 @@ def test_validation_alone_may_use_what_is_kept(whole: Watched, monkeypatch: pyte
         found[split] = whole.evaluator.evaluate(ctx, known, stage, split).metrics
         assert bool(used) == expected, split
         used.clear()
-    monkeypatch.setattr(PCL, "validating", contextlib.nullcontext)
+    monkeypatch.setattr(PCL, "evaluating", ContinualModel.evaluating)
     assert whole.evaluator.evaluate(ctx, known, stage, "valid").metrics == found["valid"] and not used
 
 

@@ -3,6 +3,7 @@
 - :mod:`~recbole_cl.evaluation.known` what the model has trained on; the rest is a miss
 - :mod:`~recbole_cl.evaluation.rows` what is ranked: rows, positives, what is masked, sampled candidates
 - :mod:`~recbole_cl.evaluation.scores` what the model answers
+- :mod:`~recbole_cl.evaluation.ranking` lists of items: the way to the scores, what may stand in a list, the best k
 - :mod:`~recbole_cl.evaluation.metrics` RecBole's metrics of rankings and values, accuracy and F1 of classes
 - :mod:`~recbole_cl.evaluation.outcome` the result: metrics over all targets and by stratum
 

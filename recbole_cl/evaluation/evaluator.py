@@ -7,7 +7,6 @@ scored by a random row.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,12 +18,23 @@ from recbole.utils import ModelType
 from recbole_cl import distributed
 from recbole_cl.errors import ConfigError, TrainingError
 from recbole_cl.evaluation.known import Known
-from recbole_cl.evaluation.metrics import asked_metrics
+from recbole_cl.evaluation.metrics import GAUC_NEEDS_SCORES, asked_metrics
 from recbole_cl.evaluation.outcome import Outcome, class_outcome, ranking_outcome, value_outcome
+from recbole_cl.evaluation.ranking import (
+    Pairs,
+    Way,
+    bound_of,
+    choose_way,
+    limit,
+    own_lists,
+    rows_at_once,
+    scores_of,
+    scores_of_prefixes,
+    top_items,
+)
 from recbole_cl.evaluation.rows import Rows, allowed_items, build_rows, mode_of
-from recbole_cl.evaluation.scores import auc_of_rows, best, clear_caches, full_scores, pair_scores
-from recbole_cl.model.capabilities import capabilities
-from recbole_cl.model.prefixes import prefix_outputs
+from recbole_cl.evaluation.scores import auc_of_rows, clear_caches
+from recbole_cl.model.contract import contract
 from recbole_cl.rng import ModelRandomness, derive, numpy_generator
 from recbole_cl.strategy.base import overrides
 from recbole_cl.strategy.composite import Composite
@@ -35,13 +45,6 @@ from recbole_cl.stream.stage import Stage, Targets
 from recbole_cl.tree import answering, clone_tree, tree_hash
 
 __all__ = ["Evaluator", "Known", "Outcome"]
-
-SCORES_AT_ONCE = 1 << 24
-SCORES_IN_CACHE = 1 << 18
-PREFIXES_AT_ONCE = 1 << 10
-"""Rows whose histories are looked at together for sequences in common."""
-INPUTS_AT_ONCE = 1 << 14
-"""Sequence positions a forward pass holds: activations that stay in the cache are faster and a tenth of the memory."""
 
 
 class Evaluator:
@@ -69,7 +72,7 @@ class Evaluator:
 
         A strategy may take notes while it adjusts scores; its state is put back afterwards, so that neither the next
         evaluation nor the training between two validations depends on what was looked at.
-        A model that has a context manager ``validating()`` answers validation targets inside it.
+        The model answers inside its own context ``evaluating(stage, split)``.
 
         Args:
             ctx: The trained stage; its batcher knows the model's rows.
@@ -87,9 +90,8 @@ class Evaluator:
         clear_caches(model)
         kept = [clone_tree(s.state_dict()) for s in self._adjusting]
         randomness = ModelRandomness(derive(self.config["seed"], ctx.index, f"evaluate/{stage.index}"))
-        between = getattr(model, "validating", contextlib.nullcontext) if split == "valid" else contextlib.nullcontext
         try:
-            with answering(model), between():
+            with answering(model), contract(model).evaluating(stage, split):
                 if self._group.size == 1:
                     return self._outcome(ctx, known, stage, split, randomness)
                 return self._shared(ctx, known, stage, split, randomness)
@@ -140,46 +142,72 @@ class Evaluator:
 
     def _ranking(self, ctx: StageContext, known: Known, stage: Stage, split: str) -> Outcome:
         rows, n = self._rows_of(stage, split), ctx.batcher.n_items
-        width = max(self.config["topk"])
-        needs_user = not self.sequential or hasattr(ctx.model, "n_users")
-        cold_row = self._cold_rows(ctx, known, rows.targets, needs_user)
-        cold_pos = cold_row[rows.row] | (rows.item >= n)
-        cold_pos |= ~known.items[np.minimum(rows.item, len(known.items) - 1)]
-        allowed = torch.from_numpy(allowed_items(self.config, known, stage, n)).to(ctx.device)
-        bound = torch.where(allowed, torch.inf, -torch.inf)
-        top = np.zeros((len(rows.targets), width), dtype=np.int64)
+        cold_row = self._cold_rows(ctx, known, rows.targets, self._needs_user(ctx))
+        cold_item = cold_row[rows.row] | self._cold_items(ctx, known, rows.item)
+        top = np.zeros((len(rows.targets), max(self.config["topk"])), dtype=np.int64)
         auc = np.zeros(len(rows.targets))
         with_auc = "gauc" in asked_metrics(self.config, stage.task)
-        full = rows.candidates is None
-        shared = full and self._shares_prefixes(ctx)
-        queried = full and not shared and self._told(ctx, "scores_by_queries")
-        for batch in self._batches(len(rows.targets), 1 if queried else n, shared):
-            for index, scores in self._scored(ctx, stage, rows, batch, full, shared, queried):
+        way = choose_way(ctx.model, rows.candidates is not None, bool(self._adjusting))
+        if way is Way.OWN and with_auc:
+            raise ConfigError(GAUC_NEEDS_SCORES.format(self.config["model"]))
+        untrained = contract(ctx.model).scores_untrained_items
+        allowed = torch.from_numpy(allowed_items(self.config, known, stage, n, untrained)).to(ctx.device)
+        bound = bound_of(allowed)
+        for batch in self._batches(len(rows.targets), rows_at_once(self.config, n, way)):
+            if way is Way.OWN:
+                asked, excluded = self._batch(ctx, stage, rows.targets[batch]), self._excluded(ctx, rows, batch)
+                items, _ = own_lists(ctx.model, asked, min(top.shape[1], n), allowed, excluded)
+                top[batch, : items.size(1)] = items.cpu().numpy()
+                continue
+            for index, scores in self._scored(ctx, stage, rows, batch, way):
                 if torch.isnan(scores.sum()) and torch.isnan(scores).any():  # a sum takes a fraction of the time
                     raise TrainingError(
                         f"stage {ctx.index + 1}: the model's scores on stage {stage.index + 1} ({split}) contain NaN"
                     )
-                torch.minimum(scores, bound.to(scores.dtype), out=scores)  # several times as fast as to fill them in
-                if not full:
-                    assert rows.candidates is not None
-                    kept = torch.zeros_like(scores, dtype=torch.bool)
-                    inside = np.where(rows.candidates[index] < n, rows.candidates[index], 0)
-                    kept.scatter_(1, torch.from_numpy(inside).to(ctx.device), True)
-                    scores.masked_fill_(~kept, -torch.inf)
-                row_index, item_index = rows.masked.of(index)
-                fits = item_index < n
-                if fits.any():
-                    pairs = (torch.from_numpy(column[fits]).to(ctx.device) for column in (row_index, item_index))
-                    scores[tuple(pairs)] = -torch.inf
-                if cold_row[index].any():
-                    scores[torch.from_numpy(cold_row[index]).to(ctx.device)] = -torch.inf
-                k = min(width, n)
-                values, items = best(scores, k)
-                top[index, :k] = torch.where(torch.isfinite(values), items, 0).cpu().numpy()
+                limit(scores, bound, self._excluded(ctx, rows, index), self._candidates(ctx, rows, index))
+                items, _ = top_items(scores, top.shape[1])
+                top[index, : items.size(1)] = items.cpu().numpy()
                 if with_auc:
                     auc[index] = auc_of_rows(scores.cpu(), *rows.positives.of(index), n)
+        top[cold_row], auc[cold_row] = 0, 0.0
         self._everyones(top, auc)
-        return ranking_outcome(self.config, self.stream, stage, rows, top, auc, cold_pos)
+        return ranking_outcome(self.config, self.stream, stage, rows, top, auc, cold_item)
+
+    def _scored(
+        self, ctx: StageContext, stage: Stage, rows: Rows, index: np.ndarray, way: Way
+    ) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+        """Yields rows and their scores of all items, as the strategies want them."""
+        if way is Way.PREFIXES:
+            for part, scores in scores_of_prefixes(ctx.model, ctx.batcher, rows.targets[index]):
+                yield index[part], scores
+            return
+        batch = self._batch(ctx, stage, rows.targets[index])
+        for part, scores in scores_of(way, ctx.model, ctx.batcher, batch, self._candidates(ctx, rows, index)):
+            yield index[part], self.strategy.adjust_scores(ctx, batch, scores) if self._adjusting else scores
+
+    def _candidates(self, ctx: StageContext, rows: Rows, index: np.ndarray) -> torch.Tensor | None:
+        """Returns the sampled candidates of a range of rows, 0 for one without a row in the model."""
+        if rows.candidates is None:
+            return None
+        chosen = rows.candidates[index]
+        return torch.from_numpy(np.where(chosen < ctx.batcher.n_items, chosen, 0)).to(ctx.device)
+
+    def _excluded(self, ctx: StageContext, rows: Rows, index: np.ndarray) -> Pairs:
+        """Returns what is not recommended again to a range of rows."""
+        row, item = rows.masked.of(index)
+        fits = item < ctx.batcher.n_items
+        return torch.from_numpy(row[fits]).to(ctx.device), torch.from_numpy(item[fits]).to(ctx.device)
+
+    def _needs_user(self, ctx: StageContext) -> bool:
+        """Tells whether a user whom the model never trained on makes a row a miss (RecBole's models count users)."""
+        return not self.sequential or hasattr(ctx.model, "n_users")
+
+    def _cold_items(self, ctx: StageContext, known: Known, item: np.ndarray) -> np.ndarray:
+        """Returns which items the model cannot score: it has no row for them, or never trained the one it has."""
+        n = ctx.batcher.n_items
+        scorable = known.scorable(n, contract(ctx.model).scores_untrained_items)
+        cold: np.ndarray = (item >= n) | ~scorable[np.minimum(item, len(scorable) - 1)]
+        return cold
 
     def _cold_rows(self, ctx: StageContext, known: Known, targets: Targets, needs_user: bool) -> np.ndarray:
         cold = np.zeros(len(targets), dtype=bool)
@@ -193,12 +221,7 @@ class Evaluator:
             cold |= seen[targets.hi] == seen[start]
         return cold
 
-    def _batches(self, n_rows: int, n_items: int, shared: bool = False) -> Iterator[np.ndarray]:
-        size = max(1, min(int(self.config["eval_batch_size"]), SCORES_AT_ONCE // max(n_items, 1)))
-        if shared:
-            size = max(1, min(int(self.config["eval_batch_size"]), PREFIXES_AT_ONCE))
-        elif self.sequential:
-            size = max(1, min(size, INPUTS_AT_ONCE // int(self.config["MAX_ITEM_LIST_LENGTH"])))
+    def _batches(self, n_rows: int, size: int) -> Iterator[np.ndarray]:
         for start in self._mine(n_rows, size):
             yield np.arange(start, min(start + size, n_rows))
 
@@ -220,52 +243,12 @@ class Evaluator:
     def _answers_for(self, ctx: StageContext, stage: Stage) -> int:
         return stage.index if self.config["task_id"] == "given" else ctx.index
 
-    def _shares_prefixes(self, ctx: StageContext) -> bool:
-        """Tells whether one pass over a sequence may score all its prefixes."""
-        return self._told(ctx, "shares_prefixes")
-
-    def _told(self, ctx: StageContext, ability: str) -> bool:
-        """Tells whether a model has a short way to its scores, and no strategy adjusts them."""
-        told = getattr(ctx.model, ability, None)
-        return told is not None and not self._adjusting and bool(told())
-
-    def _scored(
-        self, ctx: StageContext, stage: Stage, rows: Rows, index: np.ndarray, full: bool, shared: bool, queried: bool
-    ) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
-        """Yields rows and their scores of all items, few enough rows at a time that the scores stay in the cache."""
-        n, model = ctx.batcher.n_items, ctx.model
-        if shared:
-            outputs, score = prefix_outputs(model, ctx.batcher, rows.targets[index]), model.item_scores
-        elif queried:
-            outputs, score = model.item_queries(self._batch(ctx, stage, rows, index)), model.score_queries
-        else:
-            yield index, self._score(ctx, stage, rows, index, full)
-            return
-        size = max(1, (SCORES_IN_CACHE if ctx.device.type == "cpu" else SCORES_AT_ONCE) // n)
-        for start in range(0, len(index), size):
-            part = slice(start, start + size)
-            yield index[part], score(outputs[part])[:, :n]
-
-    def _batch(self, ctx: StageContext, stage: Stage, rows: Rows, index: np.ndarray) -> Interaction:
-        batch = ctx.batcher.rows(rows.targets[index], stage=self._answers_for(ctx, stage), evaluation=True)
+    def _batch(self, ctx: StageContext, stage: Stage, targets: Targets) -> Interaction:
+        batch = ctx.batcher.rows(targets, stage=self._answers_for(ctx, stage), evaluation=True)
         if self.sequential:  # a history of unknown items only: any token will do, the row is a miss
             lengths = batch[self.config["ITEM_LIST_LENGTH_FIELD"]]
             batch.interaction[self.config["ITEM_LIST_LENGTH_FIELD"]] = lengths.clamp(min=1)
         return batch.to(ctx.device)
-
-    def _score(self, ctx: StageContext, stage: Stage, rows: Rows, index: np.ndarray, full: bool) -> torch.Tensor:
-        batch = self._batch(ctx, stage, rows, index)
-        n, model = ctx.batcher.n_items, ctx.model
-        if not full and ("scores" in (offers := capabilities(model)) or "full_sort_predict" not in offers):
-            assert rows.candidates is not None
-            inside = np.where(rows.candidates[index] < n, rows.candidates[index], 0)
-            items = torch.from_numpy(inside).to(ctx.device)
-            given = model.scores(batch, items) if "scores" in offers else pair_scores(model, batch, items, ctx)
-            scores = torch.full((len(index), n), -torch.inf, device=ctx.device)
-            scores.scatter_(1, items, given.to(scores.dtype))
-        else:
-            scores = full_scores(model, batch, n, ctx)
-        return self.strategy.adjust_scores(ctx, batch, scores)
 
     # -- labelled values ------------------------------------------------------------------------------------------
 
@@ -294,9 +277,8 @@ class Evaluator:
                 f"LABEL_FIELD: {label_field!r} is no column of the interactions and no threshold makes it; set "
                 f"threshold: {{rating: 4}} or evaluate with eval_args mode uni100"
             )
-        needs_user = not self.sequential or hasattr(ctx.model, "n_users")
-        cold = ~known.items[item] | (item >= ctx.batcher.n_items)
-        if needs_user:
+        cold = self._cold_items(ctx, known, item)
+        if self._needs_user(ctx):
             cold |= ~known.users[user] | (user >= ctx.batcher.n_users)
         prior = known.label_sum / known.label_count if known.label_count else 0.5
         score = np.full(len(item), prior)
@@ -326,13 +308,8 @@ class Evaluator:
         targets = stage.split(split)
         predicted = np.zeros(len(targets), dtype=np.int64)
         cold = self._cold_rows(ctx, known, targets, not self.sequential)
-        n_labels = stage.task.n_labels or 1
-        for index in self._batches(len(targets), n_labels):
-            batch = ctx.batcher.rows(targets[index], stage=self._answers_for(ctx, stage), evaluation=True)
-            if self.sequential:  # a history of unknown items only: any answer will do, the row is a miss
-                field_ = self.config["ITEM_LIST_LENGTH_FIELD"]
-                batch.interaction[field_] = batch[field_].clamp(min=1)
-            logits = ctx.model.predict_task(batch.to(ctx.device), stage.task)
+        for index in self._batches(len(targets), rows_at_once(self.config, stage.task.n_labels or 1)):
+            logits = ctx.model.predict_task(self._batch(ctx, stage, targets[index]), stage.task)
             predicted[index] = logits.argmax(dim=-1).cpu().numpy()
         self._everyones(predicted)
         predicted[cold] = -1

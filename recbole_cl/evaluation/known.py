@@ -56,6 +56,15 @@ class Known:
             self.label_sum += float(labels.sum())
             self.label_count += len(labels)
 
+    def scorable(self, n_items: int, untrained: bool) -> np.ndarray:
+        """Returns the items that the model can score, flags of shape ``[n_items]`` of the whole stream.
+
+        Args:
+            n_items: Items that the model has rows for.
+            untrained: It also scores items that it never trained on (``scores_untrained_items``).
+        """
+        return self.items | (np.arange(len(self.items)) < n_items) if untrained else self.items
+
     def state_dict(self) -> dict[str, Any]:
         """Returns the flags and sums."""
         return {"users": self.users, "items": self.items, "label_sum": self.label_sum, "label_count": self.label_count}

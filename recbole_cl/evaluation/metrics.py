@@ -14,8 +14,15 @@ from recbole.evaluator.register import metric_information, metrics_dict
 from recbole.utils import EvaluatorType
 
 from recbole_cl.errors import ConfigError, nearest
+from recbole_cl.model.contract import offers
+from recbole_cl.strategy.base import Strategy
 from recbole_cl.stream.build import Stream
 from recbole_cl.stream.stage import CLASSIFICATION_METRICS, Stage, Task
+
+GAUC_NEEDS_SCORES = (
+    "metrics: GAUC needs the scores of all items, but {} makes its lists itself (recommend); leave GAUC out, or rank "
+    "sampled candidates with eval_args: {{mode: uni100}}"
+)
 
 
 def asked_metrics(config: Any, task: Task | None = None) -> list[str]:
@@ -52,7 +59,7 @@ def computed_metrics(config: Any, task: Task | None = None) -> list[str]:
 
 
 def check_tasks(config: Any, stream: Stream, model: Any) -> None:
-    """Refuses a stage whose task the model cannot answer, or whose primary metric nobody computes.
+    """Refuses a stage whose task the model cannot answer, or whose metrics nobody computes.
 
     Raises:
         ConfigError: Naming the stage and its task.
@@ -64,7 +71,12 @@ def check_tasks(config: Any, stream: Stream, model: Any) -> None:
                 f"stage {stage.index + 1} ({stage.name}): its primary metric {primary!r} is not computed; the task "
                 f"{stage.task.name!r} has {', '.join(computed)}"
             )
-        if stage.task.kind == "classification" and not hasattr(model, "predict_task"):
+        ranked = stage.task.kind == "next_item" and "full" in config["eval_args"]["mode"].values()
+        adjusted = any(cls.adjust_scores is not Strategy.adjust_scores for cls in config.strategy_classes)
+        own_lists = ranked and offers(model, "recommend") and not adjusted
+        if own_lists and "gauc" in asked_metrics(config, stage.task):
+            raise ConfigError(GAUC_NEEDS_SCORES.format(config["model"]))
+        if stage.task.kind == "classification" and not offers(model, "predict_task"):
             raise ConfigError(
                 f"model: {config['model']} has no predict_task(batch, task), which the task "
                 f"{stage.task.name!r} (classification) of stage {stage.index + 1} needs"

@@ -165,7 +165,7 @@ def _sample(
     return out
 
 
-def allowed_items(config: Any, known: Known, stage: Stage, n_items: int) -> np.ndarray:
+def allowed_items(config: Any, known: Known, stage: Stage, n_items: int, untrained: bool = False) -> np.ndarray:
     """Returns which items may be recommended, shape ``[n_items]``.
 
     Args:
@@ -173,12 +173,13 @@ def allowed_items(config: Any, known: Known, stage: Stage, n_items: int) -> np.n
         known: What the model has trained on.
         stage: The evaluated stage.
         n_items: Items that the model has rows for.
+        untrained: It also scores items that it never trained on (``scores_untrained_items``).
     """
     allowed = np.zeros(n_items, dtype=bool)
     scope = config["candidates"]
     if scope == "seen":
         allowed[1 : min(n_items, stage.catalogue)] = True
-        allowed &= known.items[:n_items]
+        allowed &= known.scorable(n_items, untrained)[:n_items]
     elif scope == "trained":
         allowed = known.items[:n_items].copy()
     else:

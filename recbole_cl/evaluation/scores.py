@@ -9,8 +9,7 @@ import torch
 from recbole.data.interaction import Interaction
 from torch import nn
 
-from recbole_cl.model.capabilities import capabilities
-from recbole_cl.strategy.context import StageContext
+from recbole_cl.model.contract import offers
 
 PAIRS_AT_ONCE = 1 << 15
 BLOCK = 32
@@ -22,40 +21,41 @@ def clear_caches(model: nn.Module) -> None:
     """Empties the propagated embeddings that RecBole's graph models keep: any change of weights makes them stale."""
     for module in model.modules():
         for name in CACHES:
-            if getattr(module, name, None) is not None:
+            if getattr(module, name, None) is not None:  # RecBole's own attributes, of models and of their parts
                 setattr(module, name, None)
 
 
-def full_scores(model: Any, batch: Interaction, n_items: int, ctx: StageContext) -> torch.Tensor:
+def full_scores(model: Any, batch: Interaction, batcher: Any) -> torch.Tensor:
     """Returns scores of all items, shape ``[B, n_items]``; models without ``full_sort_predict`` score pair by pair."""
-    if "full_sort_predict" in capabilities(model):
-        return model.full_sort_predict(batch).view(len(batch), -1)[:, :n_items]
-    return pair_scores(model, batch, torch.arange(n_items).expand(len(batch), -1), ctx)
+    if offers(model, "full_sort_predict"):
+        return model.full_sort_predict(batch).view(len(batch), -1)[:, : batcher.n_items]
+    return pair_scores(model, batch, torch.arange(batcher.n_items).expand(len(batch), -1), batcher)
 
 
-def pair_scores(model: Any, batch: Interaction, items: torch.Tensor, ctx: StageContext) -> torch.Tensor:
+def pair_scores(model: Any, batch: Interaction, items: torch.Tensor, batcher: Any) -> torch.Tensor:
     """Returns ``model.predict`` of given pairs, -inf where the item is padding.
 
     Args:
         model: The model.
-        batch: One row a user or target, ``B`` of them.
+        batch: One row a user or target, ``B`` of them, on the model's device.
         items: Item ids, shape ``[B, C]``.
-        ctx: Its batcher adds the items' features.
+        batcher: Adds the items' features (:class:`recbole_cl.stream.batch.Batcher`).
 
     Returns:
         Scores, shape ``[B, C]``.
     """
+    device = batch[batcher.uid].device
     rows, columns = torch.nonzero(items.cpu() > 0, as_tuple=True)
     ids = items.cpu()[rows, columns]
     batch = batch.to("cpu")
-    out = torch.full(items.shape, -torch.inf, device=ctx.device)
-    size = max(int(ctx.config["eval_batch_size"]), PAIRS_AT_ONCE)
+    out = torch.full(items.shape, -torch.inf, device=device)
+    size = max(int(batcher.config["eval_batch_size"]), PAIRS_AT_ONCE)
     for start in range(0, len(rows), size):
         part = slice(start, start + size)
         pairs = Interaction({name: column[rows[part]] for name, column in batch.interaction.items()})
-        pairs.interaction[ctx.batcher.iid] = ids[part]
-        scores = model.predict(ctx.batcher.join(pairs).to(ctx.device)).flatten()
-        out[rows[part].to(ctx.device), columns[part].to(ctx.device)] = scores.to(out.dtype)
+        pairs.interaction[batcher.iid] = ids[part]
+        scores = model.predict(batcher.join(pairs).to(device)).flatten()
+        out[rows[part].to(device), columns[part].to(device)] = scores.to(out.dtype)
     return out
 
 

@@ -19,6 +19,7 @@ from recbole_cl.model.task_heads import TaskHeads, TaskModel, probing
 from recbole_cl.prompt import ContextualPrompts, ItemAttribute, PromptedEmbedding, describe, place_prompts
 from recbole_cl.registry import models, strategies
 from recbole_cl.stream.batch import TARGETS
+from recbole_cl.stream.stage import Stage
 from recbole_cl.stream.vocabulary import Growth
 
 SCOPES = ("so_far", "all")
@@ -286,12 +287,12 @@ class PCL(TaskModel):
         return self.windows_loss(batch, at)
 
     @contextlib.contextmanager
-    def validating(self) -> Iterator[None]:
-        """A context of validation between epochs: what is kept of histories serves it too, up to rounding.
+    def evaluating(self, stage: Stage, split: str) -> Iterator[None]:
+        """A context of evaluation: between epochs what is kept of histories serves validation too, up to rounding.
 
         Answers that are told or served never come from what is kept: their bits must not depend on ``pcl_memory_mb``.
         """
-        self._validating = True
+        self._validating = split == "valid"
         try:
             yield
         finally:
