@@ -13,6 +13,7 @@ import torch
 from recbole.data.interaction import Interaction
 from recbole.utils import ModelType
 
+from recbole_cl.config.models import configured_traits
 from recbole_cl.errors import ConfigError
 from recbole_cl.stream.build import Stream
 from recbole_cl.stream.stage import Targets
@@ -108,6 +109,7 @@ class Batcher:
         self.view = view
         self.n_users, self.n_items = n_users, n_items
         self.sequential = config["MODEL_TYPE"] == ModelType.SEQUENTIAL
+        self.negative_lists = configured_traits(config).negative_lists
         base = stream.dataset
         self.uid, self.iid = base.uid_field, base.iid_field
         self.length_field = config["ITEM_LIST_LENGTH_FIELD"]
@@ -149,7 +151,7 @@ class Batcher:
         data[self.uid] = torch.from_numpy(targets.user)
         if self.sequential:
             data.update(self._histories(targets, evaluation))
-            if self.config["model"] == "DIEN":  # it looks negatives up whenever it scores; only its training reads them
+            if self.negative_lists:  # looked up whenever the model scores; only its training reads them
                 name = self.iid + self.suffix
                 data[self.config["NEG_PREFIX"] + name] = torch.zeros_like(data[name])
         if evaluation:

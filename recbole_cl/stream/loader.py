@@ -16,7 +16,7 @@ from recbole.data.interaction import Interaction
 from recbole.data.transform import construct_transform
 from recbole.utils import InputType, KGDataLoaderState, ModelType
 
-from recbole_cl.config.models import USER_BATCH_MODELS
+from recbole_cl.config.models import configured_traits
 from recbole_cl.errors import ConfigError, DataError
 from recbole_cl.rng import numpy_generator, torch_generator
 from recbole_cl.stream.batch import POSITION, STAGE, TARGETS, TASK, TIMESTAMP, Batcher, Windows
@@ -194,7 +194,7 @@ class StageLoader:
 
     def complete(self, rows: Interaction) -> Interaction:
         """Applies RecBole's transform and adds negatives; replayed rows go through here too."""
-        if self.batcher.config["model"] == "DIEN":
+        if self.batcher.negative_lists:
             rows = self._negative_lists(rows)
         return self.negatives(self.transform(self.batcher.view, rows))
 
@@ -213,7 +213,10 @@ class StageLoader:
         items = rows[field]
         sampler = self.negatives.sampler
         if sampler is None:
-            raise ConfigError("train_neg_sample_args: DIEN needs negatives; set {distribution: uniform, sample_num: 1}")
+            raise ConfigError(
+                f"train_neg_sample_args: {self.batcher.config['model']} needs negatives; set {{distribution: uniform, "
+                f"sample_num: 1}}"
+            )
         drawn = torch.from_numpy(sampler.sample_repeatable(1, items.flatten().numpy())).view_as(items)
         rows.interaction[self.batcher.config["NEG_PREFIX"] + field] = torch.where(items > 0, drawn, 0)
         return rows
@@ -411,7 +414,7 @@ def make_loader(
                 f"make window at most that, or MAX_ITEM_LIST_LENGTH larger"
             )
         units = Windows(targets, supervised, size, config["window_stride"] or size, labels=labels)
-    elif config["model"] in USER_BATCH_MODELS:
+    elif configured_traits(config).user_batches:
         order = np.lexsort((targets.position, targets.user))
         last = np.r_[targets.user[order][1:] != targets.user[order][:-1], True]
         units = (targets.user[order][last], targets.position[order][last])
