@@ -1,7 +1,8 @@
 """From targets to RecBole's ``Interaction``, one batch at a time.
 
 A sequential batch equals the rows that RecBole's own augmentation would have stored, for the targets asked. Every
-batch carries int64 ``_position``, ``_stage`` and ``_timestamp``: RecBole's own timestamps are float32.
+batch carries int64 ``_position``, ``_stage`` and ``_timestamp``: RecBole's own timestamps are float32. Every row says
+which interactions came before its target: those of ``table.seq[_lo:_hi]``.
 """
 
 from __future__ import annotations
@@ -19,9 +20,18 @@ from recbole_cl.stream.build import Stream
 from recbole_cl.stream.stage import Targets
 
 POSITION, STAGE, TIMESTAMP, TASK = "_position", "_stage", "_timestamp", "_task"
+LO, HI = "_lo", "_hi"
+"""Fields of rows, int64: the half-open range of their history in ``table.seq``, of general models' rows, too.
+
+It is the whole history, longer than what a row lists (``MAX_ITEM_LIST_LENGTH``) and, in evaluation, with the items that
+the model has no row for. Of a window it is the range of its inputs.
+"""
+LABEL = "_label"
+"""Field of rows: the target's label, an item or a class."""
 TARGETS = "_targets"
-LABELS = "_labels"
 """Field of all-position batches: the item to predict after each input, 0 where none is supervised, ``[B, L]``."""
+LABELS = "_labels"
+"""Field of all-position batches of a classification: the class after each input, 0 where none is supervised, too."""
 
 
 class Windows:
@@ -163,7 +173,8 @@ class Batcher:
             data[TASK] = torch.full((len(targets),), stage, dtype=torch.int64)
         else:
             data[TASK] = data[STAGE] if targets.task is None else torch.from_numpy(targets.task)
-        data["_label"] = torch.from_numpy(targets.label)
+        data[LO], data[HI] = torch.from_numpy(targets.lo), torch.from_numpy(targets.hi)
+        data[LABEL] = torch.from_numpy(targets.label)
         return self.join(Interaction(data))
 
     def join(self, rows: Interaction) -> Interaction:
@@ -225,6 +236,8 @@ class Batcher:
                 self.iid + self.suffix: torch.from_numpy(inputs),
                 self.length_field: torch.from_numpy(mask.sum(axis=1)),
                 TARGETS: torch.from_numpy(targets),
+                LO: torch.from_numpy(lo),
+                HI: torch.from_numpy(last),
                 POSITION: torch.from_numpy(closing),
                 STAGE: torch.from_numpy(self.table.stage[closing]),
                 TIMESTAMP: torch.from_numpy(self.table.timestamp[closing]),
