@@ -177,7 +177,7 @@ class StageLoader:
 
     def _make(self, units: Units, index: np.ndarray) -> Interaction:
         if isinstance(units, Windows):
-            return self.complete_windows(self.batcher.window_rows(units, index))
+            return self.complete_windows(self.batcher.window_rows(units, index, collate=False))
         if isinstance(units, tuple):
             users, positions = units[0][index], units[1][index]
             table = self.batcher.table
@@ -190,16 +190,18 @@ class StageLoader:
                     TASK: torch.from_numpy(table.stage[positions]),
                 }
             )
-        return self.complete(self.batcher.rows(units[index]))
+        return self.complete(self.batcher.rows(units[index], collate=False))
 
     def complete(self, rows: Interaction) -> Interaction:
-        """Applies RecBole's transform and adds negatives; replayed rows go through here too."""
+        """Adds the model's own columns, RecBole's transform and negatives; replayed rows go through here too."""
+        rows = self.batcher.collated(rows)
         if self.batcher.negative_lists:
             rows = self._negative_lists(rows)
         return self.negatives(self.transform(self.batcher.view, rows))
 
     def complete_windows(self, rows: Interaction) -> Interaction:
-        """Adds a negative for each supervised position (field ``neg__targets``) where the loss asks for them."""
+        """Adds the model's own columns, and for some losses a negative a target (field ``neg__targets``)."""
+        rows = self.batcher.collated(rows)
         if self.negatives.sampler is not None:
             targets = rows[TARGETS]
             flat = targets[targets > 0].numpy()
@@ -397,6 +399,11 @@ def make_loader(
     """
     config, batcher, seed = ctx.config, ctx.batcher, ctx.config["seed"]
     if config["parity"]:
+        if batcher.collate is not None:
+            raise ConfigError(
+                f"property 'parity' is 'recbole', but model {config['model']!r} adds columns of its own to its batches "
+                f"(collate), which RecBole's loader does not know; leave 'parity' out"
+            )
         return ctx.view.parity_loader  # type: ignore[no-any-return]
     units: Units = targets
     next_item = ctx.stage.task.kind == "next_item"

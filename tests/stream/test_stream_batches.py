@@ -149,7 +149,9 @@ def test_windows_have_the_class_of_each_target() -> None:
     targets = Targets(seq[hi], np.full(3, 9), np.zeros(3, dtype=np.int64), hi, np.array([2, 0, 1]))
     supervised, labels = np.zeros(9, dtype=bool), np.zeros(9, dtype=np.int64)
     supervised[hi], labels[hi] = True, targets.label
-    batcher = SimpleNamespace(table=table, uid="user_id", iid="item_id", suffix="_list", length_field="item_length")
+    batcher = SimpleNamespace(
+        collate=None, table=table, uid="user_id", iid="item_id", suffix="_list", length_field="item_length"
+    )
     for windows in (Windows(targets, supervised, 4, 2, labels=labels), Windows(targets, supervised, 4, 2)):
         rows = Batcher.window_rows(batcher, windows, np.array([0, 1]))  # type: ignore[arg-type]
         assert rows["_targets"].tolist() == [[0, 0, 105, 106], [0, 0, 0, 108]]
