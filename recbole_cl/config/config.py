@@ -31,7 +31,7 @@ from recbole_cl.config.device import choose_device
 from recbole_cl.config.files import RECBOLE, component_defaults, properties_dir
 from recbole_cl.config.keys import check_keys
 from recbole_cl.config.metrics import check_metrics
-from recbole_cl.config.models import get_model_class, recbole_models
+from recbole_cl.config.models import check_class, get_model_class, recbole_models
 from recbole_cl.config.parity import settle
 from recbole_cl.config.strategies import StrategyDefaults, asked_strategies, refuse_contradictions, settle_parameters
 from recbole_cl.config.task import rank_without_labels, settle_negatives, settle_repeats
@@ -188,6 +188,7 @@ class CLConfig(Config):
                 f"model {model_class.__name__!r} does not say what type it has; derive it from GeneralRecommender, "
                 "SequentialRecommender, ContextRecommender or KnowledgeRecommender"
             )
+        check_class(model_class)
         if getattr(model_class, "type", None) == ModelType.DECISIONTREE:
             raise ConfigError(f"model {model_class.__name__!r} is a decision tree and cannot be trained in stages")
         return model_class.__name__, model_class, str(self._asked("dataset", dataset, EXAMPLE))

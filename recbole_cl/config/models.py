@@ -1,4 +1,9 @@
-"""Which models there are, and who answers to a model's name."""
+"""Which models there are, who answers to a model's name, and how some of RecBole's differ from all others.
+
+What a stream has to know of a model beyond its type stands in one table, :data:`TRAITS`, and is looked up by the
+model's class: a subclass of RecBole's DIEN is a DIEN, whatever it is called, and a class of another package that is
+called ``DIEN`` is none. A model that holds another one (``backbone_property``) has the traits of the inner one.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +11,11 @@ import functools
 import importlib
 import importlib.util
 import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from recbole.model.abstract_recommender import AbstractRecommender
 
 from recbole_cl.config.files import RECBOLE
 from recbole_cl.errors import ConfigError, nearest
@@ -18,13 +28,114 @@ _MODEL_FAMILIES = (
     "knowledge_aware_recommender",
     "exlib_recommender",
 )
-# RecBole's models that import a package only when constructed or trained, after the data has been read.
-_LATE_IMPORTS = {"KGAT": "dgl", "KGIN": "torch_scatter", "MCCLK": "torch_scatter", "NCL": "faiss"}
-# RecBole's models that cannot be taken through a stream, and why.
-_REFUSED = {
-    "FEARec": "it reads RecBole's table of augmented sequences, which a stream does not make; use SASRec",
-    "RippleNet": "it cannot score a user without training interactions, whom a stream always has; use KGCN",
+
+
+@dataclass(frozen=True)
+class Traits:
+    """How a model differs from what a stream takes for granted; the defaults hold for every model without a row.
+
+    Attributes:
+        refused: Why it cannot be taken through a stream, and what to use instead.
+        package: Package that it imports only when it is constructed or trained, after the data has been read.
+        user_batches: It trains on whole users (RecBole's ``UserDataLoader``): there are no rows of interactions.
+        negative_lists: It reads an item that was not taken beside each item of a history (``neg_item_id_list``), also
+            where it only scores. RecBole's dataset of the model, which draws them once for all, is not used.
+        counts: It has no gradient, and training accumulates what RecBole's ``other_parameter`` returns: it is carried
+            from stage to stage. Other memory-based models compute theirs from the data whenever they are made.
+        e_step_every: Property that tells every how many epochs ``e_step()`` runs before an epoch, as in the loop of
+            RecBole's trainer of the model.
+    """
+
+    refused: str | None = None
+    package: str | None = None
+    user_batches: bool = False
+    negative_lists: bool = False
+    counts: bool = False
+    e_step_every: str | None = None
+
+
+_USERS = Traits(user_batches=True)
+
+TRAITS: dict[str, Traits] = {
+    "CDAE": _USERS,
+    "DIEN": Traits(negative_lists=True),
+    "DiffRec": _USERS,
+    "ENMF": _USERS,
+    "FEARec": Traits(
+        refused="it reads RecBole's table of augmented sequences, which a stream does not make; use SASRec"
+    ),
+    "KGAT": Traits(package="dgl"),
+    "KGIN": Traits(package="torch_scatter"),
+    "LDiffRec": _USERS,
+    "MCCLK": Traits(package="torch_scatter"),
+    "MacridVAE": _USERS,
+    "MultiDAE": _USERS,
+    "MultiVAE": _USERS,
+    "NCL": Traits(package="faiss", e_step_every="m_step"),
+    "Pop": Traits(counts=True),
+    "RaCT": _USERS,
+    "RecVAE": _USERS,
+    "RippleNet": Traits(
+        refused="it cannot score a user without training interactions, whom a stream always has; use KGCN"
+    ),
 }
+"""Traits by the class name of a RecBole model; ask :func:`traits_of` or :func:`configured_traits`, not the table."""
+
+
+def _own_traits(model_class: type) -> Traits | None:
+    """Returns the traits of a class: what it says itself in ``recbole_traits``, else its nearest row of the table."""
+    for cls in model_class.__mro__:
+        said = vars(cls).get("recbole_traits")
+        if isinstance(said, Traits):
+            return said
+        if cls.__module__.startswith("recbole.model.") and cls.__name__ in TRAITS:
+            return TRAITS[cls.__name__]
+    return None
+
+
+def traits_of(model: Any) -> Traits:
+    """Returns the traits of a model.
+
+    Args:
+        model: A model or the class of one. Of a model that holds another one, the inner one is asked, too; a class
+            alone does not tell which one that will be (see :func:`configured_traits`).
+    """
+    model_class = model if isinstance(model, type) else type(model)
+    found = _own_traits(model_class)
+    if found is None and model is not model_class and getattr(model_class, "backbone_property", None):
+        inner = (_own_traits(type(part)) for part in model.children() if isinstance(part, AbstractRecommender))
+        found = next((traits for traits in inner if traits is not None), None)
+    return found or Traits()
+
+
+def configured_classes(config: Any) -> Iterator[type]:
+    """Yields the class of the configured model, then that of the model inside it, where there is one.
+
+    Args:
+        config: The run's configuration: ``model_class``, and the property that ``backbone_property`` names.
+    """
+    yield config.model_class
+    key = getattr(config.model_class, "backbone_property", None)
+    if key:
+        yield get_model_class(str(config[key]))
+
+
+def configured_traits(config: Any) -> Traits:
+    """Returns the traits of the model that a configuration asks for, or of the one inside it."""
+    found = (_own_traits(model_class) for model_class in configured_classes(config))
+    return next((traits for traits in found if traits is not None), Traits())
+
+
+def recbole_name(model_class: type) -> str:
+    """Returns the name under which RecBole keeps what belongs to a model (``KGATTrainer``, ``KSRDataset``).
+
+    It is that of the first RecBole model among the class and its ancestors, or the class's own without any.
+    """
+    for cls in model_class.__mro__:
+        name, module = recbole_models().get(cls.__name__.lower(), ("", ""))
+        if (cls.__name__, cls.__module__) == (name, module):
+            return name
+    return model_class.__name__
 
 
 @functools.lru_cache(maxsize=1)
@@ -73,21 +184,37 @@ def get_model_class(name: str) -> type:
             f"model {class_name!r} is a decision tree: it is fitted once and cannot be trained in stages; "
             "use a context-aware model such as 'DeepFM'"
         )
-    if class_name in _REFUSED:
-        raise ConfigError(f"model {class_name!r} cannot be trained in stages: {_REFUSED[class_name]}")
-    package = _LATE_IMPORTS.get(class_name)
-    if package is None or importlib.util.find_spec(package) is not None:
-        try:
-            return getattr(importlib.import_module(module), class_name)
-        except ImportError as error:
-            package = error.name or str(error)
-    raise ConfigError(
-        f"model {class_name!r} needs the package {package!r}, which is not installed; install it (`pip install "
+    traits = TRAITS.get(class_name, Traits())
+    _check(class_name, traits)
+    try:
+        return getattr(importlib.import_module(module), class_name)
+    except ImportError as error:
+        raise _lacks_package(class_name, error.name or str(error)) from error
+
+
+def check_class(model_class: type) -> None:
+    """Refuses a class that was given itself, not by a name, where its traits do.
+
+    Raises:
+        ConfigError: If it, or the RecBole model that it derives from, cannot be taken through a stream or needs a
+            package that is not installed.
+    """
+    _check(model_class.__name__, traits_of(model_class))
+
+
+def _check(name: str, traits: Traits) -> None:
+    if traits.refused is not None:
+        raise ConfigError(f"model {name!r} cannot be trained in stages: {traits.refused}")
+    if traits.package is not None and importlib.util.find_spec(traits.package) is None:
+        raise _lacks_package(name, traits.package)
+
+
+def _lacks_package(name: str, package: str) -> ConfigError:
+    return ConfigError(
+        f"model {name!r} needs the package {package!r}, which is not installed; install it (`pip install "
         f"{package.replace('_', '-')}`) or use another model"
     )
 
 
-USER_BATCH_MODELS = {
-    "MultiDAE", "MultiVAE", "MacridVAE", "CDAE", "ENMF", "RaCT", "RecVAE", "DiffRec", "LDiffRec",
-}  # fmt: skip
-"""RecBole's models that train on whole users (its ``UserDataLoader``)."""
+USER_BATCH_MODELS = {name for name, traits in TRAITS.items() if traits.user_batches}
+"""RecBole's models that train on whole users, by name; ask :func:`traits_of` instead."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from recbole_cl import schema
+from recbole_cl.config.models import configured_traits
 from recbole_cl.errors import ConfigError
 
 IMPLIED: dict[str, Any] = {
@@ -37,9 +38,6 @@ SPLIT: dict[str, Any] = {"split": {"LS": "valid_and_test"}, "order": "TO"}
 """RecBole's evaluation setting of the same split: each user's last two interactions by time."""
 
 
-_OTHER_DATA = ("DIEN",)  # their RecBole dataset class is not the one that a stream loads
-
-
 def settle(config: Any) -> None:
     """Sets what ``parity: recbole`` implies.
 
@@ -53,7 +51,7 @@ def settle(config: Any) -> None:
     schema.SCHEMA["parity"].check("parity", final["parity"])
     if final["parity"] is None:
         return
-    if config.model in _OTHER_DATA:
+    if configured_traits(config).negative_lists:  # RecBole's dataset class is not the one that a stream loads
         raise ConfigError(
             f"property 'parity' is 'recbole', which cannot serve model {config.model!r}: RecBole loads its data in "
             f"a way of its own; use another model"

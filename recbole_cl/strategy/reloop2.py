@@ -97,7 +97,7 @@ class ReLoop2(Strategy):
         own = None if full_softmax(ctx.model) else OwnRows(ctx, self.name)
         with looking(ctx.model):
             for at in _chunks(len(targets)):
-                rows = ctx.batcher.rows(targets[at])
+                rows = ctx.batcher.rows(targets[at], collate=own is None)
                 if own is None:
                     rows = rows.to(ctx.device)
                     error = -torch.softmax(item_logits(ctx.model, rows, ctx.stage.n_items), dim=-1)

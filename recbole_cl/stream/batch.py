@@ -1,11 +1,13 @@
 """From targets to RecBole's ``Interaction``, one batch at a time.
 
 A sequential batch equals the rows that RecBole's own augmentation would have stored, for the targets asked. Every
-batch carries int64 ``_position``, ``_stage`` and ``_timestamp``: RecBole's own timestamps are float32.
+batch carries int64 ``_position``, ``_stage`` and ``_timestamp``: RecBole's own timestamps are float32. Every row says
+which interactions came before its target: those of ``table.seq[_lo:_hi]``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,14 +15,24 @@ import torch
 from recbole.data.interaction import Interaction
 from recbole.utils import ModelType
 
+from recbole_cl.config.models import configured_traits
 from recbole_cl.errors import ConfigError
 from recbole_cl.stream.build import Stream
 from recbole_cl.stream.stage import Targets
 
 POSITION, STAGE, TIMESTAMP, TASK = "_position", "_stage", "_timestamp", "_task"
+LO, HI = "_lo", "_hi"
+"""Fields of rows, int64: the half-open range of their history in ``table.seq``, of general models' rows, too.
+
+It is the whole history, longer than what a row lists (``MAX_ITEM_LIST_LENGTH``) and, in evaluation, with the items that
+the model has no row for. Of a window it is the range of its inputs.
+"""
+LABEL = "_label"
+"""Field of rows: the target's label, an item or a class."""
 TARGETS = "_targets"
-LABELS = "_labels"
 """Field of all-position batches: the item to predict after each input, 0 where none is supervised, ``[B, L]``."""
+LABELS = "_labels"
+"""Field of all-position batches of a classification: the class after each input, 0 where none is supervised, too."""
 
 
 class Windows:
@@ -90,6 +102,10 @@ class Windows:
         return len(self.user)
 
 
+Collate = Callable[["Batcher", Interaction, Targets, bool], Interaction]
+"""Adds to rows what a model reads beside RecBole's columns: ``collate(batcher, rows, targets, evaluation)``."""
+
+
 class Batcher:
     """Builds batches for one model at one stage.
 
@@ -99,7 +115,15 @@ class Batcher:
         view: RecBole's dataset at the stage (:class:`recbole_cl.stream.dataset.StageView`).
         n_users: Users that the model has rows for.
         n_items: Items that the model has rows for.
+
+    Attributes:
+        collate: The model's own columns, see :data:`Collate`; ``None`` adds none. It is called on all rows that a model
+            gets, those of training, of evaluation and those replayed, before RecBole's transform and the negatives: a
+            negative's row is a copy of its positive's with another item. Whole users (``user_batches``) and the batches
+            of ``parity`` are no rows.
     """
+
+    collate: Collate | None = None
 
     def __init__(self, config: Any, stream: Stream, view: Any, n_users: int, n_items: int) -> None:
         self.config = config
@@ -108,6 +132,7 @@ class Batcher:
         self.view = view
         self.n_users, self.n_items = n_users, n_items
         self.sequential = config["MODEL_TYPE"] == ModelType.SEQUENTIAL
+        self.negative_lists = configured_traits(config).negative_lists
         base = stream.dataset
         self.uid, self.iid = base.uid_field, base.iid_field
         self.length_field = config["ITEM_LIST_LENGTH_FIELD"]
@@ -135,7 +160,9 @@ class Batcher:
         mask = index < hi[:, None]
         return np.where(mask, self.table.seq[np.minimum(index, len(self.table.seq) - 1)], 0), mask
 
-    def rows(self, targets: Targets, stage: int | None = None, evaluation: bool = False) -> Interaction:
+    def rows(
+        self, targets: Targets, stage: int | None = None, evaluation: bool = False, collate: bool = True
+    ) -> Interaction:
         """Returns one row a target, without negatives.
 
         Args:
@@ -143,13 +170,14 @@ class Batcher:
             stage: Stage that the prediction answers for (``_task``); default each target's own.
             evaluation: Users and items that the model has no row for become 0 (padding), in the row and in its
                 history; histories are closed up, so they stay left-aligned. In training all ids are known.
+            collate: Add the model's own columns; a loader does that itself when it completes rows.
         """
         position = torch.from_numpy(targets.position)
         data = {name: column[position] for name, column in self.columns.items()}
         data[self.uid] = torch.from_numpy(targets.user)
         if self.sequential:
             data.update(self._histories(targets, evaluation))
-            if self.config["model"] == "DIEN":  # it looks negatives up whenever it scores; only its training reads them
+            if self.negative_lists:  # looked up whenever the model scores; only its training reads them
                 name = self.iid + self.suffix
                 data[self.config["NEG_PREFIX"] + name] = torch.zeros_like(data[name])
         if evaluation:
@@ -161,8 +189,45 @@ class Batcher:
             data[TASK] = torch.full((len(targets),), stage, dtype=torch.int64)
         else:
             data[TASK] = data[STAGE] if targets.task is None else torch.from_numpy(targets.task)
-        data["_label"] = torch.from_numpy(targets.label)
-        return self.join(Interaction(data))
+        data[LO], data[HI] = torch.from_numpy(targets.lo), torch.from_numpy(targets.hi)
+        data[LABEL] = torch.from_numpy(targets.label)
+        rows = self.join(Interaction(data))
+        return self.collated(rows, targets, evaluation) if collate and self.collate is not None else rows
+
+    def collated(self, rows: Interaction, targets: Targets | None = None, evaluation: bool = False) -> Interaction:
+        """Returns rows with the model's own columns.
+
+        Args:
+            rows: Rows or windows, without negatives.
+            targets: Their targets; by default those that the rows tell of (:meth:`targets_of`).
+            evaluation: Ids that the model has no rows for are 0.
+
+        Raises:
+            ConfigError: If the model's columns do not have a row each.
+        """
+        if self.collate is None:
+            return rows
+        n = len(rows)
+        found = self.collate(self, rows, self.targets_of(rows) if targets is None else targets, evaluation)
+        wrong = [f"{name!r} ({len(column)})" for name, column in found.interaction.items() if len(column) != n]
+        if wrong:
+            raise ConfigError(
+                f"model {self.config['model']}: its collate was given {n} rows and returns columns of other lengths: "
+                f"{', '.join(wrong)}; give every row one entry"
+            )
+        return found
+
+    def targets_of(self, rows: Interaction) -> Targets:
+        """Returns the targets behind rows of training, a window's being its last one after the inputs of the window."""
+        position = rows[POSITION].numpy()
+        if LABEL in rows:
+            label = rows[LABEL].numpy()
+        elif LABELS in rows:
+            label = rows[LABELS].gather(1, rows[self.length_field].unsqueeze(1) - 1).squeeze(1).numpy()
+        else:
+            label = self.table.item[position]
+        lo, hi, task = (rows[name].numpy() for name in (LO, HI, TASK))
+        return Targets(position, rows[self.uid].numpy(), lo, hi, label, task)
 
     def join(self, rows: Interaction) -> Interaction:
         """Adds the features of the rows' users and items."""
@@ -193,7 +258,7 @@ class Batcher:
             out[name + self.suffix] = listed * keep.view(shape).to(listed.dtype)
         return out
 
-    def window_rows(self, windows: Windows, index: np.ndarray) -> Interaction:
+    def window_rows(self, windows: Windows, index: np.ndarray, collate: bool = True) -> Interaction:
         """Returns all-position rows: inputs, and the target after each input (field ``_targets``).
 
         Windows of a classification have the class of each target, too (field ``_labels``, 0 where there is no target).
@@ -201,6 +266,7 @@ class Batcher:
         Args:
             windows: The windows.
             index: Which of them, shape ``[B]``.
+            collate: See :meth:`rows`; a window's target is its last one.
         """
         lo, last, first = windows.lo[index], windows.last[index], windows.first[index]
         width = int((last - lo).max())
@@ -215,7 +281,7 @@ class Batcher:
         classes = {}
         if windows.labels is not None:
             classes[LABELS] = torch.from_numpy(np.where(supervised, windows.labels[at + 1], 0))
-        return Interaction(
+        rows = Interaction(
             {
                 **classes,
                 self.uid: torch.from_numpy(windows.user[index]),
@@ -223,9 +289,12 @@ class Batcher:
                 self.iid + self.suffix: torch.from_numpy(inputs),
                 self.length_field: torch.from_numpy(mask.sum(axis=1)),
                 TARGETS: torch.from_numpy(targets),
+                LO: torch.from_numpy(lo),
+                HI: torch.from_numpy(last),
                 POSITION: torch.from_numpy(closing),
                 STAGE: torch.from_numpy(self.table.stage[closing]),
                 TIMESTAMP: torch.from_numpy(self.table.timestamp[closing]),
                 TASK: torch.from_numpy(self.table.stage[closing] if windows.task is None else windows.task[index]),
             }
         )
+        return self.collated(rows) if collate and self.collate is not None else rows

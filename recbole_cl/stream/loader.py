@@ -16,7 +16,7 @@ from recbole.data.interaction import Interaction
 from recbole.data.transform import construct_transform
 from recbole.utils import InputType, KGDataLoaderState, ModelType
 
-from recbole_cl.config.models import USER_BATCH_MODELS
+from recbole_cl.config.models import configured_traits
 from recbole_cl.errors import ConfigError, DataError
 from recbole_cl.rng import numpy_generator, torch_generator
 from recbole_cl.stream.batch import POSITION, STAGE, TARGETS, TASK, TIMESTAMP, Batcher, Windows
@@ -177,7 +177,7 @@ class StageLoader:
 
     def _make(self, units: Units, index: np.ndarray) -> Interaction:
         if isinstance(units, Windows):
-            return self.complete_windows(self.batcher.window_rows(units, index))
+            return self.complete_windows(self.batcher.window_rows(units, index, collate=False))
         if isinstance(units, tuple):
             users, positions = units[0][index], units[1][index]
             table = self.batcher.table
@@ -190,16 +190,18 @@ class StageLoader:
                     TASK: torch.from_numpy(table.stage[positions]),
                 }
             )
-        return self.complete(self.batcher.rows(units[index]))
+        return self.complete(self.batcher.rows(units[index], collate=False))
 
     def complete(self, rows: Interaction) -> Interaction:
-        """Applies RecBole's transform and adds negatives; replayed rows go through here too."""
-        if self.batcher.config["model"] == "DIEN":
+        """Adds the model's own columns, RecBole's transform and negatives; replayed rows go through here too."""
+        rows = self.batcher.collated(rows)
+        if self.batcher.negative_lists:
             rows = self._negative_lists(rows)
         return self.negatives(self.transform(self.batcher.view, rows))
 
     def complete_windows(self, rows: Interaction) -> Interaction:
-        """Adds a negative for each supervised position (field ``neg__targets``) where the loss asks for them."""
+        """Adds the model's own columns, and for some losses a negative a target (field ``neg__targets``)."""
+        rows = self.batcher.collated(rows)
         if self.negatives.sampler is not None:
             targets = rows[TARGETS]
             flat = targets[targets > 0].numpy()
@@ -213,7 +215,10 @@ class StageLoader:
         items = rows[field]
         sampler = self.negatives.sampler
         if sampler is None:
-            raise ConfigError("train_neg_sample_args: DIEN needs negatives; set {distribution: uniform, sample_num: 1}")
+            raise ConfigError(
+                f"train_neg_sample_args: {self.batcher.config['model']} needs negatives; set {{distribution: uniform, "
+                f"sample_num: 1}}"
+            )
         drawn = torch.from_numpy(sampler.sample_repeatable(1, items.flatten().numpy())).view_as(items)
         rows.interaction[self.batcher.config["NEG_PREFIX"] + field] = torch.where(items > 0, drawn, 0)
         return rows
@@ -394,6 +399,11 @@ def make_loader(
     """
     config, batcher, seed = ctx.config, ctx.batcher, ctx.config["seed"]
     if config["parity"]:
+        if batcher.collate is not None:
+            raise ConfigError(
+                f"property 'parity' is 'recbole', but model {config['model']!r} adds columns of its own to its batches "
+                f"(collate), which RecBole's loader does not know; leave 'parity' out"
+            )
         return ctx.view.parity_loader  # type: ignore[no-any-return]
     units: Units = targets
     next_item = ctx.stage.task.kind == "next_item"
@@ -411,7 +421,7 @@ def make_loader(
                 f"make window at most that, or MAX_ITEM_LIST_LENGTH larger"
             )
         units = Windows(targets, supervised, size, config["window_stride"] or size, labels=labels)
-    elif config["model"] in USER_BATCH_MODELS:
+    elif configured_traits(config).user_batches:
         order = np.lexsort((targets.position, targets.user))
         last = np.r_[targets.user[order][1:] != targets.user[order][:-1], True]
         units = (targets.user[order][last], targets.position[order][last])

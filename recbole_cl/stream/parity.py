@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from recbole.data import dataset as recbole_datasets
 from recbole.data.interaction import Interaction
 from recbole.utils import ModelType
+
+from recbole_cl.config.models import configured_classes, configured_traits, recbole_name
 
 
 def recbole_view(stream: Any) -> Any:
@@ -98,12 +99,14 @@ class ParityLoader:
 
 
 def plain_class(config: Any) -> type:
-    """Returns RecBole's dataset class for the configured model."""
+    """Returns RecBole's dataset class for the configured model, or for the one inside it."""
     by_type = {
         ModelType.SEQUENTIAL: recbole_datasets.SequentialDataset,
         ModelType.KNOWLEDGE: recbole_datasets.KnowledgeBasedDataset,
     }
-    base = getattr(importlib.import_module("recbole.data.dataset"), f"{config['model']}Dataset", None)
-    if base is None or config["model"] == "DIEN":  # DIEN's only adds negative lists, which the loader draws
-        base = by_type.get(config["MODEL_TYPE"], recbole_datasets.Dataset)
-    return base
+    if not configured_traits(config).negative_lists:  # the loader draws them
+        for model_class in configured_classes(config):
+            found = getattr(recbole_datasets, f"{recbole_name(model_class)}Dataset", None)
+            if found is not None:
+                return found
+    return by_type.get(config["MODEL_TYPE"], recbole_datasets.Dataset)

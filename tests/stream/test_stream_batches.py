@@ -13,11 +13,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from recbole.data.dataset import SequentialDataset
-from stream_helpers import configure, random_rows, stream_of, write
+from stream_helpers import configure, random_rows, stage_context, stream_of, write
 
 from recbole_cl.config import RECBOLE
 from recbole_cl.errors import ConfigError
-from recbole_cl.stream.batch import POSITION, STAGE, TARGETS, TASK, TIMESTAMP, Batcher, Windows
+from recbole_cl.strategy.parts.exemplars import ReservoirMemory, join_rows
+from recbole_cl.stream.batch import HI, LO, POSITION, STAGE, TARGETS, TASK, TIMESTAMP, Batcher, Windows
+from recbole_cl.stream.loader import make_loader
 from recbole_cl.stream.stage import Targets
 from recbole_cl.stream.table import InteractionTable
 
@@ -147,7 +149,9 @@ def test_windows_have_the_class_of_each_target() -> None:
     targets = Targets(seq[hi], np.full(3, 9), np.zeros(3, dtype=np.int64), hi, np.array([2, 0, 1]))
     supervised, labels = np.zeros(9, dtype=bool), np.zeros(9, dtype=np.int64)
     supervised[hi], labels[hi] = True, targets.label
-    batcher = SimpleNamespace(table=table, uid="user_id", iid="item_id", suffix="_list", length_field="item_length")
+    batcher = SimpleNamespace(
+        collate=None, table=table, uid="user_id", iid="item_id", suffix="_list", length_field="item_length"
+    )
     for windows in (Windows(targets, supervised, 4, 2, labels=labels), Windows(targets, supervised, 4, 2)):
         rows = Batcher.window_rows(batcher, windows, np.array([0, 1]))  # type: ignore[arg-type]
         assert rows["_targets"].tolist() == [[0, 0, 105, 106], [0, 0, 0, 108]]
@@ -239,12 +243,85 @@ def test_rows_join_features_of_users_and_items(tmp_path: Path) -> None:
 
 
 def test_windows_may_not_exceed_what_the_model_takes(tmp_path: Path) -> None:
-    from stream_helpers import stage_context
-
-    from recbole_cl.stream.loader import make_loader
-
     write(tmp_path, random_rows())
     config, stream = stream_of(tmp_path, MAX_ITEM_LIST_LENGTH=5, window=8)
     ctx = stage_context(config, stream, 0, SimpleNamespace(trains_all_positions=True))
     with pytest.raises(ConfigError, match="window: 8 inputs are more than MAX_ITEM_LIST_LENGTH: 5"):
         make_loader(ctx, ctx.stage.train, "train")
+
+
+@pytest.mark.parametrize("scope", ["all", "stage"])
+@pytest.mark.parametrize("model", ["SASRec", "BPR"])
+def test_rows_carry_the_range_of_their_history(tmp_path: Path, model: str, scope: str) -> None:
+    """Counted anew from the interactions, in training and in evaluation, of known users and of those that become 0."""
+    write(tmp_path, random_rows(seed=5))
+    config, stream = stream_of(tmp_path, model=model, history=scope, train_positions="last", MAX_ITEM_LIST_LENGTH=4)
+    table = stream.table
+    for stage in stream.stages:
+        ctx = stage_context(config, stream, 0)
+        for evaluation in (False, True):
+            targets = stage.test if evaluation else stage.train
+            rows = ctx.batcher.rows(targets, evaluation=evaluation)
+            assert rows[LO].dtype == rows[HI].dtype == torch.int64
+            for r, position in enumerate(rows[POSITION].tolist()):
+                same = (table.user[:position] == table.user[position]) & (
+                    (scope == "all") | (table.stage[:position] == table.stage[position])
+                )
+                assert table.seq[int(rows[LO][r]) : int(rows[HI][r])].tolist() == np.flatnonzero(same).tolist()
+        if stage.index:
+            assert (rows["user_id"] == 0).any() and (rows[HI] - rows[LO] > 4).any()
+
+
+def test_windows_carry_the_range_of_their_inputs(tmp_path: Path) -> None:
+    """The items of the range are the window's inputs, and the interaction after it is its last target."""
+    config, stream = stream_of(write(tmp_path, random_rows(seed=5)), MAX_ITEM_LIST_LENGTH=4)
+    ctx, table = stage_context(config, stream, 1, SimpleNamespace(trains_all_positions=True)), stream.table
+    seen = 0
+    for batch in make_loader(ctx, ctx.stage.train, "t"):
+        assert batch[LO].dtype == batch[HI].dtype == torch.int64
+        for r in range(len(batch)):
+            lo, hi = int(batch[LO][r]), int(batch[HI][r])
+            assert batch["item_id_list"][r, : hi - lo].tolist() == table.item[table.seq[lo:hi]].tolist()
+            assert batch["item_length"][r] == hi - lo and table.seq[hi] == batch[POSITION][r]
+            seen += 1
+    assert seen
+
+
+def test_negatives_and_replayed_rows_carry_it_too(tmp_path: Path) -> None:
+    """A pointwise row of a negative has its positive's range; a memory gives back the ranges that it was shown."""
+    config, stream = stream_of(write(tmp_path, random_rows(seed=5)), model="DeepFM")
+    ctx = stage_context(config, stream, 0)
+    batch = next(iter(make_loader(ctx, ctx.stage.train, "t")))
+    half = len(batch) // 2
+    assert batch["label"].tolist() == [1.0] * half + [0.0] * half
+    assert (
+        batch[LO][:half].tolist() == batch[LO][half:].tolist()
+        and batch[HI][:half].tolist() == batch[HI][half:].tolist()
+    )
+    memory = ReservoirMemory(10)
+    memory.add(ctx, ctx.stage.train, np.random.default_rng(0))
+    later = stage_context(config, stream, 1)
+    memory.add(later, later.stage.train, np.random.default_rng(1))
+    held = memory.rows(np.arange(len(memory)))
+    lo, hi = stream.table.history(held[POSITION].numpy())
+    assert held[LO].tolist() == lo.tolist() and held[HI].tolist() == hi.tolist()
+    both = join_rows(later.batcher.rows(later.stage.train), held)
+    assert len(both[LO]) == len(later.stage.train) + 10
+
+
+def test_task_streams_carry_the_range_in_the_sequences_of_a_task(tmp_path: Path) -> None:
+    """Histories in which cold items never were lie behind the users' own sequences; rows point there."""
+    write(tmp_path, random_rows(600, seed=5))
+    tasks = [{"name": "all"}, {"name": "cold"}]
+    config, stream = stream_of(tmp_path, scheduler="TaskStream", tasks=tasks, n_stages=None, task_cold_items=0.3)
+    table, behind = stream.table, 0
+    assert len(table.seq) > len(table)
+    for stage in stream.stages:
+        rows = stage_context(config, stream, stage.index).batcher.rows(stage.train)
+        for r in range(len(rows)):
+            lo, hi = int(rows[LO][r]), int(rows[HI][r])
+            behind += lo >= len(table)
+            listed = table.item[table.seq[lo:hi]]
+            assert rows["item_id_list"][r, : rows["item_length"][r]].tolist() == listed[-50:].tolist()
+            assert (table.user[table.seq[lo:hi]] == int(rows["user_id"][r])).all() and hi > lo
+    assert behind

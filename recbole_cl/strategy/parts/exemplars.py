@@ -32,12 +32,15 @@ def vocabulary_hash(stream: Stream, n_users: int, n_items: int) -> str:
 
 
 def build_rows(ctx: StageContext, units: Units, index: np.ndarray) -> Interaction:
-    """Returns rows of the targets or windows at ``index`` (not empty), without negatives."""
+    """Returns rows of the targets or windows at ``index`` (not empty), without negatives and the model's own columns.
+
+    Those are added when rows are replayed (:meth:`recbole_cl.stream.loader.StageLoader.complete`), as they are then.
+    """
     if isinstance(units, Windows):
-        return ctx.batcher.window_rows(units, index)
+        return ctx.batcher.window_rows(units, index, collate=False)
     if isinstance(units, tuple):
         raise ConfigError(f"strategy: {ctx.config['model']} trains on whole users, there are no rows to remember")
-    return ctx.batcher.rows(units[index])
+    return ctx.batcher.rows(units[index], collate=False)
 
 
 def join_rows(first: Interaction, second: Interaction, optional: frozenset[str] = frozenset()) -> Interaction:

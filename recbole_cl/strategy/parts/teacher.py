@@ -121,7 +121,9 @@ class _Kept:
         made, step = 0, max(1, INPUTS_AT_ONCE // int((units.last - units.lo).max()))
         for start in range(0, len(units), step):
             index = np.arange(start, min(start + step, len(units)))
-            sequence = known.batcher.window_rows(units, index)[known.teacher.ITEM_SEQ].to(known.ctx.device)
+            sequence = known.batcher.window_rows(units, index, collate=False)[known.teacher.ITEM_SEQ].to(
+                known.ctx.device
+            )
             order, flags = known.histories(sequence)
             closed = (sequence * flags).gather(1, order)
             with torch.no_grad():
