@@ -79,6 +79,7 @@ class CLConfig(Config):
             "checkpoint_dir",
             "saved",
             "data_path",
+            "text_cache",
             "config_files",
             "log_wandb",
             "wandb_project",

@@ -87,7 +87,8 @@ class PCL(TaskModel):
             if config["pcl_contextual"]:
                 words = [describe(stage, config["valid_metric"], length) for stage in dataset.stream.stages]
                 part = config.component_parameters("pcl_encoder")
-                texts = encode_texts(config["pcl_encoder"], words, config["seed"], "pcl_encoder", part)
+                name, store = config["pcl_encoder"], config["text_cache"]
+                texts = encode_texts(name, words, config["seed"], "pcl_encoder", part, store)
                 over_all = config["pcl_context_scope"] == "all"
                 self.contextual = ContextualPrompts(texts, self.width, config["pcl_heads"], over_all)
             self.attributes = nn.ModuleList(
