@@ -68,6 +68,7 @@ def page() -> str:
         *overall(),
         *folder("strategy", "Strategies", "Parameters of a strategy have its prefix: `--ewc_lambda=10`."),
         *folder("stream", "Schedulers", "What a scheduler sets differently from the general defaults."),
+        *folder("encoder", "Text encoders", "Where a model names an encoder: `--minilm_batch_size=64`."),
         *folder("model", "Models", "What a model sets or adds; the properties of RecBole's models are RecBole's."),
     ]
     return "\n".join(parts).rstrip() + "\n"

@@ -24,12 +24,18 @@ class Registry:
         kind: What the members are, for messages (``"strategy"``).
         group: Entry-point group that other packages use (``"recbole_cl.strategies"``).
         package: Dotted package whose modules register the built-in members when imported.
+        folder: Folder below ``properties`` that holds the defaults of our own members (``"strategy"``).
+        reads_folders: Name of the member that answers to the path of a folder; it has a parameter ``folder``.
     """
 
-    def __init__(self, kind: str, group: str, package: str | None = None) -> None:
+    def __init__(
+        self, kind: str, group: str, package: str, folder: str | None = None, reads_folders: str | None = None
+    ) -> None:
         self.kind = kind
         self.group = group
         self.package = package
+        self.folder = folder
+        self.reads_folders = reads_folders
         self._members: dict[str, Any] = {}
         self._names: dict[str, str] = {}
         self._loaded = False
@@ -65,11 +71,17 @@ class Registry:
     def _load(self) -> None:
         if self._loaded:
             return
-        self._loaded = True
-        if self.package is not None:
-            package = importlib.import_module(self.package)
-            for module in pkgutil.iter_modules(package.__path__):
-                importlib.import_module(f"{self.package}.{module.name}")
+        self._loaded = True  # also while it loads: the members' modules ask this registry
+        try:
+            self._load_members()
+        except BaseException:
+            self._loaded = False  # who asks again hears the same, and not that a name is unknown
+            raise
+
+    def _load_members(self) -> None:
+        package = importlib.import_module(self.package)
+        for module in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f"{self.package}.{module.name}")
         for point in entry_points(group=self.group):
             try:
                 component = point.load()
@@ -111,10 +123,16 @@ class Registry:
         return sorted(self._names.values(), key=str.lower)
 
 
-strategies = Registry("strategy", "recbole_cl.strategies", "recbole_cl.strategy")
-schedulers = Registry("scheduler", "recbole_cl.schedulers", "recbole_cl.stream.schedulers")
-models = Registry("model", "recbole_cl.models", "recbole_cl.model")
-llm_clients = Registry("LLM client", "recbole_cl.llm_clients")
-tokenisers = Registry("tokeniser", "recbole_cl.tokenisers")
-encoders = Registry("text encoder", "recbole_cl.encoders", "recbole_cl.llm.encoders")
-aggregators = Registry("aggregator", "recbole_cl.aggregators")
+strategies = Registry("strategy", "recbole_cl.strategies", "recbole_cl.strategy", "strategy")
+schedulers = Registry("scheduler", "recbole_cl.schedulers", "recbole_cl.stream.schedulers", "stream")
+models = Registry("model", "recbole_cl.models", "recbole_cl.model", "model")
+encoders = Registry(
+    "encoder", "recbole_cl.encoders", "recbole_cl.llm.encoders", "encoder", reads_folders="sentence_transformers"
+)
+llm_clients = Registry("LLM client", "recbole_cl.llm_clients", "recbole_cl.llm.clients", "llm_client")
+tokenisers = Registry("tokeniser", "recbole_cl.tokenisers", "recbole_cl.generative.tokenisers", "tokeniser")
+aggregators = Registry("aggregator", "recbole_cl.aggregators", "recbole_cl.federated.aggregators", "aggregator")
+engines = Registry("engine", "recbole_cl.engines", "recbole_cl.federated.engines", "engine")
+
+COMPONENTS = (strategies, encoders, llm_clients, tokenisers, aggregators, engines)
+"""What a run has only if it is asked for, with properties of its own."""

@@ -809,5 +809,9 @@ def test_what_a_resumed_run_may_change_changes_no_number() -> None:
         "worker",
     }
     assert not may & (
-        numbers | (set(schema.SCHEMA) - {"resume", "output_dir", "checkpoint_steps", "checkpoint_keep", "data_path"})
+        numbers
+        | (
+            set(schema.SCHEMA)
+            - {"resume", "output_dir", "checkpoint_steps", "checkpoint_keep", "data_path", "text_cache"}
+        )
     )

@@ -756,7 +756,7 @@ def test_ablations_by_properties(folder: Path, tmp_path: Path) -> None:
         other = walk(folder, tmp_path / "other", n_stages=3, epochs=1, **changed)
         assert torch.equal(other.answers[0, 0], plain.answers[0, 0]), "pretraining has changed"
         assert not torch.equal(other.answers[2, 2], plain.answers[2, 2]), changed
-    without = walk(folder, tmp_path / "none", pcl_contextual=False, pcl_encoder="nobody", n_stages=2, epochs=1)
+    without = walk(folder, tmp_path / "none", pcl_contextual=False, pcl_encoder=str(folder), n_stages=2, epochs=1)
     assert without.model.contextual is None
 
 

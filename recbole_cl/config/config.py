@@ -3,7 +3,7 @@
 Later layers win::
 
     RecBole overall < ours overall < RecBole model, sample, dataset, quick start
-      < ours dataset, model, stream, strategy (or the defaults a component brings itself)
+      < ours dataset, parts, model, stream, strategy (or the defaults a component brings itself)
       < config files < config_dict < args
 
 Our ``overall.yaml`` stands below RecBole's quick-start files, which know what a type of model needs: DeepFM keeps AUC
@@ -26,14 +26,15 @@ from recbole.utils import ModelType
 
 from recbole_cl import compat, schema
 from recbole_cl.config.columns import LogFiles, check_knowledge_graph, loaded_columns, open_log, settle_columns
+from recbole_cl.config.components import Chosen, ComponentDefaults, check_parameters, chosen_components
 from recbole_cl.config.datasets import EXAMPLE
 from recbole_cl.config.device import choose_device
 from recbole_cl.config.files import RECBOLE, component_defaults, properties_dir
-from recbole_cl.config.keys import check_keys
+from recbole_cl.config.keys import check_keys, library_keys
 from recbole_cl.config.metrics import check_metrics
 from recbole_cl.config.models import check_class, get_model_class, recbole_models
 from recbole_cl.config.parity import settle
-from recbole_cl.config.strategies import StrategyDefaults, asked_strategies, refuse_contradictions, settle_parameters
+from recbole_cl.config.strategies import asked_strategies, refuse_contradictions, settle_parameters
 from recbole_cl.config.task import rank_without_labels, settle_negatives, settle_repeats
 from recbole_cl.config.values import INTERVALS, Loader, parse_arguments, parse_property, plain, read_properties
 from recbole_cl.errors import ConfigError
@@ -78,6 +79,7 @@ class CLConfig(Config):
             "checkpoint_dir",
             "saved",
             "data_path",
+            "text_cache",
             "config_files",
             "log_wandb",
             "wandb_project",
@@ -111,6 +113,7 @@ class CLConfig(Config):
         self._find_components()
         self._load_internal_config_dict(self.model, self.model_class, self.dataset)
         self.warnings += check_keys(self.external_config_dict, self.internal_config_dict, self.model_class)
+        check_parameters(self.external_config_dict, self._parts, {*library_keys(), *self.internal_config_dict})
         self.final_config_dict = self._get_final_config_dict()
         self._settle_strategies()
         self._check_values()
@@ -231,14 +234,18 @@ class CLConfig(Config):
         own_dataset = properties_dir() / "dataset" / f"{dataset}.yaml"
         if own_dataset.is_file():
             self._add_layer(read_properties(own_dataset), schema.declared_types(own_dataset))
-        for layer in backbone_defaults:
-            self._add_layer(*layer)
-        self._add_layer(*component_defaults(model_class, model, "model"))
-        self._add_layer(*component_defaults(self.scheduler_class, self._scheduler, "stream"))
+        own_model = component_defaults(model_class, model, "model")
         brought = [
-            StrategyDefaults.of(name, cls)
+            ComponentDefaults.of(name, cls, "strategy")
             for (name, _), cls in zip(self._asked_strategies, self.strategy_classes, strict=True)
         ]
+        for layer in backbone_defaults:
+            self._add_layer(*layer)
+        self._parts = self._find_parts(own_model[0], brought)
+        for part in self._parts:  # below those who name them, who may know better
+            self._add_layer(part.defaults.values, part.defaults.declared)
+        self._add_layer(*own_model)
+        self._add_layer(*component_defaults(self.scheduler_class, self._scheduler, "stream"))
         refuse_contradictions(brought, self.external_config_dict)
         for own in brought:
             self._add_layer(own.values, own.declared)
@@ -246,6 +253,15 @@ class CLConfig(Config):
         # RecBole's sequential quick start says True; the choice is ours, in settle_repeats.
         if "repeatable" not in self._above_quick_start:
             self.internal_config_dict["repeatable"] = self._overall["repeatable"]
+
+    def _find_parts(self, of_model: Mapping[str, Any], of_strategies: Sequence[ComponentDefaults]) -> list[Chosen]:
+        """Returns the components that the model and the strategies name by properties of theirs."""
+        asked = self.external_config_dict
+        owners: list[tuple[Any, Mapping[str, Any]]] = [(self.model_class, {**of_model, **asked})]
+        for cls, brought, (_, own) in zip(self.strategy_classes, of_strategies, self._asked_strategies, strict=True):
+            told = {brought.own.get(key, key): parse_property(key, value) for key, value in own.items()}
+            owners.append((cls, {**brought.values, **asked, **told}))
+        return chosen_components(owners, asked)
 
     def _backbone(self, model: str, model_class: type) -> tuple[list[str], list[Any]]:
         """Returns name and own defaults of the model inside a model, which its class names by ``backbone_property``."""
@@ -277,6 +293,9 @@ class CLConfig(Config):
         final["scheduler"] = self._scheduler
         if isinstance(final["strategy"], str):
             final["strategy"] = self._specs[0][0]
+        for part in self._parts:
+            if part.folder is None:
+                final[part.key] = part.defaults.name
 
     def _check_values(self) -> None:
         """Checks types, choices and ranges, of the layers in one go."""
@@ -345,6 +364,29 @@ class CLConfig(Config):
     def repeatable_items(self) -> bool:
         """Whether an item that a user had before may be recommended again: with ``auto``, by sequential models only."""
         return self._repeatable_items
+
+    def component(self, key: str) -> Any:
+        """Returns the class (or function) of the component that a property names (``"pcl_encoder"``).
+
+        Raises:
+            ConfigError: If the property names none in this run.
+        """
+        return self._part(key).component
+
+    def component_parameters(self, key: str) -> dict[str, Any]:
+        """Returns the own parameters, without prefix, of the component that a property names.
+
+        Raises:
+            ConfigError: If the property names none in this run.
+        """
+        return copy.deepcopy(self._part(key).parameters(self.final_config_dict))
+
+    def _part(self, key: str) -> Chosen:
+        found = {part.key: part for part in self._parts}
+        if key not in found:
+            known = f"those that do are {', '.join(found)}" if found else "none does"
+            raise ConfigError(f"property {key!r} names no component in this run; {known}")
+        return found[key]
 
     def fingerprint(self) -> dict[str, Any]:
         """Returns all effective settings as JSON-able values, equal for two configs that ask for the same run."""

@@ -14,6 +14,7 @@ from recbole.utils import argument_list
 
 from recbole_cl.config.files import PACKAGE, RECBOLE, properties_dir
 from recbole_cl.errors import ConfigError
+from recbole_cl.registry import COMPONENTS
 
 # Keys that the program or RecBole itself sets or reads without declaring a default anywhere.
 _HIDDEN_KEYS = (
@@ -71,7 +72,7 @@ def check_keys(asked: Iterable[str], defaults: Iterable[str], model_class: type)
         model_class: Class of the model; what its source reads is known too.
 
     Returns:
-        Warnings: keys of a strategy that is not used, and other unknown keys, which are kept.
+        Warnings: keys of a strategy or part that is not used, and other unknown keys, which are kept.
 
     Raises:
         ConfigError: If a key is a slip; the message has the right one.
@@ -83,15 +84,16 @@ def check_keys(asked: Iterable[str], defaults: Iterable[str], model_class: type)
             with contextlib.suppress(TypeError, OSError):
                 known.update(_READS.findall(inspect.getsource(inspect.getmodule(cls) or cls)))
     idle = {
-        key: file.stem for file in (properties_dir() / "strategy").glob("*.yaml") for key in _keys_of([file], _KEYS)
+        key: f"{registry.kind} {file.stem!r}"
+        for registry in COMPONENTS
+        for file in (properties_dir() / str(registry.folder)).glob("*.yaml")
+        for key in _keys_of([file], _KEYS)
     }
     warnings = []
     for key in asked:
         if key in known:
             if key in idle and key not in held and key not in base_keys():
-                warnings.append(
-                    f"property {key!r} has no effect: it belongs to the strategy {idle[key]!r}, which is not used"
-                )
+                warnings.append(f"property {key!r} has no effect: it belongs to the {idle[key]}, which is not used")
             continue
         close = difflib.get_close_matches(key.lower(), {k.lower() for k in known}, n=1, cutoff=0.8)
         if close:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from recbole_cl import schema
-from recbole_cl.config.files import component_defaults
-from recbole_cl.config.keys import base_keys
+from recbole_cl.config.components import ComponentDefaults
 from recbole_cl.config.values import parse_property
 from recbole_cl.errors import ConfigError, nearest
 from recbole_cl.registry import strategies
@@ -56,42 +54,7 @@ def _pairs(asked: Any) -> list[tuple[Any, dict[str, Any]]]:
     return found
 
 
-@dataclass(frozen=True)
-class StrategyDefaults:
-    """Defaults of one strategy as flat properties.
-
-    Attributes:
-        name: Its registered name.
-        values: Property to default: its own ones with the prefix, general ones as they are.
-        declared: Property to the types that its file declares.
-        own: Parameter without prefix to property, of its own ones.
-    """
-
-    name: str
-    values: dict[str, Any]
-    declared: dict[str, tuple[str, ...]]
-    own: dict[str, str]
-
-    @classmethod
-    def of(cls, name: str, component: type) -> StrategyDefaults:
-        """Reads the defaults of a strategy's class."""
-        defaults, declared = component_defaults(component, name, "strategy")
-        prefix = getattr(component, "prefix", None) or name.lower()
-        flat = {key: _flat_key(key, prefix) for key in defaults}
-        return cls(
-            name,
-            {flat[key]: value for key, value in defaults.items()},
-            {flat.get(key, key): words for key, words in declared.items()},
-            {key.removeprefix(f"{prefix}_"): key for key in flat.values() if key.startswith(f"{prefix}_")},
-        )
-
-
-def _flat_key(key: str, prefix: str) -> str:
-    """Returns the property of a strategy's default: a general one keeps its name, its own ones get the prefix."""
-    return key if key.startswith(f"{prefix}_") or key in base_keys() else f"{prefix}_{key}"
-
-
-def refuse_contradictions(layers: Iterable[StrategyDefaults], asked: Container[str]) -> None:
+def refuse_contradictions(layers: Iterable[ComponentDefaults], asked: Container[str]) -> None:
     """Refuses two strategies that set a general property to different values, unless it was ``asked`` for.
 
     Raises:

@@ -29,6 +29,7 @@ _TEXTS = (
     "scheduler",
     "output_dir",
     "data_path",
+    "text_cache",
     "state",
     "gpu_id",
     "checkpoint_dir",

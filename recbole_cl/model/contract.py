@@ -21,6 +21,7 @@ import torch
 from recbole.data.interaction import Interaction
 from recbole.model.abstract_recommender import AbstractRecommender
 
+from recbole_cl.registry import Registry
 from recbole_cl.stream.stage import Stage, Targets, Task
 from recbole_cl.stream.vocabulary import Growth
 
@@ -52,6 +53,9 @@ class ContinualModel:
     Attributes:
         capabilities: What a strategy may need and no method tells (:func:`recbole_cl.model.capabilities.capabilities`).
         backbone_property: Property that names the model inside this one; its defaults are loaded, too.
+        components: Properties that name a component, to the registry that it is in (``{"pcl_encoder": encoders}``). The
+            component's defaults are loaded, too; ``config.component(key)`` and ``config.component_parameters(key)``
+            give what was chosen.
         trains_all_positions: Train on windows, every position of which has a target (``train_positions: all``).
         ties_rows: The loss is no mean over rows, so several processes must not part a batch.
         masked_entries: Entries of trainable parameters that are held all the same; for the report.
@@ -64,6 +68,7 @@ class ContinualModel:
 
     capabilities: ClassVar[Iterable[str]] = ()
     backbone_property: ClassVar[str | None] = None
+    components: ClassVar[Mapping[str, Registry]] = {}
     trains_all_positions: Any = False
     ties_rows: ClassVar[bool] = False
     masked_entries: int = 0

@@ -17,7 +17,7 @@ from recbole_cl.model.prompted_histories import Kept, KeptHistories, RecurrentHi
 from recbole_cl.model.state import grow_model
 from recbole_cl.model.task_heads import TaskHeads, TaskModel, probing
 from recbole_cl.prompt import ContextualPrompts, ItemAttribute, PromptedEmbedding, describe, place_prompts
-from recbole_cl.registry import models, strategies
+from recbole_cl.registry import encoders, models, strategies
 from recbole_cl.stream.batch import TARGETS
 from recbole_cl.stream.stage import Stage
 from recbole_cl.stream.vocabulary import Growth
@@ -51,6 +51,7 @@ class PCL(TaskModel):
     """
 
     backbone_property = "pcl_backbone"
+    components = {"pcl_encoder": encoders}
 
     def __init__(self, config: Any, dataset: Any) -> None:
         self.n_trained_items = [stage.n_items for stage in dataset.stream.stages]
@@ -86,7 +87,9 @@ class PCL(TaskModel):
             self.prompts = nn.ParameterList(drawn)
             if config["pcl_contextual"]:
                 words = [describe(stage, config["valid_metric"], length) for stage in dataset.stream.stages]
-                texts = encode_texts(config["pcl_encoder"], words, config["seed"], "pcl_encoder")
+                part = config.component_parameters("pcl_encoder")
+                name, store = config["pcl_encoder"], config["text_cache"]
+                texts = encode_texts(name, words, config["seed"], "pcl_encoder", part, store)
                 over_all = config["pcl_context_scope"] == "all"
                 self.contextual = ContextualPrompts(texts, self.width, config["pcl_heads"], over_all)
             self.attributes = nn.ModuleList(

@@ -11,16 +11,22 @@ from recbole_cl.llm.encoders.base import TextEncoder
 from recbole_cl.registry import encoders
 from recbole_cl.rng import torch_generator
 
-WIDTH = 384
-
 
 @encoders.register("random")
 class RandomEncoder(TextEncoder):
-    """A random unit vector of each text, as wide as MiniLM's; it knows that texts differ, and nothing else."""
+    """A random unit vector of each text, as wide as MiniLM's; it knows that texts differ, and nothing else.
+
+    Args:
+        parameters: ``width``.
+        seed: The run's seed; another one gives other vectors.
+    """
+
+    prefix = "random"
+    draws = True
 
     def encode(self, texts: Sequence[str]) -> torch.Tensor:
         rows = []
         for text in texts:
-            name = hashlib.sha256(text.encode()).hexdigest()
-            rows.append(torch.randn(WIDTH, generator=torch_generator(self.seed, 0, f"encoder/{name}")))
+            generator = torch_generator(self.seed, 0, f"encoder/{hashlib.sha256(text.encode()).hexdigest()}")
+            rows.append(torch.randn(self.parameters["width"], generator=generator))
         return torch.nn.functional.normalize(torch.stack(rows), dim=-1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 
 from recbole_cl.errors import ConfigError
 from recbole_cl.llm.encoders.base import TextEncoder
+from recbole_cl.registry import encoders
 
 EXTRA = "install the extra: pip install 'recbole-cl[text]', or choose the encoder 'random'"
 
@@ -37,18 +39,48 @@ def load(folder: Path) -> Any:
             logging.enable_progress_bar()
 
 
+def folder_hash(folder: Path) -> str:
+    """Returns the sha256 of a folder's files, by their names and contents: another model in its place is another."""
+    digest = hashlib.sha256()
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        with file.open("rb") as content:
+            inner = hashlib.file_digest(content, "sha256").hexdigest()
+        digest.update(f"{file.relative_to(folder).as_posix()}\0{inner}\n".encode())
+    return digest.hexdigest()
+
+
+@encoders.register("sentence_transformers")
 class SentenceTransformersFolder(TextEncoder):
     """Sentence vectors of a model in a folder.
 
     Args:
+        parameters: ``folder``, one that sentence-transformers has saved, and ``batch_size``.
         seed: Not used: such a model is deterministic.
-        folder: A folder that sentence-transformers has saved.
     """
 
-    def __init__(self, seed: int, folder: Path) -> None:
-        super().__init__(seed)
-        self.model = load(folder)
+    prefix = "sentence_transformers"
+
+    def folder(self) -> Path:
+        """Returns the folder of the model.
+
+        Raises:
+            ConfigError: If it is not given or holds no model.
+        """
+        given = self.parameters["folder"]
+        if given is None:
+            raise ConfigError("sentence_transformers_folder: ~ names no folder; give the one that holds modules.json")
+        folder = Path(given).expanduser()
+        if not (folder / "modules.json").is_file():
+            raise ConfigError(f"the folder {given!r} is none of sentence-transformers: it holds no modules.json")
+        return folder
 
     def encode(self, texts: Sequence[str]) -> torch.Tensor:
-        found: torch.Tensor = self.model.encode(list(texts), convert_to_tensor=True, show_progress_bar=False)
+        model, size = load(self.folder()), self.parameters["batch_size"]
+        found: torch.Tensor = model.encode(
+            list(texts), batch_size=size, convert_to_tensor=True, show_progress_bar=False
+        )
         return found.detach().clone()
+
+    def identity(self) -> dict[str, Any]:
+        parameters = {key: value for key, value in self.parameters.items() if key != "folder"}
+        return {"parameters": parameters, "model": folder_hash(self.folder())}

@@ -1,0 +1,1 @@
+"""Training on devices that keep their data: what federated recommenders are made of."""

@@ -1,0 +1,1 @@
+"""Items as sequences of tokens: what generative recommenders are made of."""

@@ -1,0 +1,1 @@
+"""Clients of large language models, one file each. ``recbole_cl.registry.llm_clients`` finds them by name."""
