@@ -10,10 +10,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 from recbole.data.transform import construct_transform
 
 from recbole_cl.config import CLConfig
+from recbole_cl.evaluation.outcome import Outcome
 from recbole_cl.strategy.context import StageContext
 from recbole_cl.stream.batch import Batcher
 from recbole_cl.stream.build import build_stream
@@ -98,6 +100,34 @@ def configure(log: PlantedDrift, folder: Path, model: Any = "SASRec", **properti
     config = CLConfig(model=model, dataset=log.name, config_dict=settings)
     config["saved"] = True
     return config
+
+
+def assert_same_ranking(one: Outcome, other: Outcome, scores: torch.Tensor) -> None:
+    """Asserts that two ways to the same scores recommend the same and measure the same.
+
+    Two ways (other shapes of a pass, other parts of a batch) agree up to rounding, and not alike on every processor. So
+    two items whose scores are nearer than that may change places, and a target's metrics with them; nothing else may.
+
+    Args:
+        one: What one way gave.
+        other: What the other one gave.
+        scores: Scores of all items by either way, shape ``[n, n_items]``.
+    """
+    assert one.recommended is not None and other.recommended is not None
+    assert ((one.recommended > 0) == (other.recommended > 0)).all()
+    a, b = (scores.gather(1, torch.from_numpy(outcome.recommended)) for outcome in (one, other))
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    moved = float((one.recommended != other.recommended).any(axis=1).mean())
+    assert one.metrics == pytest.approx(other.metrics, abs=moved + 1e-12)
+
+
+def but_for_a_near_tie(value: float, n: int) -> Any:
+    """Returns what equals a mean over ``n`` targets up to the metric of one of them.
+
+    For a model that is asked again after its table of items has grown: a product of another shape need not round
+    alike on every processor, so two items of almost the same score may change places. A drift moves more targets.
+    """
+    return pytest.approx(value, abs=1.001 / n)
 
 
 def command(*arguments: str, cwd: Path, seconds: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from recbole.model.layers import TransformerEncoder
-from run_helpers import configure, toy
+from run_helpers import assert_same_ranking, configure, toy
 from torch.nn import functional as F
 
 from recbole_cl.evaluation.evaluator import Evaluator, Known
@@ -148,8 +148,9 @@ def test_metrics_are_those_without_sharing(tmp_path: Path, monkeypatch: pytest.M
         found[shared] = outcome
         monkeypatch.undo()
         assert calls
-    np.testing.assert_array_equal(found[True].recommended, found[False].recommended)
-    assert found[True].metrics == pytest.approx(found[False].metrics, abs=1e-12) and max(found[True].metrics.values())
+    rows = batcher.rows(stream.stages[2].test, evaluation=True)
+    assert_same_ranking(found[True], found[False], net.full_sort_predict(rows).detach())
+    assert max(found[True].metrics.values())
 
 
 def test_who_gives_scores_another_meaning_does_not_share(tmp_path: Path) -> None:

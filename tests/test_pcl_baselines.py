@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from recbole.data.interaction import Interaction
+from run_helpers import assert_same_ranking, but_for_a_near_tie
 from scipy.optimize import minimize
 from task_helpers import SETTINGS, write_task_log
 from torch import nn
@@ -272,7 +273,8 @@ def test_old_stages_keep_their_row_where_tables_grow(
     stages = runner.stream.stages
     assert stages[0].n_items < stages[-1].n_items
     for s, column in enumerate(zip(*result["matrix"]["hit@5"], strict=True)):
-        assert len(set(column[s:])) == 1, f"stage {s + 1}"
+        same = but_for_a_near_tie(column[s], len(stages[s].test))
+        assert all(value == same for value in column[s:]), f"stage {s + 1}"
         assert column[s] > 0
     last = len(stages) - 1
     ctx = runner.state.models.context(last, runner.model, runner.stream.view(last))
@@ -818,8 +820,11 @@ def test_queries_score_as_the_model_does(
         sizes.clear()
         other = runner.evaluator.evaluate(ctx, known, stage)
         assert sizes == [len(stage.test)]
-        assert (other.recommended == found.recommended).all() == (sign == 1)
-        assert (other.metrics == pytest.approx(found.metrics)) == (sign == 1)
+        if sign == 1:
+            rows = ctx.batcher.rows(stage.test, stage=1, evaluation=True)
+            assert_same_ranking(other, found, whole(model, rows).detach())
+        else:
+            assert (other.recommended != found.recommended).mean() > 0.5 and other.metrics != found.metrics
 
 
 def test_a_recurrent_backbone_serves_too(start: Start) -> None:

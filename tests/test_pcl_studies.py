@@ -19,7 +19,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from run_helpers import ROOT, _yaml
+from run_helpers import ROOT, _yaml, but_for_a_near_tie
 from task_helpers import SETTINGS, TASKS, read_log, write_task_log
 
 from recbole_cl import checkpoint
@@ -283,7 +283,8 @@ def test_only_what_should_trains_with_cold_items(folder: Path, tmp_path: Path) -
         same = [name for name in one if name.startswith("backbone.") and name != table]
         assert same and all(torch.equal(one[name], three[name]) for name in same)
         matrix = runner.journal.result(tmp_path)["matrix"]["primary"]
-        assert matrix[0][0] == matrix[1][0] == matrix[2][0]
+        same = but_for_a_near_tie(matrix[0][0], len(runner.stream.stages[0].test))  # the table has grown since
+        assert matrix[1][0] == same and matrix[2][0] == same
     # What is compared shares the very same pretrained backbone.
     shared = [name for name in prompted.ends[0] if name.startswith("backbone.")]
     assert all(torch.equal(prompted.ends[0][name], bare.ends[0][name]) for name in shared)

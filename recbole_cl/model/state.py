@@ -10,6 +10,7 @@ import torch
 from recbole.utils import ModelType
 from torch import nn
 
+from recbole_cl.config.models import traits_of
 from recbole_cl.errors import CheckpointError
 from recbole_cl.model.contract import contract, offers
 from recbole_cl.stream.vocabulary import Growth, carry, infer_axes
@@ -116,7 +117,7 @@ def grow_model(
     theirs = base_names(new)
     state = {k: v for k, v in old.state_dict().items() if k not in theirs}
     lost = carry(state, new, growth, new_rows)
-    if getattr(new, "type", None) != ModelType.TRADITIONAL or type(new).__name__ == "Pop":
+    if getattr(new, "type", None) != ModelType.TRADITIONAL or traits_of(new).counts:
         _carry_others(old, new, n_users, n_items)
     if offers(new, "grow_owned_state") and offers(old, "owned_state"):
         new.load_owned_state(new.grow_owned_state(clone_tree(old.owned_state()), growth))

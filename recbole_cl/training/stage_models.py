@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from recbole_cl.model.contract import contract, offers
 from recbole_cl.model.state import load_owned_state, owned_state
 from recbole_cl.rng import ModelRandomness, derive
 from recbole_cl.strategy.composite import Composite
@@ -52,6 +53,8 @@ class StageModels:
         """Returns a stage's context around a model."""
         stage = self.stream.stages[index]
         batcher = Batcher(self.config, self.stream, view, stage.n_users, stage.n_items)
+        if offers(model, "collate"):
+            batcher.collate = contract(model).collate
         ctx = StageContext(self.config, self.stream, index, model, view, batcher, torch.device(self.config["device"]))
         ctx.previous_factory = self._previous_model
         ctx.model_factory = self.frozen

@@ -17,6 +17,7 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from recbole_cl import distributed
+from recbole_cl.config.models import traits_of
 from recbole_cl.errors import TrainingError
 from recbole_cl.strategy.composite import Composite
 from recbole_cl.strategy.context import StageContext
@@ -122,8 +123,8 @@ class HookedTrainer(recbole_trainer.Trainer):
 
     def begin_epoch(self, epoch: int) -> None:
         """Does what RecBole's ``fit`` does before an epoch: NCL clusters its embeddings every ``m_step`` epochs."""
-        every = getattr(self, "num_m_step", None)
-        if every and hasattr(self.model, "e_step") and epoch % every == 0:
+        every = traits_of(self.model).e_step_every
+        if every and epoch % self.config[every] == 0:
             self.model.e_step()
 
     def _check_nan(self, loss: torch.Tensor) -> None:

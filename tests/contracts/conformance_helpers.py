@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from recbole_cl import checkpoint, registry
 from recbole_cl.config import CLConfig
@@ -243,6 +244,19 @@ def assert_grows(walk: Walk) -> None:
     assert stages[0].n_users < stages[-1].n_users
     tables = [t for name, t in walk.runner.model.state_dict().items() if "item_embedding" in name]
     assert tables and all(len(table) == stages[-1].n_items for table in tables)
+
+
+def undecided(scores: torch.Tensor, k: int) -> bool:
+    """Tells whether a row's first k places hang on rounding: then two ways to its scores may order them otherwise.
+
+    A row by itself and the same row in a batch are such ways; kernels need not round alike for both shapes.
+
+    Args:
+        scores: Scores of the row, shape ``[n]``.
+        k: Places that are looked at.
+    """
+    best = scores[torch.isfinite(scores)].sort(descending=True).values[: k + 1]
+    return bool((best[:-1] - best[1:] <= 2e-6 * best.abs().max()).any()) if len(best) else False
 
 
 def checkpoints(walk: Walk) -> list[Path]:

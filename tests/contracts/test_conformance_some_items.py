@@ -9,7 +9,17 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
-from conformance_helpers import FUSE, Job, Walk, assert_grows, assert_reported, assert_resumes, matrix, write_log
+from conformance_helpers import (
+    FUSE,
+    Job,
+    Walk,
+    assert_grows,
+    assert_reported,
+    assert_resumes,
+    matrix,
+    undecided,
+    write_log,
+)
 from recbole.model.abstract_recommender import SequentialRecommender
 from torch import nn
 from torch.nn import functional as F
@@ -87,12 +97,15 @@ def row_of(walk: Walk, stage: Stage, number: int) -> dict[str, torch.Tensor] | N
     return {model.ITEM_SEQ: items, model.ITEM_SEQ_LEN: torch.tensor([len(history)])}
 
 
-def by_hand(walk: Walk, stage: Stage) -> tuple[dict[str, float], list[list[int]], int]:
-    """Returns the last model's metrics on a stage, its lists, and the hits that filling up with -inf would give."""
+def by_hand(walk: Walk, stage: Stage) -> tuple[dict[str, float], list[list[int]], int, set[int]]:
+    """Returns the last model's metrics on a stage, its lists, and the hits that filling up with -inf would give.
+
+    At last the numbers of the rows whose list hangs on rounding: in a batch they may be told otherwise.
+    """
     last = len(walk.runner.stream) - 1
     known, model = known_items(walk, last), walk.runner.model.eval()
     sums = dict.fromkeys(("hit", "ndcg", "mrr", "recall", "precision"), 0.0)
-    lists, filled_hits = [], 0
+    lists, filled_hits, near = [], 0, set[int]()
     for number, label in enumerate(stage.test.label):
         row = row_of(walk, stage, number)
         if row is None:
@@ -100,6 +113,8 @@ def by_hand(walk: Walk, stage: Stage) -> tuple[dict[str, float], list[list[int]]
             continue
         with torch.no_grad():
             scores = model.full_sort_predict(row)[0]
+            if undecided(model.logits(row)[0, 1:], model.decoded):
+                near.add(number)
         allowed = [i for i in range(1, model.n_items) if i in known and i < stage.catalogue]
         finite = [i for i in allowed if math.isfinite(scores[i])]
         ranked = sorted(finite, key=lambda i: -float(scores[i]))[:K]
@@ -113,21 +128,24 @@ def by_hand(walk: Walk, stage: Stage) -> tuple[dict[str, float], list[list[int]]
                 ("precision", 1 / K),
             ):  # fmt: skip
                 sums[name] += value
-    return {name: value / len(stage.test) for name, value in sums.items()}, lists, filled_hits
+    assert len(near) <= 1, "rounding must not decide the test"
+    return {name: value / len(stage.test) for name, value in sums.items()}, lists, filled_hits, near
 
 
 def test_metrics_equal_those_by_hand(whole: Walk) -> None:
     """Hit, NDCG, MRR, Recall and Precision of the last row of the matrix, target by target."""
     short = hits = 0
     for stage in whole.runner.stream.stages:
-        expected, lists, _ = by_hand(whole, stage)
+        expected, lists, _, near = by_hand(whole, stage)
+        close = len(near) / len(stage.test) + 1e-9
         for name, value in expected.items():
-            assert matrix(whole, f"{name}@5")[-1, stage.index] == pytest.approx(value, abs=1e-9), (name, stage.index)
+            assert matrix(whole, f"{name}@5")[-1, stage.index] == pytest.approx(value, abs=close), (name, stage.index)
         short += sum(len(items) < K for items in lists)
         hits += expected["hit"]
         # An empty slot is no item: it adds nothing to the coverage.
         covered = len({i for items in lists for i in items}) / stage.catalogue
-        assert matrix(whole, "itemcoverage@5")[-1, stage.index] == pytest.approx(covered, abs=1e-9)
+        close = len(near) / stage.catalogue + 1e-9
+        assert matrix(whole, "itemcoverage@5")[-1, stage.index] == pytest.approx(covered, abs=close)
     assert short and hits, "the case that matters, fewer than k items and some hits, did not occur"
 
 
@@ -136,15 +154,16 @@ def test_ties_at_minus_infinity_are_no_hits(job: Job, tmp_path: Path) -> None:
     walk = job.walk(tmp_path, ties=True, epochs=1)
     trap = 0
     for stage in walk.runner.stream.stages:
-        expected, lists, filled_hits = by_hand(walk, stage)
-        assert matrix(walk, "hit@5")[-1, stage.index] == pytest.approx(expected["hit"], abs=1e-9)
+        expected, lists, filled_hits, near = by_hand(walk, stage)
+        close = len(near) / len(stage.test) + 1e-9
+        assert matrix(walk, "hit@5")[-1, stage.index] == pytest.approx(expected["hit"], abs=close)
         trap += filled_hits - round(expected["hit"] * len(stage.test))
         outcome = walk.runner.evaluator.evaluate(
             walk.runner.state.models.context(2, walk.runner.model, walk.runner.stream.view(2)), walk.runner.known, stage
         )
         assert outcome.recommended is not None
-        for row, items in zip(outcome.recommended, lists, strict=True):
-            assert set(row[row > 0].tolist()) == set(items)
+        for number, (row, items) in enumerate(zip(outcome.recommended, lists, strict=True)):
+            assert set(row[row > 0].tolist()) == set(items) or number in near
     assert trap > 0, "no target lies where lists would be filled up: the test could not fail"
 
 
@@ -161,6 +180,7 @@ def test_given_candidates_are_scored(job: Job, tmp_path: Path) -> None:
         assert candidates.shape == (len(stage.test), 21)
         assert (candidates[:, 0] == stage.test.label).all() and (candidates < stage.catalogue).all()
         hit = ndcg = 0.0
+        near = 0
         for number, label in enumerate(stage.test.label):
             assert label not in candidates[number, 1:]
             row = row_of(walk, stage, number)
@@ -171,12 +191,14 @@ def test_given_candidates_are_scored(job: Job, tmp_path: Path) -> None:
                 values = model.scores(row, torch.tensor([choices]))[0].float()  # as the evaluator compares them
             mine = values[choices.index(int(label))]
             assert (values == mine).sum() == 1, "a tie, whose order is nobody's promise"
+            near += int(((values - mine).abs() < 1e-5).sum()) > 1  # in a batch these may round to another order
             rank = int((values > mine).sum())
             finite += 1
             hit += rank < K
             ndcg += 1 / math.log2(rank + 2) if rank < K else 0.0
-        assert matrix(walk, "hit@5")[-1, stage.index] == pytest.approx(hit / len(stage.test), abs=1e-9)
-        assert matrix(walk, "ndcg@5")[-1, stage.index] == pytest.approx(ndcg / len(stage.test), abs=1e-9)
+        close = near / len(stage.test) + 1e-9
+        assert near <= 1 and matrix(walk, "hit@5")[-1, stage.index] == pytest.approx(hit / len(stage.test), abs=close)
+        assert matrix(walk, "ndcg@5")[-1, stage.index] == pytest.approx(ndcg / len(stage.test), abs=close)
     assert finite
 
 
