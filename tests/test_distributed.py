@@ -25,7 +25,7 @@ from recbole_cl import checkpoint, distributed
 from recbole_cl.distributed import Group
 from recbole_cl.errors import ConfigError
 from recbole_cl.testing.toy import PlantedDrift
-from recbole_cl.training.data_parallel import pieces_of, shared_norms
+from recbole_cl.training.data_parallel import norms_of_part, pieces_of
 from recbole_cl.training.runner import Runner
 
 CLOSE = 1e-6
@@ -206,7 +206,7 @@ def test_norms_over_shares_add_up(p: int, require_pow: bool) -> None:
         def sum(self, tensor: torch.Tensor) -> torch.Tensor:
             return tensor.copy_(sums)
 
-    parts = [shared_norms(Pair(), module, *(t[piece] for t in tables), require_pow=require_pow) for piece in pieces]
+    parts = [norms_of_part(Pair(), module, *(t[piece] for t in tables), require_pow=require_pow) for piece in pieces]
     total = 2 / 9 * parts[0] + 7 / 9 * parts[1]
     assert total.item() == pytest.approx(whole.item(), rel=1e-6)
     for a, b in zip(torch.autograd.grad(total, tables), expected, strict=True):

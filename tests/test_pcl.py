@@ -30,7 +30,7 @@ from recbole_cl.model.pcl import PCL
 from recbole_cl.model.prompted_histories import (
     ROWS_AT_ONCE,
     Groups,
-    KeptHistories,
+    HistoryCache,
     RecurrentHistories,
     TransformerHistories,
 )
@@ -598,7 +598,7 @@ def test_what_is_kept_has_the_bits_of_what_is_not(whole: Watched) -> None:
 
     sequence = torch.randint(1, model.n_items, (150, 8)) * (torch.arange(8) < torch.randint(2, 9, (150, 1)))
     sequence[:, 0], sequence[:, 1] = torch.arange(150) // 15 + 1, torch.arange(150) % 15 + 1  # all differ
-    one, other = (KeptHistories(counted, 8, 1 << 20) for _ in range(2))
+    one, other = (HistoryCache(counted, 8, 1 << 20) for _ in range(2))
     whole_batch = seen(one, sequence)
     assert len(calls) <= 12 and set(calls) == {ROWS_AT_ONCE["cpu"]} and len(one.number) == 150
     at_first = len(calls)
@@ -610,7 +610,7 @@ def test_what_is_kept_has_the_bits_of_what_is_not(whole: Watched) -> None:
     calls.clear()
     other.of(sequence)
     assert not calls, "a history was computed twice"
-    few = KeptHistories(counted, 8, 40 * sum(x[0].numel() * 4 for x in whole_batch))
+    few = HistoryCache(counted, 8, 40 * sum(x[0].numel() * 4 for x in whole_batch))
     for _ in range(2):
         for kept, anew in zip(whole_batch, seen(few, sequence), strict=True):
             assert torch.equal(kept, anew)
@@ -620,7 +620,7 @@ def test_what_is_kept_has_the_bits_of_what_is_not(whole: Watched) -> None:
         assert torch.equal(kept, anew.flip(0))
 
 
-def seen(histories: KeptHistories, sequence: torch.Tensor) -> list[torch.Tensor]:
+def seen(histories: HistoryCache, sequence: torch.Tensor) -> list[torch.Tensor]:
     """Returns what is told of each sequence."""
     stores, index = histories.of(sequence)
     return [store[index] for store in stores]
@@ -628,15 +628,15 @@ def seen(histories: KeptHistories, sequence: torch.Tensor) -> list[torch.Tensor]
 
 def test_what_comes_again_as_it_was_is_read_in_place() -> None:
     """Without gradients alone: a graph would hold a part of the room that the next batch is written to."""
-    histories = KeptHistories(lambda ids: [ids[..., None].float()], 4, 1 << 10)
+    histories = HistoryCache(lambda ids: [ids[..., None].float()], 4, 1 << 10)
     ids = torch.tensor([[5, 0, 0, 0], [6, 7, 8, 9], [5, 0, 0, 0], [3, 2, 1, 0], [4, 0, 0, 0]])
     rows = torch.arange(5)
-    kept = histories.of(ids)
-    assert kept.number.tolist() == [0, 1, 0, 2, 3], "the order given, whatever the lengths"
+    computed = histories.of(ids)
+    assert computed.number.tolist() == [0, 1, 0, 2, 3], "the order given, whatever the lengths"
     for order, in_place in ((rows[3:], True), (rows[[4, 3]], False), (rows[[0, 3]], False), (rows[:2], True)):
         for grown in (False, True):
             with torch.set_grad_enabled(grown):
-                (found,) = kept.of(order)
+                (found,) = computed.of(order)
             assert torch.equal(found[..., 0], ids[order].float())
             same = found.untyped_storage().data_ptr() == histories.stores[0].untyped_storage().data_ptr()
             assert same == (in_place and not grown)

@@ -305,7 +305,7 @@ def test_where_a_task_starts(start: Start, finished: Callable[..., Any], monkeyp
     monkeypatch.setattr(FineAll, "begin_stage", begin)
     runner = start("MultiTask", "FineAll", epochs=1)
     runner.run()
-    kept = runner.strategy.members[0].kept  # type: ignore[attr-defined]
+    kept = runner.strategy.members[0].models  # type: ignore[attr-defined]
     ends = [tree_hash(kept[str(k)]["model"]["tensors"]) for k in range(4)]
     assert begun[1:] == [ends[0]] * 3 and len(set(ends)) == 4
     (single, _), (scratch, _) = finished("MultiTask", "SingleTask"), finished("MultiTask", "Scratch")
@@ -446,7 +446,7 @@ def test_retention_by_hand(start: Start, monkeypatch: pytest.MonkeyPatch) -> Non
     def look(member: TERACON, ctx: StageContext, batch: Interaction) -> dict[str, torch.Tensor]:
         if ctx.index != 2 or ctx.step != 1:
             return original(member, ctx, batch)
-        shares = list(member.shares)
+        shares = list(member.rhos)
         generator = np.random.default_rng()
         generator.bit_generator.state = ctx.generator("TERACON/users").bit_generator.state
         terms = original(member, ctx, batch)
@@ -463,7 +463,7 @@ def test_retention_by_hand(start: Start, monkeypatch: pytest.MonkeyPatch) -> Non
             mine = ctx.model.task_masks(2)
             for task in range(2):
                 cosines = F.cosine_similarity(teacher.task_masks(task), mine, dim=1).double().numpy()
-                assert member.shares[task] == pytest.approx(1 - (1 / (1 + np.exp(-6 * cosines))).mean(), abs=1e-6)
+                assert member.rhos[task] == pytest.approx(1 - (1 / (1 + np.exp(-6 * cosines))).mean(), abs=1e-6)
         [term] = terms.values()
         assert float(term) == pytest.approx(0.7 * expected, rel=1e-5) and float(term) > 0
         gradient = dict(zip(ctx.parameters(), torch.autograd.grad(

@@ -21,7 +21,7 @@ from recbole_cl.strategy.base import Strategy
 from recbole_cl.strategy.context import Pass, StageContext
 from recbole_cl.strategy.parts.neighbours import draw_neighbours, past_pairs
 from recbole_cl.strategy.parts.outputs import final, layers
-from recbole_cl.strategy.parts.soft_labels import all_lessons, draw_lessons, lesson_loss
+from recbole_cl.strategy.parts.soft_labels import draw_soft_labels, soft_label_loss, soft_labels_of_all
 from recbole_cl.strategy.pisa import cluster, distances, divergence, info_nce
 from recbole_cl.stream.loader import make_loader
 from recbole_cl.stream.vocabulary import Growth
@@ -435,30 +435,30 @@ def test_an_auxiliary_pass_leaves_no_trace(toy: PlantedDrift, tmp_path: Path, mo
 # -- CCD ------------------------------------------------------------------------------------------------------------
 
 
-def test_lessons_prefer_what_the_learner_ranks_low() -> None:
+def test_soft_labels_prefer_what_the_learner_ranks_low() -> None:
     """Source ranks items 1, 2, 3 first; the learner's ranks of them are 4, 0 and 3 of I = 5.
 
     Chances of one draw ~ exp(s (r_learner - r_source) / 5), s = 5: exp(4 - 0), exp(0 - 1), exp(3 - 2).
     """
     source = torch.tensor([[-7.0, 3.0, 2.0, 1.0, 0.0]]).repeat(4000, 1)
     learner = torch.tensor([[8.0, -9.0, 9.0, 4.0, 5.0]]).repeat(4000, 1)
-    items, labels = draw_lessons(source, learner, 3, 1, 5.0, np.random.default_rng(0))
+    items, labels = draw_soft_labels(source, learner, 3, 1, 5.0, np.random.default_rng(0))
     chances = np.exp([4.0, -1.0, 1.0]) / np.exp([4.0, -1.0, 1.0]).sum()
     counts = np.bincount(items.flatten(), minlength=5)
     assert counts[0] == counts[4] == 0 and counts.sum() == 4000
     assert np.allclose(counts[1:4] / 4000, chances, atol=0.01)
     assert torch.equal(labels, torch.sigmoid(source.gather(1, items)))
-    even = draw_lessons(source, learner, 3, 1, 0.0, np.random.default_rng(0))[0]
+    even = draw_soft_labels(source, learner, 3, 1, 0.0, np.random.default_rng(0))[0]
     assert np.allclose(np.bincount(even.flatten(), minlength=5)[1:4] / 4000, 1 / 3, atol=0.03)
-    both = draw_lessons(source, learner, 3, 2, 1.0, np.random.default_rng(0))[0]
+    both = draw_soft_labels(source, learner, 3, 2, 1.0, np.random.default_rng(0))[0]
     assert (both[:, 0] != both[:, 1]).all()
 
 
-def test_lessons_leave_out_what_a_user_had_and_padding() -> None:
+def test_soft_labels_leave_out_what_a_user_had_and_padding() -> None:
     generator = torch.Generator().manual_seed(0)
     towers = [(torch.randn(3, 4, generator=generator), torch.randn(7, 4, generator=generator)) for _ in range(3)]
     seen = torch.tensor([1, 1, 2, 2, 2, 2]), torch.tensor([3, 6, 1, 2, 4, 6])  # item 6 is new
-    items, labels = all_lessons(towers[:2], towers[2], seen, (3, 6), (50, 4, 1.0), np.random.default_rng(0))
+    items, labels = soft_labels_of_all(towers[:2], towers[2], seen, (3, 6), (50, 4, 1.0), np.random.default_rng(0))
     assert items.shape == labels.shape == (3, 8)
     assert sorted(items[1, :4].tolist()) == [1, 2, 4, 5] == sorted(items[1, 4:].tolist())
     assert sorted(items[2, :4].tolist()) == [0, 0, 3, 5]  # two are left
@@ -469,7 +469,7 @@ def test_lessons_leave_out_what_a_user_had_and_padding() -> None:
             assert float(labels[u, at]) == pytest.approx(expected, abs=1e-6)
 
 
-def test_lesson_loss_is_a_plain_loop() -> None:
+def test_soft_label_loss_is_a_plain_loop() -> None:
     generator = torch.Generator().manual_seed(1)
     users, vectors = torch.randn(4, 3, generator=generator), torch.randn(6, 3, generator=generator)
     ids, items = torch.tensor([1, 3]), torch.tensor([[2, 5, 0], [4, 0, 0]])
@@ -481,7 +481,7 @@ def test_lesson_loss_is_a_plain_loop() -> None:
                 p = 1 / (1 + math.exp(-float(users[u] @ vectors[i])))
                 each.append(-float(y) * math.log(p) - (1 - float(y)) * math.log(1 - p))
     assert len(each) == 3
-    assert float(lesson_loss((users, vectors), ids, items, labels)) == pytest.approx(np.mean(each), rel=1e-5)
+    assert float(soft_label_loss((users, vectors), ids, items, labels)) == pytest.approx(np.mean(each), rel=1e-5)
 
 
 @pytest.mark.parametrize("model", TOWERS)
@@ -505,8 +505,8 @@ def test_ccd_terms_are_plain_loops(context: Any, model: str) -> None:
     for name, towers in (("student", student), ("teacher", teacher)):
         each = []
         for u in sorted({u for u in batch["user_id"].tolist() if u < first.stage.n_users}):
-            lesson = strategy.lessons[name]
-            for i, y in zip(lesson["items"][u].tolist(), lesson["labels"][u].tolist(), strict=True):
+            drawn = strategy.soft_labels[name]
+            for i, y in zip(drawn["items"][u].tolist(), drawn["labels"][u].tolist(), strict=True):
                 assert (u, i) not in pairs and i < first.stage.n_items
                 if i:
                     p = 1 / (1 + math.exp(-(towers[0][u] @ towers[1][i])))
@@ -542,19 +542,19 @@ def test_ccd_proxies_and_growth_by_hand(context: Any) -> None:
     assert torch.equal(found[n:], now[n:] - 1) or not torch.equal(found[n:], now[n:])  # a copy, no view
 
 
-def test_ccd_draws_lessons_once_an_epoch(context: Any) -> None:
+def test_ccd_draws_soft_labels_once_an_epoch(context: Any) -> None:
     ctx = context("BPR")
     strategy = make("CCD")
     strategy.prepare_model(ctx)
     strategy.end_stage(context("BPR", 0))
     batch = whole_batch(ctx)
     strategy.loss_terms(ctx, batch)
-    kept = strategy.lessons["student"]["items"]
+    kept = strategy.soft_labels["student"]["items"]
     strategy.loss_terms(ctx, batch)
-    assert strategy.lessons["student"]["items"] is kept
+    assert strategy.soft_labels["student"]["items"] is kept
     ctx.epoch = 1
     strategy.loss_terms(ctx, batch)
-    assert not torch.equal(strategy.lessons["student"]["items"], kept)
+    assert not torch.equal(strategy.soft_labels["student"]["items"], kept)
 
 
 # -- refusals -------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from torch import nn
 from recbole_cl.errors import ConfigError
 from recbole_cl.llm.encode import encode_texts
 from recbole_cl.model.all_positions import last_items
-from recbole_cl.model.prompted_histories import Kept, KeptHistories, RecurrentHistories, TransformerHistories
+from recbole_cl.model.prompted_histories import Computed, HistoryCache, RecurrentHistories, TransformerHistories
 from recbole_cl.model.state import grow_model
 from recbole_cl.model.task_heads import TaskHeads, TaskModel, probing
 from recbole_cl.prompt import ContextualPrompts, ItemAttribute, PromptedEmbedding, describe, place_prompts
@@ -98,12 +98,14 @@ class PCL(TaskModel):
                 else nn.ModuleList()
                 for task in self.tasks
             )
-        self.register_buffer("kept", torch.zeros(len(self.tasks), self.width))  # p'_k of the tasks that have ended
+        self.register_buffer(
+            "contextual_prompts", torch.zeros(len(self.tasks), self.width)
+        )  # p'_k of the tasks that have ended
         self._probe()
         self._choose_trainable()
 
-    kept: torch.Tensor
-    _histories: KeptHistories | None = None
+    contextual_prompts: torch.Tensor
+    _histories: HistoryCache | None = None
     _frozen: tuple[Any, ...] = ()
     _validating = False
 
@@ -163,7 +165,7 @@ class PCL(TaskModel):
         """
         if self.contextual is not None and self.stage > 0:
             with torch.no_grad():
-                self.kept[self.stage] = self.contextual(self.stage)
+                self.contextual_prompts[self.stage] = self.contextual(self.stage)
         growth = Growth(users, items, {})
         if not growth.identity:
             device = self.backbone.item_embedding.weight.device
@@ -256,14 +258,14 @@ class PCL(TaskModel):
         frozen = tuple((p.data_ptr(), p._version) for p in self.backbone.parameters())
         if self._histories is None:
             limit = int(self.config["pcl_memory_mb"]) << 20
-            self._histories = KeptHistories(prompter.compute, self.max_seq_length, limit)
+            self._histories = HistoryCache(prompter.compute, self.max_seq_length, limit)
         if frozen != self._frozen:  # other weights, other histories
             self._histories.begin(prompter.compute)
             self._frozen = frozen
         return self._prompted_ends(self._histories.of(sequence), sequence, row, last, task)
 
     def _prompted_ends(
-        self, kept: Kept, sequence: torch.Tensor, row: torch.Tensor, last: torch.Tensor, task: int
+        self, computed: Computed, sequence: torch.Tensor, row: torch.Tensor, last: torch.Tensor, task: int
     ) -> torch.Tensor:
         """Returns :meth:`_at_ends`, given what the frozen backbone has computed of the sequences."""
         prompter, prompts = self._prompter(), self.prompts_of(task)
@@ -272,7 +274,7 @@ class PCL(TaskModel):
         if prompts is None:
             prompts = self.backbone.item_embedding.weight.new_zeros(self.n_prompted if len(own) else 1, self.width)
         added = (lambda ids: sum(attribute(ids) for attribute in own)) if len(own) else None
-        return prompter.outputs(kept, sequence, row, last, prompts, added)
+        return prompter.outputs(computed, sequence, row, last, prompts, added)
 
     def calculate_loss(self, batch: Interaction) -> torch.Tensor:
         """Returns the loss of the rows, or of the supervised positions of windows: each a history of its own."""
@@ -310,7 +312,7 @@ class PCL(TaskModel):
         prompts = self.prompts[task - 1][-self.n_prompted :] if self.prompts else None
         if self.contextual is None:
             return prompts
-        context = self.contextual(task) if task == self.stage else self.kept[task]
+        context = self.contextual(task) if task == self.stage else self.contextual_prompts[task]
         if prompts is None:
             return self.intensity * context.expand(self.n_prompted, -1)
         return prompts + self.intensity * context
@@ -372,9 +374,9 @@ class PCL(TaskModel):
         tasks, prompter = range(self.stage + 1), self._prompter()
         answers = not self.training and not torch.is_grad_enabled()
         if answers and prompter is not None and all(self._touches_ends(task) for task in tasks):
-            kept = KeptHistories(prompter.compute, self.max_seq_length, limit=0).of(sequence)
+            computed = HistoryCache(prompter.compute, self.max_seq_length, limit=0).of(sequence)
             row = torch.arange(len(sequence), device=sequence.device)
-            return torch.stack([self._prompted_ends(kept, sequence, row, lengths - 1, task) for task in tasks])
+            return torch.stack([self._prompted_ends(computed, sequence, row, lengths - 1, task) for task in tasks])
         found = self.backbone.item_embedding(sequence)
         return torch.stack([self.represent(batch, task, found) for task in tasks])
 
@@ -386,6 +388,6 @@ class PCL(TaskModel):
         if self.stage > 0:
             parts = (self.heads[self.stage], self.attributes[self.stage])
             own = [*self.prompts[self.stage - 1 : self.stage], *(p for part in parts for p in part.parameters())]
-            own += [self.kept[self.stage]] if self.contextual is not None else []
+            own += [self.contextual_prompts[self.stage]] if self.contextual is not None else []
         size = sum(tensor.numel() * tensor.element_size() for tensor in own)
         return {"backbones": 1, "objectives": 1, "bytes_per_task": size}

@@ -26,7 +26,7 @@ Added = Callable[[torch.Tensor], torch.Tensor]
 """Gives what is added to the embeddings of item ids, ``[..., d]`` for ids of any shape."""
 
 
-class Kept(NamedTuple):
+class Computed(NamedTuple):
     """What a model has computed of some sequences.
 
     Attributes:
@@ -83,7 +83,7 @@ class TransformerHistories:
 
     def outputs(
         self,
-        kept: Kept,
+        computed: Computed,
         sequence: torch.Tensor,
         row: torch.Tensor,
         last: torch.Tensor,
@@ -93,7 +93,7 @@ class TransformerHistories:
         """Returns the outputs of prompted histories, shape ``[n, d]``.
 
         Args:
-            kept: What :meth:`compute` has returned for the sequences.
+            computed: What :meth:`compute` has returned for the sequences.
             sequence: Item ids, shape ``[W, L]``.
             row: The sequence of each history, shape ``[n]``, in rising order.
             last: The place of its last item, shape ``[n]``; what comes later is not part of the history.
@@ -104,10 +104,10 @@ class TransformerHistories:
         first, number, place = _prompted(last, len(prompts))
         embedded = _embedded(backbone, sequence[row.unsqueeze(1), place], prompts, number, added)
         hidden = backbone.LayerNorm(embedded + backbone.position_embedding(place))
-        before = torch.arange(kept.stores[0].size(2), device=row.device) < first.unsqueeze(1)
+        before = torch.arange(computed.stores[0].size(2), device=row.device) < first.unsqueeze(1)
         unseen = torch.zeros(before.shape, device=row.device).masked_fill_(~before, -torch.inf)
-        groups = Groups(row, kept.stores[0].size(1))
-        stores = kept.of(groups.sequence)
+        groups = Groups(row, computed.stores[0].size(1))
+        stores = computed.of(groups.sequence)
         layers = backbone.trm_encoder.layer
         for index, layer in enumerate(layers):
             asked, later = hidden, causal_mask(len(prompts), row.device)
@@ -177,21 +177,21 @@ class Groups:
         self.sequence = sequence.repeat_interleave(number)
         self.alone = self.m == 1  # then a group is a history, and nothing has to be moved
 
-    def times(self, rows: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    def times(self, rows: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
         """Returns the product of each history's rows with what is kept of its group.
 
         Args:
             rows: Shape ``[n, heads, s, k]``.
-            kept: Shape ``[g, heads, k, j]``.
+            group: Shape ``[g, heads, k, j]``.
 
         Returns:
             Shape ``[n, heads, s, j]``.
         """
         if self.alone:
-            return rows @ kept
-        (n, heads, s, k), (groups, j) = rows.shape, (len(kept), kept.size(-1))
+            return rows @ group
+        (n, heads, s, k), (groups, j) = rows.shape, (len(group), group.size(-1))
         places = rows.new_zeros(groups * heads * self.m, s * k).index_copy(0, self.slot, rows.reshape(-1, s * k))
-        product = places.view(groups, heads, self.m * s, k) @ kept
+        product = places.view(groups, heads, self.m * s, k) @ group
         return product.view(-1, s * j).index_select(0, self.slot).view(n, heads, s, j)
 
 
@@ -217,7 +217,7 @@ class RecurrentHistories:
 
     def outputs(
         self,
-        kept: Kept,
+        computed: Computed,
         sequence: torch.Tensor,
         row: torch.Tensor,
         last: torch.Tensor,
@@ -228,7 +228,7 @@ class RecurrentHistories:
         backbone: Any = self.backbone
         first, number, place = _prompted(last, len(prompts))
         embedded = _embedded(backbone, sequence[row.unsqueeze(1), place], prompts, number, added)
-        state = kept.stores[0][kept.number[row], (first - 1).clamp(min=0)] * (first > 0).unsqueeze(1)
+        state = computed.stores[0][computed.number[row], (first - 1).clamp(min=0)] * (first > 0).unsqueeze(1)
         states = backbone.gru_layers(embedded, state.unsqueeze(0))[0]
         return backbone.dense(states[torch.arange(len(row), device=row.device), number])  # type: ignore[no-any-return]
 
@@ -276,7 +276,7 @@ def _mixed(weight: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     return (weight.unsqueeze(-1) * value.unsqueeze(-3)).sum(-2)
 
 
-class KeptHistories:
+class HistoryCache:
     """Tensors computed of sequences, kept by the items of the sequence.
 
     Nothing here is part of a model's state: what is missing is computed again, with the same bits.
@@ -299,7 +299,7 @@ class KeptHistories:
         self.number.clear()
 
     @torch.no_grad()
-    def of(self, sequence: torch.Tensor) -> Kept:
+    def of(self, sequence: torch.Tensor) -> Computed:
         """Returns what is computed of each sequence, for ids ``[W, l]``; its tensors have L places.
 
         New sequences are kept side by side in the order given, so that a batch that comes again as it is (validation)
@@ -322,7 +322,7 @@ class KeptHistories:
         room = self.room
         self.number.update((key, place) for key, place in number.items() if place < room)
         if all(key in self.number for key in keys):
-            return Kept(self.stores, self._numbers(keys))
+            return Computed(self.stores, self._numbers(keys))
         return self._joined(keys, blocks)
 
     def _blocks(self, ids: torch.Tensor, chosen: list[int], size: int) -> Iterator[tuple[list[int], int]]:
@@ -338,7 +338,7 @@ class KeptHistories:
             for start in range(0, len(rows), size):
                 yield rows[start : start + size], width
 
-    def _joined(self, keys: list[bytes], blocks: list[tuple[list[int], list[torch.Tensor]]]) -> Kept:
+    def _joined(self, keys: list[bytes], blocks: list[tuple[list[int], list[torch.Tensor]]]) -> Computed:
         """Returns what has just been computed and what was kept before, side by side."""
         computed = [keys[index] for rows, _ in blocks for index in rows]
         new = set(computed)
@@ -348,7 +348,7 @@ class KeptHistories:
             numbers = self._numbers(known)
             stores = [torch.cat([x, store[numbers]]) for x, store in zip(stores, self.stores, strict=True)]
         place = {key: index for index, key in enumerate([*computed, *known])}
-        return Kept(stores, torch.tensor([place[key] for key in keys], device=stores[0].device))
+        return Computed(stores, torch.tensor([place[key] for key in keys], device=stores[0].device))
 
     @property
     def room(self) -> int:

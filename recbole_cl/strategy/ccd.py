@@ -19,7 +19,7 @@ from recbole_cl.strategy.base import Strategy, require
 from recbole_cl.strategy.context import StageContext
 from recbole_cl.strategy.parts.checks import check_number, check_strength
 from recbole_cl.strategy.parts.outputs import Towers, check_layers, final, layers
-from recbole_cl.strategy.parts.soft_labels import all_lessons, lesson_loss
+from recbole_cl.strategy.parts.soft_labels import soft_label_loss, soft_labels_of_all
 from recbole_cl.stream.vocabulary import Growth, fixed_axis, item_axis, user_axis
 
 SIDES = ("users", "items")
@@ -64,8 +64,8 @@ class CCD(Strategy):
         self.seed = 0
         self.teacher: dict[str, nn.Parameter] = {}
         self.proxies: dict[str, dict[str, torch.Tensor]] = {}
-        self.lessons: dict[str, dict[str, torch.Tensor]] = {}
-        self.drawn: list[Any] = []  # stage, pass and epoch of the lessons
+        self.soft_labels: dict[str, dict[str, torch.Tensor]] = {}
+        self.drawn: list[Any] = []  # stage, pass and epoch of the soft labels
 
     def check(self, config: Any, model: nn.Module) -> None:
         check_layers(self.name, config, model)
@@ -108,7 +108,7 @@ class CCD(Strategy):
             self.teacher[side] = nn.Parameter(told.expand(side, old, fill))
 
     def learn(self, ctx: StageContext, student: Towers, teacher: Towers) -> None:
-        """Draws this epoch's lessons for both."""
+        """Draws this epoch's soft labels for both."""
         now = [ctx.index, ctx.pass_.name, ctx.epoch]
         if self.drawn == now:
             return
@@ -123,8 +123,8 @@ class CCD(Strategy):
         with torch.no_grad():
             for name, learner, other in (("student", student, teacher), ("teacher", teacher, student)):
                 generator = ctx.generator(f"{self.name}/{name}")
-                found = all_lessons([*past, other], learner, seen, sizes, drawing, generator)
-                self.lessons[name] = {"items": found[0], "labels": found[1]}
+                found = soft_labels_of_all([*past, other], learner, seen, sizes, drawing, generator)
+                self.soft_labels[name] = {"items": found[0], "labels": found[1]}
         self.drawn = now
 
     def loss_terms(self, ctx: StageContext, batch: Interaction) -> dict[str, torch.Tensor]:
@@ -140,14 +140,16 @@ class CCD(Strategy):
         student = final(layers(ctx.model))
         self.learn(ctx, student, teacher)
         users = torch.unique(batch[ctx.batcher.uid])
-        users = users[users < len(self.lessons["student"]["items"])]
+        users = users[users < len(self.soft_labels["student"]["items"])]
         strength = float(self.params["lambda"]) * math.exp(-ctx.epoch / float(self.params["annealing"]))
         losses = {}
         for name, towers in (("student", student), ("teacher", teacher)):
             # A state that was put back lies on the CPU; what is in its place is not copied.
-            lesson = self.lessons[name] = {key: value.to(ctx.device) for key, value in self.lessons[name].items()}
-            items, labels = (lesson[key][users] for key in ("items", "labels"))
-            losses[name] = strength * lesson_loss(towers, users, items, labels)
+            drawn = self.soft_labels[name] = {
+                key: value.to(ctx.device) for key, value in self.soft_labels[name].items()
+            }
+            items, labels = (drawn[key][users] for key in ("items", "labels"))
+            losses[name] = strength * soft_label_loss(towers, users, items, labels)
         return {f"{self.name}/teacher": teaching + losses["teacher"], f"{self.name}/replay": losses["student"]}
 
     def end_stage(self, ctx: StageContext) -> None:
@@ -169,17 +171,17 @@ class CCD(Strategy):
         return {
             "teacher": {side: p.detach().clone() for side, p in self.teacher.items()},
             "proxies": {name: dict(proxy) for name, proxy in self.proxies.items()},
-            "lessons": {name: dict(lesson) for name, lesson in self.lessons.items()},
+            "soft_labels": {name: dict(drawn) for name, drawn in self.soft_labels.items()},
             "drawn": list(self.drawn),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        require(state, "teacher", "proxies", "lessons", "drawn")
+        require(state, "teacher", "proxies", "soft_labels", "drawn")
         for side, value in state["teacher"].items():
             if side in self.teacher and self.teacher[side].shape == value.shape:
                 self.teacher[side].data.copy_(value)  # in place: the optimiser holds the parameters
             else:
                 self.teacher[side] = nn.Parameter(value.clone())
         self.proxies = {name: dict(proxy) for name, proxy in state["proxies"].items()}
-        self.lessons = {name: dict(lesson) for name, lesson in state["lessons"].items()}
+        self.soft_labels = {name: dict(drawn) for name, drawn in state["soft_labels"].items()}
         self.drawn = list(state["drawn"])

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from recbole_cl.registry import strategies
 from recbole_cl.strategy.context import Pass, StageContext
-from recbole_cl.strategy.parts.task_models import KeepsModels, start_from
+from recbole_cl.strategy.parts.task_models import ModelPerTask, start_from
 
 _NOT_NEUTRAL = "a bound has no strength that could be zero"
 
 
 @strategies.register()
-class SingleTask(KeepsModels):
+class SingleTask(ModelPerTask):
     """A model of its own for each task, from a new initialisation: no transfer, no forgetting, a backbone a task.
 
     The row "SASRec" among the baselines of Prompt-based Continual Learning (arXiv 2502.19628, section 4.1).
@@ -29,7 +29,7 @@ class SingleTask(KeepsModels):
 
 
 @strategies.register()
-class FineAll(KeepsModels):
+class FineAll(ModelPerTask):
     """A model of its own for each task, every one fine-tuned from the first task's: transfer from the first task alone.
 
     The row "FineAll" among the baselines of Prompt-based Continual Learning (arXiv 2502.19628, section 4.1). At stage
@@ -42,4 +42,4 @@ class FineAll(KeepsModels):
 
     def begin_stage(self, ctx: StageContext) -> None:
         if ctx.index:
-            start_from(ctx, self.kept["0"]["model"], 0)
+            start_from(ctx, self.models["0"]["model"], 0)

@@ -15,7 +15,7 @@ from recbole_cl.registry import strategies
 from recbole_cl.strategy.base import Strategy, require
 from recbole_cl.strategy.context import StageContext
 
-START_SHARE = 0.9
+START_RHO = 0.9
 """Share of a batch that the first step of a stage distils on, before masks have been compared."""
 SHARPNESS = 6.0
 
@@ -46,7 +46,7 @@ class TERACON(Strategy):
 
     def __init__(self, parameters: Mapping[str, Any] | None = None) -> None:
         super().__init__(parameters)
-        self.shares: list[float] = []  # rho, by old task
+        self.rhos: list[float] = []  # rho, by old task
         self.epoch = [-1, 0]  # the running epoch, and the step at which it began
 
     def check(self, config: Any, model: nn.Module) -> None:
@@ -54,7 +54,7 @@ class TERACON(Strategy):
             raise ConfigError(f"teracon_alpha: {self.params['alpha']!r} must be at least 0")
 
     def begin_stage(self, ctx: StageContext) -> None:
-        self.shares, self.epoch = [START_SHARE] * ctx.index, [-1, 0]
+        self.rhos, self.epoch = [START_RHO] * ctx.index, [-1, 0]
 
     def augment_batch(self, ctx: StageContext, batch: Interaction) -> Interaction:
         """Sets the scale of this step; the batch stays as it is."""
@@ -72,20 +72,20 @@ class TERACON(Strategy):
         known = ctx.stream.stages[ctx.index - 1].n_items  # where tables grow: histories that the teacher can read
         readable = torch.nonzero((batch[ctx.model.ITEM_SEQ] < known).all(dim=1)).flatten()
         generator, terms = ctx.generator("TERACON/users"), []
-        for task, share in enumerate(self.shares if len(readable) else ()):
+        for task, share in enumerate(self.rhos if len(readable) else ()):
             drawn = generator.permutation(len(readable))[: max(int(len(readable) * share), 1)]
             rows = readable[torch.from_numpy(drawn).to(ctx.device)]
             users = Interaction({name: column[rows] for name, column in batch.interaction.items()})
             with torch.no_grad(), teacher.answering_at(scale):
                 old = teacher.answers(users, task)
             new = ctx.model.answers(users, task)[:, : old.shape[1]]  # items that the teacher did not know are left out
-            terms.append(share / sum(self.shares) * F.mse_loss(new, old))
+            terms.append(share / sum(self.rhos) * F.mse_loss(new, old))
         with torch.no_grad(), teacher.answering_at(scale):
             mine = ctx.model.task_masks(ctx.index)
             masks = [teacher.task_masks(task) for task in range(ctx.index)]
         for task, mask in enumerate(masks):
-            self.shares[task] = share_of(mask, mine)
-            ctx.log(f"TERACON/rho of task {task + 1}", self.shares[task])
+            self.rhos[task] = mask_overlap(mask, mine)
+            ctx.log(f"TERACON/rho of task {task + 1}", self.rhos[task])
         return {"TERACON/retention": float(self.params["alpha"]) * torch.stack(terms).sum()} if terms else {}
 
     def after_step(self, ctx: StageContext) -> None:
@@ -93,11 +93,11 @@ class TERACON(Strategy):
         masks.embedding.data.clamp_(-masks.LIMIT, masks.LIMIT)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"shares": list(self.shares), "epoch": list(self.epoch)}
+        return {"rhos": list(self.rhos), "epoch": list(self.epoch)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        require(state, "shares", "epoch")
-        self.shares, self.epoch = [float(v) for v in state["shares"]], [int(v) for v in state["epoch"]]
+        require(state, "rhos", "epoch")
+        self.rhos, self.epoch = [float(v) for v in state["rhos"]], [int(v) for v in state["epoch"]]
 
 
 def annealed(most: float, step: int, steps: int) -> float:
@@ -107,6 +107,6 @@ def annealed(most: float, step: int, steps: int) -> float:
     return 1 / most + (most - 1 / most) * min(step / (steps - 1), 1.0)
 
 
-def share_of(old: torch.Tensor, new: torch.Tensor) -> float:
+def mask_overlap(old: torch.Tensor, new: torch.Tensor) -> float:
     """Returns rho: one minus the mean over layers of ``sigmoid(6 cos)`` of two masks, shape ``[layers, d]``."""
     return 1 - float(torch.sigmoid(SHARPNESS * F.cosine_similarity(old, new, dim=1, eps=1e-6)).mean())

@@ -46,7 +46,7 @@ TOLERANCE = 2e-6
 """Relative difference between the loss of a batch and that of its shares from which the loss is no mean over rows."""
 
 
-class SharedTrainer(HookedTrainer):
+class DataParallelTrainer(HookedTrainer):
     """The trainer with hooks, on one of several processes."""
 
     always_hooked = True
@@ -67,7 +67,7 @@ class SharedTrainer(HookedTrainer):
                 if pieces is None:
                     losses, weight = loss_func(whole), float(main)
                 else:
-                    with self._own_share():
+                    with self._own_part():
                         losses = loss_func(batch[pieces[self.group.rank]].to(self.device))
                     sizes = [_size(batch, piece) for piece in pieces]
                     weight = sizes[self.group.rank] / sum(sizes)
@@ -124,7 +124,7 @@ class SharedTrainer(HookedTrainer):
             with torch.no_grad(), answering(self.model), ModelRandomness(0).owned():
                 together = _values(loss(batch.to(self.device)))
                 sizes = [_size(batch, piece) for piece in pieces]
-                with self._own_share():
+                with self._own_part():
                     own = _values(loss(batch[pieces[self.group.rank]].to(self.device)))
             own = own * (sizes[self.group.rank] / sum(sizes))
         except Exception as error:  # a loss that cannot take a share of its rows
@@ -139,11 +139,11 @@ class SharedTrainer(HookedTrainer):
         return "its loss is no mean over the rows of a batch" if apart else ""
 
     @contextlib.contextmanager
-    def _own_share(self) -> Iterator[None]:
+    def _own_part(self) -> Iterator[None]:
         """Dropout of this share alone, from (seed, stage, pass, step, rank); RecBole's norms over all shares."""
         ctx = self.ctx
         for module in self._norms:
-            module.forward = functools.partial(shared_norms, self.group, module)
+            module.forward = functools.partial(norms_of_part, self.group, module)
         try:
             with seeded(derive(self.config["seed"], ctx.index, f"share/{ctx.pass_.name}/{ctx.step}/{self.group.rank}")):
                 yield
@@ -259,7 +259,7 @@ def _values(losses: Any) -> torch.Tensor:
     return torch.stack([part.double().sum() for part in (losses if isinstance(losses, tuple) else (losses,))])
 
 
-def shared_norms(group: Group, module: EmbLoss, *embeddings: torch.Tensor, require_pow: bool = False) -> torch.Tensor:
+def norms_of_part(group: Group, module: EmbLoss, *embeddings: torch.Tensor, require_pow: bool = False) -> torch.Tensor:
     """Returns this share's part of RecBole's ``EmbLoss`` of the whole batch.
 
     Without ``require_pow`` that is ``sum_k |E_k| / B``, and a norm is no mean over rows. With S_k the sum over all

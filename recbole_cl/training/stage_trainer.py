@@ -15,7 +15,7 @@ from recbole_cl.model.contract import StageTrainer, contract
 from recbole_cl.strategy.base import STEP_HOOKS
 from recbole_cl.strategy.composite import Composite
 from recbole_cl.strategy.context import StageContext
-from recbole_cl.training.data_parallel import SharedTrainer
+from recbole_cl.training.data_parallel import DataParallelTrainer
 from recbole_cl.training.trainer import HookedTrainer
 
 
@@ -152,7 +152,7 @@ def make_trainer(ctx: StageContext, strategy: Composite, learning_rate: float) -
         )
     hooked: type[HookedTrainer] = HookedTrainer
     if distributed.current().size > 1:
-        hooked = SharedTrainer
+        hooked = DataParallelTrainer
         if base.__name__ not in COOPERATIVE:
             raise ConfigError(
                 f"model: {config['model']} cannot be trained by several processes: RecBole's {base.__name__} has a "

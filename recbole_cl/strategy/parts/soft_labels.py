@@ -15,7 +15,7 @@ CHUNK = 1024
 """Users whose scores for all items are held at a time."""
 
 
-def draw_lessons(
+def draw_soft_labels(
     source: torch.Tensor, learner: torch.Tensor, top: int, count: int, sharpness: float, generator: np.random.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Draws items that the source ranks high, preferably those that the learner ranks lower.
@@ -48,7 +48,7 @@ def draw_lessons(
     return torch.where(real, items.gather(1, chosen), 0), torch.where(real, torch.sigmoid(scores), 0.0)
 
 
-def all_lessons(
+def soft_labels_of_all(
     sources: list[Towers],
     learner: Towers,
     seen: tuple[torch.Tensor, torch.Tensor],
@@ -56,14 +56,14 @@ def all_lessons(
     drawing: tuple[int, int, float],
     generator: np.random.Generator,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draws lessons from several sources for all users.
+    """Draws soft labels from several sources for all users.
 
     Args:
         sources: Final vectors of each source.
         learner: Final vectors of the learner.
         seen: Users and items of interactions, each shape ``[E]``, which are not drawn; users in ascending order.
         sizes: Users and items, from id 0 on, that take part; row 0 is padding.
-        drawing: ``top``, ``count`` and ``sharpness`` of :func:`draw_lessons`.
+        drawing: ``top``, ``count`` and ``sharpness`` of :func:`draw_soft_labels`.
         generator: Draws.
 
     Returns:
@@ -83,18 +83,18 @@ def all_lessons(
             found[hidden] = -torch.inf
             found[:, 0] = -torch.inf
             scores.append(found)
-        drawn = [draw_lessons(source, scores[-1], *drawing, generator) for source in scores[:-1]]
+        drawn = [draw_soft_labels(source, scores[-1], *drawing, generator) for source in scores[:-1]]
         parts.append(tuple(torch.cat(columns, dim=1) for columns in zip(*drawn, strict=True)))
     return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
 
 
-def lesson_loss(towers: Towers, users: torch.Tensor, items: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Returns the mean BCE between scores and soft labels over the lessons of users, a scalar.
+def soft_label_loss(towers: Towers, users: torch.Tensor, items: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Returns the mean BCE between scores and soft labels over the items drawn for users, a scalar.
 
     Args:
         towers: Final vectors of the learner.
         users: Ids, shape ``[B]``.
-        items: Lessons, shape ``[B, S]``, 0 where there is none.
+        items: Soft labels, shape ``[B, S]``, 0 where there is none.
         labels: Probabilities, shape ``[B, S]``.
     """
     real = items > 0

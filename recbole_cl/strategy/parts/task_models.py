@@ -12,7 +12,7 @@ from recbole_cl.stream.stage import Stage
 from recbole_cl.tree import clone_tree
 
 
-class KeepsModels(Strategy):
+class ModelPerTask(Strategy):
     """Keeps the model of every stage, and lets each answer for its own stage.
 
     Nothing that was learnt is ever changed, so nothing is forgotten; the price is one backbone a task, and the task of
@@ -23,26 +23,26 @@ class KeepsModels(Strategy):
 
     def __init__(self, parameters: Mapping[str, Any] | None = None) -> None:
         super().__init__(parameters)
-        self.kept: dict[str, dict[str, Any]] = {}
+        self.models: dict[str, dict[str, Any]] = {}
 
     def serving(self, ctx: StageContext, stage: Stage) -> StageContext:
-        mine = self.kept.get(str(stage.index))
+        mine = self.models.get(str(stage.index))
         if mine is None or stage.index >= ctx.index:
             return ctx
         return ctx.with_model(stage.index, mine["model"], mine["known"])
 
     def end_stage(self, ctx: StageContext) -> None:
-        self.kept[str(ctx.index)] = clone_tree({"model": owned_state(ctx.model), "known": ctx.known.state_dict()})
+        self.models[str(ctx.index)] = clone_tree({"model": owned_state(ctx.model), "known": ctx.known.state_dict()})
 
     def stage_costs(self, ctx: StageContext) -> dict[str, Any]:
-        return {"backbones": len(self.kept), "bytes_per_task": count_parameters(ctx.model)[2]}
+        return {"backbones": len(self.models), "bytes_per_task": count_parameters(ctx.model)[2]}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"kept": dict(self.kept)}
+        return {"models": dict(self.models)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        require(state, "kept")
-        self.kept = dict(state["kept"])
+        require(state, "models")
+        self.models = dict(state["models"])
 
 
 def start_from(ctx: StageContext, state: Mapping[str, Any], index: int) -> None:

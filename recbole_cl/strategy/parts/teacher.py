@@ -16,7 +16,7 @@ from recbole_cl.strategy.context import StageContext
 from recbole_cl.strategy.parts.outputs import arguments
 from recbole_cl.stream.batch import Windows
 
-KEPT = 2**25
+OUTPUTS_KEPT = 2**25
 """Numbers that are kept of a teacher's outputs (128 MiB of float32); windows beyond are run each time."""
 INPUTS_AT_ONCE = 2**12
 """Inputs that are run together for it."""
@@ -36,7 +36,7 @@ class TeacherRows:
         reads_users = not ctx.batcher.sequential or "user" in (arguments(teacher, "forward") or ())
         self.n_users = before.n_users if reads_users else None
         self.ctx, self.loader = ctx, ctx.loader
-        self._kept: _Kept | None = None  # made when asked for
+        self._outputs: _Outputs | None = None  # made when asked for
 
     def histories(self, sequence: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the order that closes histories up to what is known, and the flags of the known, ``[B, L]``."""
@@ -56,12 +56,12 @@ class TeacherRows:
 
     def _answers(self, closed: torch.Tensor, rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         """Returns the outputs ``[N, d]`` at some places of closed-up histories."""
-        if self._kept is None:
-            self._kept = _Kept(self)
-        starts = torch.tensor([self._kept.starts.get(key, -1) for key in _keys(closed)], device=closed.device)
+        if self._outputs is None:
+            self._outputs = _Outputs(self)
+        starts = torch.tensor([self._outputs.starts.get(key, -1) for key in _keys(closed)], device=closed.device)
         new = (starts < 0).nonzero().squeeze(1)
         if not len(new):
-            return self._kept.outputs[starts[rows] + places]
+            return self._outputs.outputs[starts[rows] + places]
         number = torch.zeros_like(starts).index_fill_(0, new, 1).cumsum(0) - 1
         with torch.no_grad():
             made = self.teacher.encode(closed[new])
@@ -69,7 +69,7 @@ class TeacherRows:
             return made[rows, places]
         held = starts[rows] >= 0
         found = made.new_empty(len(rows), made.size(-1))
-        found[held] = self._kept.outputs[(starts[rows] + places)[held]].to(made.dtype)
+        found[held] = self._outputs.outputs[(starts[rows] + places)[held]].to(made.dtype)
         found[~held] = made[number[rows[~held]], places[~held]]
         return found
 
@@ -98,7 +98,7 @@ class TeacherRows:
         return Interaction(kept), Interaction({**kept, **changed})
 
 
-class _Kept:
+class _Outputs:
     """A teacher's outputs for the windows of the running pass: frozen, so once a pass and not once an epoch.
 
     They are made in the order of the windows, whatever batch asks first, so that a resumed run has the same bits. A
@@ -132,7 +132,7 @@ class _Kept:
                 self.starts[key] = made
                 made += length
             yield part
-            if made * part.size(-1) > KEPT:
+            if made * part.size(-1) > OUTPUTS_KEPT:
                 return
 
 
