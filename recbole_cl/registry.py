@@ -113,6 +113,7 @@ class Registry:
 
 strategies = Registry("strategy", "recbole_cl.strategies", "recbole_cl.strategy")
 schedulers = Registry("scheduler", "recbole_cl.schedulers", "recbole_cl.stream.schedulers")
+strata = Registry("stratum", "recbole_cl.strata", "recbole_cl.evaluation.strata")
 models = Registry("model", "recbole_cl.models", "recbole_cl.model")
 llm_clients = Registry("LLM client", "recbole_cl.llm_clients")
 tokenisers = Registry("tokeniser", "recbole_cl.tokenisers")
