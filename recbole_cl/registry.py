@@ -125,6 +125,7 @@ class Registry:
 
 strategies = Registry("strategy", "recbole_cl.strategies", "recbole_cl.strategy", "strategy")
 schedulers = Registry("scheduler", "recbole_cl.schedulers", "recbole_cl.stream.schedulers", "stream")
+strata = Registry("stratum", "recbole_cl.strata", "recbole_cl.evaluation.strata", "stratum")
 models = Registry("model", "recbole_cl.models", "recbole_cl.model", "model")
 encoders = Registry(
     "encoder", "recbole_cl.encoders", "recbole_cl.llm.encoders", "encoder", reads_folders="sentence_transformers"

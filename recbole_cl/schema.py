@@ -180,6 +180,7 @@ SCHEMA: dict[str, Rule] = {
     # How it is told
     "matrix_cells": choice("all", "diagonal", "last_row"),
     "candidates": choice("seen", "trained", "all"),
+    "candidates_exclude": choice("auto", "target", "seen", "stage"),
     "cold_targets": choice("keep", "drop"),
     "repeatable": Rule(
         "'auto', True or False",
@@ -187,6 +188,10 @@ SCHEMA: dict[str, Rule] = {
         ("auto",),
     ),
     "task_id": choice("given", "latest"),
+    "strata": Rule(
+        "a name, a list of names, or {name: {parameter: value}}",
+        lambda v: (isinstance(v, str) and v != "") or isinstance(v, list | tuple | dict),
+    ),
     "parity": choice("recbole").optional(),
     "head_ratio": share(),
     # Where it is kept

@@ -805,7 +805,7 @@ def test_queries_score_as_the_model_does(
     model: Any = runner.model
     ctx = runner.state.models.context(1, model, runner.stream.view(1))
     known = Known.everything(runner.stream.table, ctx.batcher.n_users, ctx.batcher.n_items)
-    monkeypatch.setattr("recbole_cl.evaluation.evaluator.SCORES_IN_CACHE", 5 * ctx.batcher.n_items)
+    monkeypatch.setattr("recbole_cl.evaluation.ranking.SCORES_IN_CACHE", 5 * ctx.batcher.n_items)
     sizes: list[int] = []
     score = type(model).score_queries
     monkeypatch.setattr(type(model), "score_queries", lambda self, q: sizes.append(len(q)) or score(self, q))

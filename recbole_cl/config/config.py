@@ -31,9 +31,10 @@ from recbole_cl.config.datasets import EXAMPLE
 from recbole_cl.config.device import choose_device
 from recbole_cl.config.files import RECBOLE, component_defaults, properties_dir
 from recbole_cl.config.keys import check_keys, library_keys
-from recbole_cl.config.metrics import check_metrics
+from recbole_cl.config.metrics import check_metrics, own_metrics, told_to_recbole
 from recbole_cl.config.models import check_class, get_model_class, recbole_models
 from recbole_cl.config.parity import settle
+from recbole_cl.config.strata import make_strata
 from recbole_cl.config.strategies import asked_strategies, refuse_contradictions, settle_parameters
 from recbole_cl.config.task import rank_without_labels, settle_negatives, settle_repeats
 from recbole_cl.config.values import INTERVALS, Loader, parse_arguments, parse_property, plain, read_properties
@@ -121,7 +122,8 @@ class CLConfig(Config):
         self._repeatable_items = settle_repeats(self.final_config_dict)
         self._settle_task()
         settle(self)
-        check_metrics(self.final_config_dict)
+        check_metrics(self.final_config_dict, self.model_class)
+        make_strata(self.final_config_dict["strata"])
         try:
             self._set_default_parameters()
             self._set_train_neg_sample_args()
@@ -342,7 +344,8 @@ class CLConfig(Config):
         final = self.final_config_dict
         folder, final["data_path"] = final["data_path"], ""
         try:
-            super()._set_default_parameters()
+            with told_to_recbole(final, self.model_class):
+                super()._set_default_parameters()
         finally:
             final["data_path"] = folder
 
@@ -387,6 +390,11 @@ class CLConfig(Config):
             known = f"those that do are {', '.join(found)}" if found else "none does"
             raise ConfigError(f"property {key!r} names no component in this run; {known}")
         return found[key]
+
+    @property
+    def own_metrics(self) -> dict[str, bool]:
+        """The metrics that the model brings, name in lower case to whether more is better."""
+        return own_metrics(self.model_class)
 
     def fingerprint(self) -> dict[str, Any]:
         """Returns all effective settings as JSON-able values, equal for two configs that ask for the same run."""

@@ -16,8 +16,10 @@ from recbole.data.interaction import Interaction
 from recbole.utils import ModelType
 
 from recbole_cl import distributed
+from recbole_cl.config.strata import make_strata
 from recbole_cl.errors import ConfigError, TrainingError
 from recbole_cl.evaluation.known import Known
+from recbole_cl.evaluation.levels import checked_levels
 from recbole_cl.evaluation.metrics import GAUC_NEEDS_SCORES, asked_metrics
 from recbole_cl.evaluation.outcome import Outcome, class_outcome, ranking_outcome, value_outcome
 from recbole_cl.evaluation.ranking import (
@@ -32,15 +34,15 @@ from recbole_cl.evaluation.ranking import (
     scores_of_prefixes,
     top_items,
 )
-from recbole_cl.evaluation.rows import Rows, allowed_items, build_rows, mode_of
+from recbole_cl.evaluation.rows import Rows, allowed_items, build_labelled, build_rows, mode_of
 from recbole_cl.evaluation.scores import auc_of_rows, clear_caches
+from recbole_cl.evaluation.strata import flags_of
 from recbole_cl.model.contract import contract
-from recbole_cl.rng import ModelRandomness, derive, numpy_generator
+from recbole_cl.rng import ModelRandomness, derive
 from recbole_cl.strategy.base import overrides
 from recbole_cl.strategy.composite import Composite
 from recbole_cl.strategy.context import StageContext
 from recbole_cl.stream.build import Stream
-from recbole_cl.stream.sampler import NegativeSampler
 from recbole_cl.stream.stage import Stage, Targets
 from recbole_cl.tree import answering, clone_tree, tree_hash
 
@@ -63,6 +65,7 @@ class Evaluator:
         self._group = distributed.current()
         self._adjusting = [s for s in strategy.members if overrides(s, "adjust_scores")]
         self._in_order = bool(self._adjusting)
+        self._strata = make_strata(config["strata"])
 
     # -- the public face ------------------------------------------------------------------------------------------
 
@@ -103,13 +106,11 @@ class Evaluator:
     def _outcome(
         self, ctx: StageContext, known: Known, stage: Stage, split: str, randomness: ModelRandomness
     ) -> Outcome:
+        how = {"classification": self._classification, "value": self._value}.get(stage.task.kind, self._ranking)
         with randomness.owned():
-            kind = stage.task.kind
-            if kind == "classification":
-                return self._classification(ctx, known, stage, split)
-            if kind == "value":
-                return self._value(ctx, known, stage, split)
-            return self._ranking(ctx, known, stage, split)
+            outcome = how(ctx, known, stage, split)
+            self._measure(ctx, known, stage, split, outcome)
+        return outcome
 
     def _shared(
         self, ctx: StageContext, known: Known, stage: Stage, split: str, randomness: ModelRandomness
@@ -131,6 +132,15 @@ class Evaluator:
     def mode(self, split: str) -> str:
         """Returns RecBole's evaluation mode of a split (``full``, ``uni100``, ``labeled``)."""
         return mode_of(self.config, split)
+
+    def _strata_of(self, stage: Stage, split: str, all_targets: bool = False) -> dict[str, np.ndarray]:
+        """Returns the strata of the property ``strata``: flags of the rows that are ranked, or of all targets."""
+        targets = stage.split(split)
+        if not self._strata:
+            return {}
+        if stage.task.kind == "next_item" and not all_targets:
+            targets = self._rows_of(stage, split).targets
+        return flags_of(self._strata, self.stream, stage, targets)
 
     # -- ranking --------------------------------------------------------------------------------------------------
 
@@ -171,7 +181,9 @@ class Evaluator:
                     auc[index] = auc_of_rows(scores.cpu(), *rows.positives.of(index), n)
         top[cold_row], auc[cold_row] = 0, 0.0
         self._everyones(top, auc)
-        return ranking_outcome(self.config, self.stream, stage, rows, top, auc, cold_item)
+        levels = checked_levels(ctx.model, contract(ctx.model).item_levels(), n)
+        more = self._strata_of(stage, split)
+        return ranking_outcome(self.config, self.stream, stage, rows, top, auc, cold_item, more, levels)
 
     def _scored(
         self, ctx: StageContext, stage: Stage, rows: Rows, index: np.ndarray, way: Way
@@ -243,8 +255,12 @@ class Evaluator:
     def _answers_for(self, ctx: StageContext, stage: Stage) -> int:
         return stage.index if self.config["task_id"] == "given" else ctx.index
 
-    def _batch(self, ctx: StageContext, stage: Stage, targets: Targets) -> Interaction:
+    def _batch(self, ctx: StageContext, stage: Stage, targets: Targets, items: np.ndarray | None = None) -> Interaction:
+        """Returns the rows of targets, with other items than the targets' own where some are given."""
         batch = ctx.batcher.rows(targets, stage=self._answers_for(ctx, stage), evaluation=True)
+        if items is not None:
+            batch.interaction[ctx.batcher.iid] = torch.from_numpy(np.where(items < ctx.batcher.n_items, items, 0))
+            batch = ctx.batcher.join(batch)
         if self.sequential:  # a history of unknown items only: any token will do, the row is a miss
             lengths = batch[self.config["ITEM_LIST_LENGTH_FIELD"]]
             batch.interaction[self.config["ITEM_LIST_LENGTH_FIELD"]] = lengths.clamp(min=1)
@@ -253,54 +269,28 @@ class Evaluator:
     # -- labelled values ------------------------------------------------------------------------------------------
 
     def _value(self, ctx: StageContext, known: Known, stage: Stage, split: str) -> Outcome:
-        targets, mode = stage.split(split), self.mode(split)
-        batch = ctx.batcher.rows(targets, stage=self._answers_for(ctx, stage), evaluation=True)
-        label_field = self.config["LABEL_FIELD"]
-        item = targets.label.copy()
-        user = targets.user
-        if mode[:3] in ("uni", "pop"):
-            number = int(mode[3:])
-            sampler = NegativeSampler(
-                user, item, stage.catalogue, numpy_generator(self.config["seed"], stage.index, f"candidates/{split}")
-            )
-            negatives = sampler.sample(user, number)
-            batch = batch.repeat(1 + number)
-            item, user = np.r_[item, negatives], np.tile(user, 1 + number)
-            ids = torch.from_numpy(np.where(item < ctx.batcher.n_items, item, 0))
-            batch.interaction[ctx.batcher.iid] = ids
-            batch = ctx.batcher.join(batch)
-            label = np.r_[np.ones(len(targets)), np.zeros(len(negatives))]
-        elif label_field in batch:
-            label = batch[label_field].numpy().astype(np.float64)
-        else:
-            raise ConfigError(
-                f"LABEL_FIELD: {label_field!r} is no column of the interactions and no threshold makes it; set "
-                f"threshold: {{rating: 4}} or evaluate with eval_args mode uni100"
-            )
-        cold = self._cold_items(ctx, known, item)
+        targets, more = stage.split(split), self._strata_of(stage, split)
+        rows = build_labelled(self.config, self.stream, stage, split)
+        cold = self._cold_items(ctx, known, rows.item)
         if self._needs_user(ctx):
-            cold |= ~known.users[user] | (user >= ctx.batcher.n_users)
+            cold |= ~known.users[rows.user] | (rows.user >= ctx.batcher.n_users)
         prior = known.label_sum / known.label_count if known.label_count else 0.5
-        score = np.full(len(item), prior)
+        score = np.full(len(rows.item), prior)
         warm = np.flatnonzero(~cold)
-        size = max(1, int(self.config["eval_batch_size"]))
         predictions = np.zeros(len(warm))
-        for start in self._mine(len(warm), size):
-            rows = torch.from_numpy(warm[start : start + size])
-            part = Interaction({name: column[rows] for name, column in batch.interaction.items()})
-            if self.sequential:
-                field_ = self.config["ITEM_LIST_LENGTH_FIELD"]
-                part.interaction[field_] = part[field_].clamp(min=1)
-            part = part.to(ctx.device)
-            predicted = self.strategy.adjust_scores(ctx, part, ctx.model.predict(part).flatten())
-            predictions[start : start + size] = predicted.double().cpu().numpy()
+        for index in self._batches(len(warm), max(1, int(self.config["eval_batch_size"]))):
+            chosen = warm[index]
+            batch = self._batch(ctx, stage, targets[rows.target[chosen]], rows.item[chosen] if rows.sampled else None)
+            predicted = self.strategy.adjust_scores(ctx, batch, ctx.model.predict(batch).flatten())
+            predictions[index] = predicted.double().cpu().numpy()
         self._everyones(predictions)
         score[warm] = predictions
         if np.isnan(score).any():
             raise TrainingError(
                 f"stage {ctx.index + 1}: the model's predictions on stage {stage.index + 1} ({split}) contain NaN"
             )
-        return value_outcome(self.config, stage, score, label, user, item, cold)
+        flags = {name: flag[rows.target] for name, flag in more.items()}
+        return value_outcome(self.config, stage, score, rows.label, rows.user, rows.item, cold, flags)
 
     # -- classes --------------------------------------------------------------------------------------------------
 
@@ -313,4 +303,34 @@ class Evaluator:
             predicted[index] = logits.argmax(dim=-1).cpu().numpy()
         self._everyones(predicted)
         predicted[cold] = -1
-        return class_outcome(self.config, stage, targets, predicted, cold)
+        return class_outcome(self.config, stage, targets, predicted, cold, self._strata_of(stage, split))
+
+    # -- the model's own metrics ----------------------------------------------------------------------------------
+
+    def _measure(self, ctx: StageContext, known: Known, stage: Stage, split: str, outcome: Outcome) -> None:
+        """Adds the model's own metrics of the targets that are not cold."""
+        model, targets = ctx.model, stage.split(split)
+        names = [name.lower() for name in contract(model).own_metrics]
+        if not names:
+            return
+        cold = self._cold_rows(ctx, known, targets, self._needs_user(ctx))
+        if stage.task.kind != "classification":
+            cold |= self._cold_items(ctx, known, targets.label)
+        warm = np.flatnonzero(~cold)
+        values = {name: np.zeros(len(warm)) for name in names}
+        for index in self._batches(len(warm), rows_at_once(self.config, ctx.batcher.n_items)):
+            measured = model.measure(self._batch(ctx, stage, targets[warm[index]]))
+            found = {str(name).lower(): value for name, value in measured.items()}
+            for name in names:
+                told = (
+                    f"stage {ctx.index + 1}: measure() of {type(model).__name__} on stage {stage.index + 1} ({split})"
+                )
+                if name not in found or found[name].shape != (len(index),):
+                    shape = list(found[name].shape) if name in found else "nothing"
+                    raise TrainingError(f"{told}: {name} is {shape}, not a number for each of the {len(index)} rows")
+                if not torch.isfinite(found[name]).all():
+                    raise TrainingError(f"{told}: {name} is not finite")
+                values[name][index] = found[name].double().cpu().numpy()
+        self._everyones(*values.values())
+        flags = {name: flag[warm] for name, flag in self._strata_of(stage, split, all_targets=True).items()}
+        outcome.add_own(stage, targets[warm], values, flags)

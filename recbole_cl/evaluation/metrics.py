@@ -14,7 +14,7 @@ from recbole.evaluator.register import metric_information, metrics_dict
 from recbole.utils import EvaluatorType
 
 from recbole_cl.errors import ConfigError, nearest
-from recbole_cl.model.contract import offers
+from recbole_cl.model.contract import contract, offers
 from recbole_cl.strategy.base import Strategy
 from recbole_cl.stream.build import Stream
 from recbole_cl.stream.stage import CLASSIFICATION_METRICS, Stage, Task
@@ -64,8 +64,10 @@ def check_tasks(config: Any, stream: Stream, model: Any) -> None:
     Raises:
         ConfigError: Naming the stage and its task.
     """
+    own = [name.lower() for name in contract(model).own_metrics]
     for stage in stream.stages:
         computed, primary = computed_metrics(config, stage.task), stage.task.primary_metric(str(config["valid_metric"]))
+        computed = [*computed, *own]
         if primary not in computed:
             raise ConfigError(
                 f"stage {stage.index + 1} ({stage.name}): its primary metric {primary!r} is not computed; the task "
@@ -145,11 +147,14 @@ def ranking_metrics(
 
 
 def _of_lists(config: Any, stream: Stream, stage: Stage, name: str, top: np.ndarray) -> dict[str, float]:
-    """Metrics of the recommended lists. An empty slot repeats the row's first item, so that it adds nothing new."""
-    filled = np.where(top > 0, top, top[:, :1])
-    filled = filled[filled[:, 0] > 0]
-    if not len(filled):
+    """Metrics of the recommended lists; an empty slot counts nowhere, a row without any item neither.
+
+    RecBole knows full lists only. Where one is shorter than k, its functions are asked for what is there.
+    """
+    top = top[top[:, 0] > 0]
+    if not len(top):
         return {}
+    filled = np.where(top > 0, top, top[:, :1])  # the row's first item again
     data = DataStruct()
     data.set("rec.items", torch.from_numpy(filled))
     data.set("data.num_items", stage.catalogue)
@@ -157,7 +162,22 @@ def _of_lists(config: Any, stream: Stream, stage: Stage, name: str, top: np.ndar
     table = {int(i): 0 for i in np.unique(filled)}
     table.update({int(i): int(c) for i, c in zip(items, counts, strict=True)})
     data.set("data.count_items", table)
-    return {k: float(v) for k, v in metrics_dict[name](config).calculate_metric(data).items()}
+    metric = metrics_dict[name](config)
+    out = {k: float(v) for k, v in metric.calculate_metric(data).items()}
+    for k in config["topk"]:
+        there = top[:, :k] > 0
+        if there.all() or name == "itemcoverage":  # what is repeated covers nothing new
+            continue
+        slots = top[:, :k][there][None, :]
+        if name == "shannonentropy":
+            value = metric.get_entropy(slots)
+        elif name == "giniindex":
+            value = metric.get_gini(slots, stage.catalogue)
+        else:
+            of_slots = (metric.get_pop if name == "averagepopularity" else metric.get_tail)(filled, table)
+            value = ((of_slots[:, :k] * there).sum(axis=1) / there.sum(axis=1)).mean()
+        out[f"{name}@{k}"] = float(round(value, metric.decimal_place))
+    return out
 
 
 def _metric_rows(config: Any, name: str, hit: np.ndarray, length: np.ndarray) -> np.ndarray:
@@ -175,14 +195,57 @@ def _takes_lengths(metric: Any) -> bool:
 # -- values and classes -------------------------------------------------------------------------------------------
 
 
-def value_metrics(config: Any, names: Iterable[str], score: np.ndarray, label: np.ndarray) -> dict[str, float]:
-    """Returns the metrics of single scores against labels, both of shape ``[n]``; AUC needs labels of both kinds."""
+def value_metrics(
+    config: Any, names: Iterable[str], score: np.ndarray, label: np.ndarray, user: np.ndarray
+) -> dict[str, float]:
+    """Returns the metrics of single scores; AUC and GAUC need labels of both kinds.
+
+    Args:
+        config: Read by RecBole's metrics.
+        names: The metrics.
+        score: Predictions, shape ``[n]``.
+        label: What they should be, shape ``[n]``.
+        user: Users of the rows, shape ``[n]``.
+    """
     out: dict[str, float] = {}
     for name in names:
         if not len(score) or (name == "auc" and (label.min() == label.max())):
             continue
-        out[name] = float(metrics_dict[name](config).metric_info(score, label))
+        found = (
+            grouped_auc(score, label, user) if name == "gauc" else metrics_dict[name](config).metric_info(score, label)
+        )
+        if found is not None:
+            out[name] = float(found)
     return out
+
+
+def grouped_auc(score: np.ndarray, label: np.ndarray, user: np.ndarray) -> float | None:
+    """Returns the mean of the users' areas under the ROC curve, weighted by their numbers of rows.
+
+    ``AUC_u = (R_u - p_u (p_u + 1) / 2) / (p_u n_u)`` with p_u rows of a positive label, n_u others and R_u the sum of
+    the positives' ranks among the user's rows, rows of equal score sharing their mean rank. A user with labels of one
+    kind only has no area and is left out.
+
+    Args:
+        score: Predictions, shape ``[n]``.
+        label: Positive above 0, shape ``[n]``.
+        user: Users of the rows, shape ``[n]``.
+
+    Returns:
+        The mean, or ``None`` where no user has labels of both kinds.
+    """
+    order = np.lexsort((score, user))
+    score, positive, user = score[order], label[order] > 0, user[order]
+    _, first, owner, rows = np.unique(user, return_index=True, return_inverse=True, return_counts=True)
+    tie = np.cumsum(np.r_[True, (user[1:] != user[:-1]) | (score[1:] != score[:-1])]) - 1
+    place = np.arange(len(user)) - first[owner] + 1.0
+    rank = (np.bincount(tie, weights=place) / np.bincount(tie))[tie]
+    p = np.bincount(owner, weights=positive)
+    area = np.bincount(owner, weights=rank * positive) - p * (p + 1) / 2
+    both = (p > 0) & (p < rows)
+    if not both.any():
+        return None
+    return float(np.average(area[both] / (p * (rows - p))[both], weights=rows[both]))
 
 
 def constant_answer(name: str, stage: Stage) -> float | None:

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from recbole.utils import ModelType
 
+from recbole_cl.errors import ConfigError
 from recbole_cl.evaluation.known import Known
 from recbole_cl.rng import numpy_generator
 from recbole_cl.stream.build import Stream
@@ -36,6 +38,10 @@ class Rows:
     def masked(self) -> Grouped:
         """What is not recommended again to ranges of rows."""
         return Grouped(self.mask_row, self.mask_item, len(self.targets))
+
+    def count(self, flag: np.ndarray) -> np.ndarray:
+        """Returns how many of each row's positives have a flag, shape ``[n]``."""
+        return np.bincount(self.row[flag], minlength=len(self.targets))
 
     def hits(self, top: np.ndarray) -> np.ndarray:
         """Returns which recommended items, shape ``[n, K]``, are positives of their row."""
@@ -69,6 +75,11 @@ def mode_of(config: Any, split: str) -> str:
     return str(config["eval_args"]["mode"][split])
 
 
+def is_sampled(mode: str) -> bool:
+    """Tells whether a mode ranks sampled candidates."""
+    return mode[:3] in ("uni", "pop")
+
+
 def build_rows(config: Any, stream: Stream, stage: Stage, split: str) -> Rows:
     """Returns what is ranked on one split of a stage; the same for every trained stage.
 
@@ -91,11 +102,12 @@ def build_rows(config: Any, stream: Stream, stage: Stage, split: str) -> Rows:
     mask_row, mask_item = (
         (empty, empty) if config.repeatable_items else _earlier(stream, stage, split, rows, row, item, sequential)
     )
-    mode = mode_of(config, split)
-    candidates = None
-    if mode[:3] in ("uni", "pop"):
-        candidates = _sample(config, stream, stage, split, len(rows), row, item, mask_row, mask_item)
-    return Rows(rows, row, item, mask_row, mask_item, candidates)
+    if not is_sampled(mode_of(config, split)):
+        return Rows(rows, row, item, mask_row, mask_item, None)
+    if config["candidates_exclude"] != "auto":
+        mask_row, mask_item = _owned(config, stream, stage, split, rows)
+    candidates = _sample(config, stream, stage, split, len(rows), row, item, mask_row, mask_item)
+    return Rows(rows, row, item, empty, empty, candidates)  # what is masked is no candidate
 
 
 def _earlier(
@@ -119,6 +131,34 @@ def _earlier(
     key = np.unique(owner * table.n_items + table.item[position])
     key = np.setdiff1d(key, row * table.n_items + item, assume_unique=False)
     return key // table.n_items, key % table.n_items
+
+
+def _owned(config: Any, stream: Stream, stage: Stage, split: str, rows: Targets) -> tuple[np.ndarray, np.ndarray]:
+    """Returns rows and the items that are no sampled candidates of theirs beside their positives.
+
+    ``candidates_exclude: seen`` leaves out what the user had before: before the target of a row (sequential models), or
+    up to the evaluated slice of time without its held-out targets (general ones: a row stands for all of a user's).
+    ``stage`` also leaves out everything that the user has in the slice of the evaluated targets, later ones included.
+    """
+    empty, table = np.empty(0, dtype=np.int64), stream.table
+    how = config["candidates_exclude"]
+    if how in ("auto", "target") or not len(rows):
+        return empty, empty
+    start, lengths = table.ptr[rows.user], table.ptr[rows.user + 1] - table.ptr[rows.user]
+    owner = np.repeat(np.arange(len(rows)), lengths)
+    at = np.repeat(start, lengths) + np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    position = table.seq[at]
+    if config["MODEL_TYPE"] == ModelType.SEQUENTIAL and stage.task.kind != "value":
+        chosen = at < rows.hi[owner]
+    else:
+        held = np.zeros(len(table), dtype=bool)
+        held[stage.test.position] = True
+        held[stage.valid.position] |= split == "valid"
+        chosen = (table.stage[position] <= _last_slice(stream, stage)) & ~held[position]
+    if how == "stage":
+        chosen |= np.isin(table.stage[position], np.unique(table.stage[stage.split(split).position]))
+    pairs = np.unique(owner[chosen] * table.n_items + table.item[position[chosen]])
+    return pairs // table.n_items, pairs % table.n_items
 
 
 def _last_slice(stream: Stream, stage: Stage) -> int:
@@ -163,6 +203,67 @@ def _sample(
     start = per_row[row[order]] + place * number
     out[row[order][:, None], start[:, None] + np.arange(number)[None, :]] = negatives[order]
     return out
+
+
+@dataclass
+class Labelled:
+    """Single scores of one (stage, split): columns of equal length ``n``.
+
+    Args:
+        target: Number of the target that a row belongs to.
+        user: Its user.
+        item: Its item, the target's own or a sampled one.
+        label: What the score should be.
+        sampled: Items were sampled, so that a batch's own ones have to be replaced.
+    """
+
+    target: np.ndarray
+    user: np.ndarray
+    item: np.ndarray
+    label: np.ndarray
+    sampled: bool
+
+
+def build_labelled(config: Any, stream: Stream, stage: Stage, split: str) -> Labelled:
+    """Returns the rows of a value task: a target each, or each target and its sampled items.
+
+    Args:
+        config: The run's configuration.
+        stream: The stream.
+        stage: The evaluated stage.
+        split: ``valid`` or ``test``.
+
+    Raises:
+        ConfigError: If the log has no labels and none are sampled.
+    """
+    targets, mode, field = stage.split(split), mode_of(config, split), config["LABEL_FIELD"]
+    number = np.arange(len(targets))
+    if is_sampled(mode):
+        users, first = np.unique(targets.user, return_index=True)
+        row, item = _owned(config, stream, stage, split, targets[first])
+        sampler = NegativeSampler(
+            np.r_[targets.user, users[row]],
+            np.r_[targets.label, item],
+            stage.catalogue,
+            numpy_generator(config["seed"], stage.index, f"candidates/{split}"),
+        )
+        each = int(mode[3:])
+        negatives = sampler.sample(targets.user, each)
+        return Labelled(
+            np.tile(number, 1 + each),
+            np.tile(targets.user, 1 + each),
+            np.r_[targets.label, negatives],
+            np.r_[np.ones(len(targets)), np.zeros(len(negatives))],
+            True,
+        )
+    columns = stream.dataset.inter_feat
+    if field not in columns:
+        raise ConfigError(
+            f"LABEL_FIELD: {field!r} is no column of the interactions and no threshold makes it; set "
+            f"threshold: {{rating: 4}} or evaluate with eval_args mode uni100"
+        )
+    label = columns[field][torch.from_numpy(targets.position)].numpy().astype(np.float64)
+    return Labelled(number, targets.user, targets.label, label, False)
 
 
 def allowed_items(config: Any, known: Known, stage: Stage, n_items: int, untrained: bool = False) -> np.ndarray:

@@ -97,15 +97,20 @@ class Journal:
     def bigger(self, stage: Stage) -> bool:
         """Tells whether more of the stage's primary metric is better."""
         primary, valid_metric = self.primary(stage), str(self.config["valid_metric"]).lower()
-        return bool(self.config["valid_metric_bigger"]) if primary == valid_metric else not smaller_is_better(primary)
+        return bool(self.config["valid_metric_bigger"]) if primary == valid_metric else not self._smaller(primary)
+
+    def _smaller(self, metric: str) -> bool:
+        """Tells whether less of a metric, RecBole's or the model's own, is better."""
+        bigger = self.config.own_metrics.get(metric)
+        return smaller_is_better(metric) if bigger is None else not bigger
 
     def record(self, outcome: Outcome, t: int, stage: Stage, mode: str) -> None:
-        """Adds cell (t, s), over all targets and by stratum."""
-        for stratum, (metrics, n) in {"all": (outcome.metrics, outcome.n), **outcome.strata}.items():
+        """Adds cell (t, s), over all targets and by stratum, for items and for the coarser levels of them."""
+        for level, stratum, metrics, n in outcome.parts():
+            told: dict[str, Any] = {"t": t, "s": stage.index, "n": n, "stratum": stratum, "level": level}
             for metric, value in self._with_primary(metrics, stage).items():
                 # The columns of "primary" differ in how they were scored; as a matrix they are one.
-                how = PRIMARY if metric == PRIMARY else mode
-                self.records.add(metric=metric, t=t, s=stage.index, value=value, n=n, mode=how, stratum=stratum)
+                self.records.add(metric=metric, value=value, mode=PRIMARY if metric == PRIMARY else mode, **told)
         self.cold.append({"t": t, "s": stage.index, "n": outcome.n, "n_cold": outcome.n_cold})
 
     def record_reference(self, outcome: Outcome, stage: Stage) -> None:
@@ -145,7 +150,7 @@ class Journal:
         There is no such matrix where less is better in some column: its summaries would have no direction.
         """
         names = {self.primary(s) for s in self.stream.stages}
-        if len(names) == 1 or any(smaller_is_better(name) for name in names):
+        if len(names) == 1 or any(self._smaller(name) for name in names):
             return metrics
         value = metrics.get(self.primary(stage))
         return metrics if value is None else {**metrics, PRIMARY: value}
@@ -181,6 +186,10 @@ class Journal:
         matrices = {m: self.records.matrix(m, n_stages=size) for m in names}
         reference = self._reference(names)
         strata = [name for name in self.records.strata() if name != "all"]
+        levels = {
+            level: {m: _lists(self.records.matrix(m, level=level, n_stages=size)) for m in self.records.metrics(level)}
+            for level in self.records.levels()
+        }
         return {
             "name": f"{self.config['model']} on {self.config['dataset']}: {self.config.strategy_name}",
             "config": settings(self.config),
@@ -190,7 +199,8 @@ class Journal:
             "primary_metric": PRIMARY if PRIMARY in names else self.primary(self.stream.stages[0]),
             "stages": [self._stage_row(stage) for stage in self.stream.stages],
             "matrix": {m: _lists(v) for m, v in matrices.items()},
-            **summarise_all(matrices, reference),
+            **summarise_all(matrices, reference, self._smaller),
+            "smaller_is_better": {m: self._smaller(m) for m in names},
             "fwt_reference": self.config["fwt_reference"],
             "reference": {m: None if v is None else _list(v) for m, v in reference.items()},
             "scratch": self.scratch or None,
@@ -201,6 +211,7 @@ class Journal:
             "strata": {
                 m: {name: _lists(self.records.matrix(m, stratum=name, n_stages=size)) for name in strata} for m in names
             },
+            **({"levels": levels} if levels else {}),
             "disparity": self.disparity,
             "cold": self.cold,
             "cost": self.costs,

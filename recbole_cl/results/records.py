@@ -35,7 +35,7 @@ class Record:
         split: ``"test"`` or ``"valid"``.
         mode: How items were ranked (``"full"``, ``"uni100"``), or ``"reference"``.
         stratum: Who it is told for (:data:`recbole_cl.results.strata.STRATA`).
-        level: What is ranked (``"item"``).
+        level: What is ranked: ``"item"``, or a coarser level that a model tells (``item_levels``).
         metric: Name of the metric.
         t: Stage that the model was trained up to, from 0; -1 for the reference.
         s: Stage that was evaluated, from 0.
@@ -140,9 +140,13 @@ class Records:
 
     __hash__ = None  # type: ignore[assignment]
 
-    def metrics(self) -> list[str]:
-        """Returns the metrics, in the order in which they first came."""
-        return self._distinct("metric")
+    def metrics(self, level: str = "item") -> list[str]:
+        """Returns the metrics of a level, in the order in which they first came."""
+        return list(dict.fromkeys(record.metric for record in self if record.level == level))
+
+    def levels(self) -> list[str]:
+        """Returns the levels beside that of items, in the order in which they first came."""
+        return [level for level in self._distinct("level") if level != "item"]
 
     def strata(self) -> list[str]:
         """Returns the strata, in the order in which they first came."""
