@@ -378,6 +378,12 @@ def _in_windows(ctx: Any, targets: Targets) -> bool:
     config = ctx.config
     if config["train_positions"] != "all" or not getattr(ctx.model, "trains_all_positions", False):
         return False
+    if not ctx.batcher.sequential:
+        raise ConfigError(
+            f"train_positions: 'all', and model {config['model']!r} trains on windows (trains_all_positions), but it is "
+            f"no sequential model: its targets need no history, and a window would leave out the first interaction of "
+            f"every user; set train_positions: last, or derive the model from SequentialRecommender"
+        )
     kind, seq = ctx.stage.task.kind, ctx.batcher.table.seq
     if kind != "classification" or config["task_class_positions"] != "all":
         return bool(kind == "next_item")
