@@ -17,7 +17,8 @@ from recbole_cl.config import CLConfig
 from recbole_cl.errors import ConfigError
 from recbole_cl.stream.batch import TARGETS
 from recbole_cl.stream.build import Stream, build_stream
-from recbole_cl.stream.loader import KnowledgeStageLoader, make_loader
+from recbole_cl.stream.knowledge_loader import KnowledgeStageLoader
+from recbole_cl.stream.loader import make_loader
 
 UNIFORM = {"distribution": "uniform", "sample_num": 2}
 CASES: dict[str, dict[str, Any]] = {
