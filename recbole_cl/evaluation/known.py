@@ -21,7 +21,6 @@ class Known:
         items: Shape ``[n_items]`` of the whole stream.
         label_sum: Sum of the training labels.
         label_count: Number of training labels.
-        labels: Class labels trained on, by stage index, for classification tasks.
     """
 
     users: np.ndarray

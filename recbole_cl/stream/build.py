@@ -188,8 +188,11 @@ class Stream:
         chosen = self.stages[: stage + 1]
         if graph == "stage" and self.stages[stage].task.kind != "classification":
             chosen = chosen[-1:]
-        parts = [s.train.position for s in chosen if s.task.kind != "classification"]
-        return np.unique(np.concatenate(parts)) if parts else np.empty(0, dtype=np.int64)
+        seen = np.zeros(len(self.table), dtype=bool)  # flags need no sorting: linear in the interactions
+        for known in chosen:
+            if known.task.kind != "classification":
+                seen[known.train.position] = True
+        return np.flatnonzero(seen)
 
     def fingerprint(self) -> str:
         """Returns a hash of the table, of the stages' targets and of all tokens."""

@@ -7,91 +7,26 @@ same remaining batches.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from recbole.data.interaction import Interaction
 from recbole.data.transform import construct_transform
-from recbole.utils import InputType, KGDataLoaderState, ModelType
+from recbole.utils import ModelType
 
 from recbole_cl.config.models import configured_traits
 from recbole_cl.errors import ConfigError, DataError
 from recbole_cl.rng import numpy_generator, torch_generator
 from recbole_cl.stream.batch import POSITION, STAGE, TARGETS, TASK, TIMESTAMP, Batcher, Windows
-from recbole_cl.stream.sampler import REMEDY, NegativeSampler
+from recbole_cl.stream.knowledge_loader import KnowledgeStageLoader
+from recbole_cl.stream.negatives import Negatives, make_sampler
+from recbole_cl.stream.sampler import REMEDY
 from recbole_cl.stream.stage import Targets
-from recbole_cl.tree import answering
 
 Units = Targets | Windows | tuple[np.ndarray, np.ndarray]
 """What a loader shuffles: targets, windows, or user ids with the positions of their last interactions."""
-
-
-class Negatives:
-    """Adds RecBole's negatives to rows: ``neg_item_id`` for pairwise, rows of label 0 for pointwise models.
-
-    Args:
-        batcher: Knows columns and features.
-        config: ``train_neg_sample_args`` and ``MODEL_INPUT_TYPE`` are read.
-        sampler: Draws the items; ``None`` where the configuration asks for none.
-        repeatable: Exclude only a row's own target, not everything its user had (sequential models in RecBole).
-    """
-
-    def __init__(self, batcher: Batcher, config: Any, sampler: NegativeSampler | None, repeatable: bool) -> None:
-        args = config["train_neg_sample_args"]
-        wanted = sampler is not None and args["distribution"] != "none" and args["sample_num"] != "none"
-        self.sampler = sampler if wanted else None
-        self.batcher, self.config, self.repeatable = batcher, config, repeatable
-        self.num: int = args["sample_num"] if wanted else 0
-        self.dynamic = bool(args.get("dynamic", False)) and wanted
-        self.candidates: int = args.get("candidate_num", 0)
-        self.pairwise = config["MODEL_INPUT_TYPE"] == InputType.PAIRWISE
-        self.times = 1 if not wanted else (self.num if self.pairwise else 1 + self.num)
-        self.model: Any = None
-
-    def __call__(self, rows: Interaction) -> Interaction:
-        """Returns the rows with negatives, laid out as RecBole's loaders do."""
-        if self.sampler is None:
-            return rows
-        users = rows[self.batcher.uid].numpy()
-        positives = rows[self.batcher.iid].numpy()
-        num = self.num * (self.candidates if self.dynamic else 1)
-        if self.repeatable:
-            drawn = self.sampler.sample_repeatable(num, positives)
-        else:
-            drawn = self.sampler.sample(users, num, positives)
-        ids = torch.from_numpy(drawn)
-        if self.dynamic:
-            ids = self._hardest(rows, ids)
-        return self._pairwise(rows, ids) if self.pairwise else self._pointwise(rows, ids)
-
-    def _hardest(self, rows: Interaction, ids: torch.Tensor) -> torch.Tensor:
-        """Keeps the best scored of ``candidate_num`` candidates (RecBole's dynamic negative sampling)."""
-        model = self.model
-        repeated = rows.repeat(self.num * self.candidates)
-        repeated.update(Interaction({self.batcher.iid: ids}))
-        with torch.no_grad(), answering(model):
-            scores = model.predict(repeated.to(model.device)).cpu().view(self.candidates, -1)
-        return ids.view(self.candidates, -1).gather(0, scores.argmax(dim=0, keepdim=True)).flatten()
-
-    def _pairwise(self, rows: Interaction, ids: torch.Tensor) -> Interaction:
-        prefix, iid = self.config["NEG_PREFIX"], self.batcher.iid
-        out = rows.repeat(self.times) if self.times > 1 else rows
-        negative = self.batcher.join(Interaction({iid: ids}))
-        for name, column in negative.interaction.items():
-            out.interaction[prefix + name] = column
-        return out
-
-    def _pointwise(self, rows: Interaction, ids: torch.Tensor) -> Interaction:
-        n = len(rows)
-        out = rows.repeat(self.times)
-        out.interaction[self.batcher.iid][n:] = ids
-        out = self.batcher.join(out)
-        labels = torch.zeros(n * self.times)
-        labels[:n] = 1.0
-        out.interaction[self.config["LABEL_FIELD"]] = labels
-        return out
 
 
 class StageLoader:
@@ -242,142 +177,17 @@ class StageLoader:
             self.negatives.sampler.generator.bit_generator.state = state["negatives"]
 
 
-class KnowledgeStageLoader:
-    """RecBole's ``KnowledgeBasedDataLoader`` over a :class:`StageLoader`: interactions, triples, or both.
-
-    Args:
-        general: Batches of interactions.
-        seed: The run's seed; triples have generators of their own.
-        stage: Stage index.
-    """
-
-    shuffle = False
-
-    def __init__(self, general: StageLoader, seed: int, stage: int) -> None:
-        self.general = general
-        view = general.batcher.view
-        self.view = view
-        self.head, self.tail = view.head_entity_field, view.tail_entity_field
-        self.prefix = general.batcher.config["NEG_PREFIX"]
-        self.generator = torch_generator(seed, stage, "triples")
-        heads, tails = view.kg_feat[self.head].numpy(), view.kg_feat[self.tail].numpy()
-        total_items = len(view.field2id_token[view.iid_field])
-        # Entities of items that come later are nodes of nobody yet, hence no negatives either.
-        pool = np.r_[1 : general.batcher.n_items, total_items : view.entity_num]
-        self.sampler = NegativeSampler(
-            heads, tails, view.entity_num, numpy_generator(seed, stage, "triples"), pool=pool.astype(np.int64)
-        )
-        self.batch_size = general.batcher.config["train_batch_size"]
-        self.state = KGDataLoaderState.RSKG
-        self._order_start: torch.Tensor | None = None  # state of the generator before the running order of triples
-        self._done = 0  # batches of triples taken from it
-        self._skip = 0
-
-    @property
-    def dataset(self) -> Any:
-        """RecBole's name for the dataset behind the loader."""
-        return self.view
-
-    _dataset = dataset
-
-    @property
-    def n_targets(self) -> int:
-        """Training targets of an epoch."""
-        return self.general.n_targets
-
-    def set_mode(self, state: KGDataLoaderState) -> None:
-        """Chooses interactions (RS), triples (KG) or both (RSKG)."""
-        self.state = state
-
-    def get_model(self, model: Any) -> None:
-        """Tells the model that dynamic negative sampling asks."""
-        self.general.get_model(model)
-
-    def complete(self, rows: Interaction) -> Interaction:
-        """See :meth:`StageLoader.complete`."""
-        return self.general.complete(rows)
-
-    def __len__(self) -> int:
-        if self.state == KGDataLoaderState.KG:
-            return max(1, -(-len(self.view.kg_feat) // self.batch_size))
-        return len(self.general)
-
-    def _triples(self) -> Iterator[Interaction]:
-        # The order is drawn here, not at the first batch: an epoch that is resumed behind its last batch draws it, too.
-        self._order_start = self.generator.get_state().clone()
-        order = torch.randperm(len(self.view.kg_feat), generator=self.generator)
-        self._done, self._skip = self._skip, 0
-        return self._batches(order.split(self.batch_size)[self._done :])
-
-    def _batches(self, indices: Sequence[torch.Tensor]) -> Iterator[Interaction]:
-        for index in indices:
-            self._done += 1
-            rows = {name: column[index] for name, column in self.view.kg_feat.interaction.items()}
-            drawn = self.sampler.sample(rows[self.head].numpy(), 1, rows[self.tail].numpy())
-            rows[self.prefix + self.tail] = torch.from_numpy(drawn)
-            yield Interaction(rows)
-
-    def __iter__(self) -> Iterator[Interaction]:
-        if self.state == KGDataLoaderState.KG:
-            yield from self._triples()
-        elif self.state == KGDataLoaderState.RS:
-            yield from self.general
-        else:
-            triples = self._triples()
-            for rows in self.general:
-                batch = next(triples, None)
-                if batch is None:  # more interactions than triples: once more through them
-                    triples = self._triples()
-                    batch = next(triples)
-                rows.update(batch)
-                yield rows
-        self._order_start, self._done = None, 0
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns the states of both parts and the place in the running order of triples."""
-        running = self._order_start is not None
-        return {
-            "general": self.general.state_dict(),
-            "triples": self._order_start if running else self.generator.get_state(),
-            "triples_done": self._done if running else self._skip,
-            "negatives": self.sampler.generator.bit_generator.state,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Puts both parts back."""
-        self.general.load_state_dict(state["general"])
-        self.generator.set_state(state["triples"])
-        self._order_start, self._done, self._skip = None, 0, int(state["triples_done"])
-        self.sampler.generator.bit_generator.state = state["negatives"]
-
-
-def make_sampler(
-    config: Any, stream: Any, stage: int, n_items: int, generator: np.random.Generator
-) -> NegativeSampler | None:
-    """Returns a sampler of negatives that knows the training interactions up to ``stage``, or ``None`` without any.
-
-    Args:
-        config: ``train_neg_sample_args`` is read.
-        stream: The stream.
-        stage: The trained stage.
-        n_items: Items that the model has rows for.
-        generator: Owned by the caller.
-    """
-    args = config["train_neg_sample_args"]
-    if args["distribution"] == "none":
-        return None
-    past = stream.trained_targets(stage, "so_far").position
-    table = stream.table
-    return NegativeSampler(
-        table.user[past], table.item[past], n_items, generator, args["distribution"], float(args.get("alpha", 1.0))
-    )
-
-
 def _in_windows(ctx: Any, targets: Targets) -> bool:
     """Tells whether a pass trains on windows: of next items, or of classes of what comes next."""
     config = ctx.config
     if config["train_positions"] != "all" or not getattr(ctx.model, "trains_all_positions", False):
         return False
+    if not ctx.batcher.sequential:
+        raise ConfigError(
+            f"train_positions: 'all', and model {config['model']!r} trains on windows (trains_all_positions), but it "
+            f"is no sequential model: its targets need no history, and a window would leave out the first interaction of "
+            f"every user; set train_positions: last, or derive the model from SequentialRecommender"
+        )
     kind, seq = ctx.stage.task.kind, ctx.batcher.table.seq
     if kind != "classification" or config["task_class_positions"] != "all":
         return bool(kind == "next_item")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from recbole.config import Config
 from recbole.data import create_dataset, data_preparation
@@ -268,6 +269,41 @@ def memory_of_windows(millions: int, dataset: str = "ml-100k") -> tuple[int, int
         return Windows(targets, supervised, 50, 50)
 
     return peak_bytes(work), rows
+
+
+def views_of_five_stages(times: int, folder: str, dataset: str = "online-retail") -> tuple[Side, Side, int]:
+    """The views of five stages of a log repeated with shifted users: flags of positions against sorting them.
+
+    Args:
+        times: How often the log is repeated.
+        folder: Where the repeated log is written.
+        dataset: The log.
+
+    Returns:
+        Our side, ourselves with ``np.unique`` in its place, and the number of interactions.
+    """
+    load = {"inter": ["user_id", "item_id", "timestamp"]}
+    given: dict[str, Any] = {"n_stages": 5, "show_progress": False, "load_col": load}
+    config = CLConfig("BPR", dataset, config_dict=given)
+    log = pd.read_csv(Path(config["data_path"]) / f"{dataset}.inter", sep="\t", dtype=str)
+    log = log[[column for column in log if column.partition(":")[0] in load["inter"]]]
+    user = next(column for column in log if column.startswith("user_id:"))
+    repeated = pd.concat([log.assign(**{user: f"{number}-" + log[user]}) for number in range(times)])
+    (Path(folder) / "repeated").mkdir()
+    repeated.to_csv(Path(folder) / "repeated" / "repeated.inter", sep="\t", index=False)
+    stream = build_stream(CLConfig("BPR", "repeated", config_dict={**given, "data_path": folder}))
+
+    class Sorted(type(stream)):  # type: ignore[misc]
+        def graph_positions(self, stage: int, graph: str = "all") -> np.ndarray:
+            return np.unique(np.concatenate([s.train.position for s in self.stages[: stage + 1]]))
+
+    rival = Sorted(stream.table, stream.stages, stream.dataset, stream.scheduler)
+
+    def views(of: Any) -> None:
+        for index in range(len(of)):
+            of.view(index)
+
+    return lambda: views(stream), lambda: views(rival), len(stream.table)
 
 
 RECBOLES_START = """

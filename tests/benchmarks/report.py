@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import tempfile
 
 import cases
 import kept
@@ -72,6 +73,20 @@ def short() -> None:
         say(row(f"{told}, against ourselves without parting", alternate(parted, padded, 3), ""))
 
 
+def views() -> None:
+    """What models see at each stage, of a log and of eight times as much: linear in the interactions."""
+    spent = []
+    for times in (1, 8) if DATA else ():
+        with tempfile.TemporaryDirectory() as folder:
+            ours, theirs, n = cases.views_of_five_stages(times, folder)
+            found = alternate(ours, theirs, 5)
+        spent.append((found.ours, n))
+        told = f"views of five stages, {n:,} interactions of online-retail"
+        if times > 1:
+            told += f" repeated ({n / spent[0][1]:.0f} times as many, {spent[-1][0] / spent[0][0]:.1f} times the time)"
+        say(row(f"{told}, against ourselves with np.unique", found, ""))
+
+
 def compiled() -> None:
     """``torch.compile`` against the operations as they are; needs a C++ compiler."""
     told = "SASRec steps of an epoch, against ourselves with torch.compile around the transformer"
@@ -119,7 +134,7 @@ def shares() -> None:
 
 TABLE = {
     "sequences": sequences, "epoch": epoch, "matrix": matrix, "finetune": finetune, "short": short,
-    "compiled": compiled, "start": start,
+    "views": views, "compiled": compiled, "start": start,
 }  # fmt: skip
 REST = {"memory": memory, "shares": shares}
 ON_A_GPU = ("epoch", "matrix", "finetune", "compiled")

@@ -51,6 +51,13 @@ def test_steps_on_short_sequences(benchmark: Any, side: str) -> None:
     benchmark.pedantic(parted if side == "parted" else padded, rounds=3)
 
 
+@pytest.mark.parametrize("side", ["flags", "sorted"])
+def test_views_of_five_stages(benchmark: Any, side: str, tmp_path: Path) -> None:
+    shared_logs()
+    flags, sorted_, _ = cases.views_of_five_stages(2, str(tmp_path))
+    benchmark.pedantic(flags if side == "flags" else sorted_, rounds=3)
+
+
 @SIDES
 def test_import_and_configuration(benchmark: Any, side: str) -> None:
     from side_by_side import fresh

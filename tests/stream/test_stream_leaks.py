@@ -229,3 +229,25 @@ def test_a_column_that_is_constant_in_the_base_keeps_its_later_values(tmp_path: 
     load = {"inter": ["user_id", "item_id", "timestamp", "label"]}
     _, stream = stream_of(tmp_path, model="BPR", load_col=load, n_stages=2, normalize_all=True)
     assert stream.dataset.inter_feat["label"].tolist() == [r[3] for r in rows]
+
+
+@pytest.mark.parametrize("graph", ["all", "stage"])
+def test_graph_positions_are_the_sorted_union(tmp_path: Path, graph: str) -> None:
+    """Each once, in order: of slices, which are disjoint, and of tasks over the same interactions; no classes."""
+    tasks = [
+        {"name": "next"},
+        {"name": "again", "filter": {"field": "_repeat", "op": "==", "value": 1}},
+        {"name": "country", "kind": "classification", "target": "country"},
+        {"name": "first", "filter": {"field": "_repeat", "op": "==", "value": 0}},
+    ]
+    write(tmp_path, random_rows(600, seed=2))
+    write(tmp_path, [(f"u{k}", f"c{k % 3}") for k in range(25)], "user_id:token\tcountry:token", "user")
+    for given in ({}, {"scheduler": "TaskStream", "tasks": tasks, "n_stages": None}):
+        _, stream = stream_of(tmp_path, model="BPR", **given)
+        for stage in stream.stages:
+            upto = stream.stages[: stage.index + 1]
+            if graph == "stage" and stage.task.kind != "classification":
+                upto = upto[-1:]
+            wanted = sorted({int(p) for s in upto if s.task.kind != "classification" for p in s.train.position})
+            found = stream.graph_positions(stage.index, graph)
+            assert found.tolist() == wanted and found.dtype == np.int64

@@ -14,9 +14,11 @@ from recbole.utils import KGDataLoaderState
 from stream_helpers import configure, random_rows, stage_context, stream_of, write
 
 from recbole_cl.config import CLConfig
+from recbole_cl.errors import ConfigError
 from recbole_cl.stream.batch import TARGETS
 from recbole_cl.stream.build import Stream, build_stream
-from recbole_cl.stream.loader import KnowledgeStageLoader, make_loader
+from recbole_cl.stream.knowledge_loader import KnowledgeStageLoader
+from recbole_cl.stream.loader import make_loader
 
 UNIFORM = {"distribution": "uniform", "sample_num": 2}
 CASES: dict[str, dict[str, Any]] = {
@@ -228,3 +230,17 @@ def test_more_interactions_than_triples(tmp_path: Path) -> None:
         resumed = make_loader(stage_context(config, stream, 2), stream.stages[2].train, "train")
         resumed.load_state_dict(states[done - 1])
         assert same(list(resumed), batches[done:])
+
+
+@pytest.mark.parametrize("model", ["BPR", "DeepFM"])
+def test_windows_are_for_sequential_models(tmp_path: Path, model: str) -> None:
+    """A general or context-aware model that asks for windows is told so: some targets have no history."""
+    folder, windowed = write(tmp_path, random_rows()), SimpleNamespace(trains_all_positions=True)
+    config, stream = stream_of(folder, model=model)
+    with pytest.raises(ConfigError, match=rf"train_positions: 'all', and model '{model}' trains on windows.*: last"):
+        make_loader(stage_context(config, stream, 0, windowed), stream.stages[0].train, "t")
+    config, stream = stream_of(folder, model=model, train_positions="last")
+    ctx = stage_context(config, stream, 0, windowed)
+    found = torch.cat([batch["_position"] for batch in make_loader(ctx, ctx.stage.train, "t")])
+    first = ctx.stage.train.hi == ctx.stage.train.lo
+    assert first.any() and set(found.tolist()) == set(ctx.stage.train.position.tolist())

@@ -12,7 +12,8 @@ from scipy.stats import chisquare
 from stream_helpers import random_rows, stage_context, stream_of, write
 
 from recbole_cl.errors import DataError
-from recbole_cl.stream.loader import make_loader, make_sampler
+from recbole_cl.stream.loader import make_loader
+from recbole_cl.stream.negatives import make_sampler
 from recbole_cl.stream.sampler import NegativeSampler
 
 NOTHING = np.empty(0, dtype=np.int64)

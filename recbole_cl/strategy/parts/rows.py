@@ -15,7 +15,8 @@ from recbole.data.interaction import Interaction
 from recbole_cl.rng import ModelRandomness
 from recbole_cl.strategy.context import StageContext
 from recbole_cl.stream.batch import Windows
-from recbole_cl.stream.loader import KnowledgeStageLoader, StageLoader, Units, make_loader
+from recbole_cl.stream.knowledge_loader import KnowledgeStageLoader
+from recbole_cl.stream.loader import StageLoader, Units, make_loader
 
 CHUNK = 256
 """Units made at a time. Fixed, since the negatives drawn depend on it and must not depend on the batch size."""

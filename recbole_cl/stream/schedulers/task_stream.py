@@ -21,7 +21,8 @@ from recbole_cl.stream.build import first_seen, known
 from recbole_cl.stream.schedulers.base import Log, Scheduler, Slices
 from recbole_cl.stream.stage import Stage, Targets, Task
 from recbole_cl.stream.table import TEST, TRAIN, VALID, InteractionTable
-from recbole_cl.stream.tasks import REPEAT, Columns, TaskSpec, label_classes, labelled, parse_tasks
+from recbole_cl.stream.task_columns import Columns, label_classes, labelled
+from recbole_cl.stream.tasks import REPEAT, TaskSpec, parse_tasks
 
 if TYPE_CHECKING:
     from recbole_cl.stream.dataset import StreamDatasetMixin
