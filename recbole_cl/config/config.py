@@ -25,6 +25,7 @@ from recbole.model.abstract_recommender import AbstractRecommender
 from recbole.utils import ModelType
 
 from recbole_cl import compat, schema
+from recbole_cl.config.backbone import find_backbone, recbole_names, typed
 from recbole_cl.config.columns import LogFiles, check_knowledge_graph, loaded_columns, open_log, settle_columns
 from recbole_cl.config.components import Chosen, ComponentDefaults, check_parameters, chosen_components
 from recbole_cl.config.datasets import EXAMPLE
@@ -32,7 +33,7 @@ from recbole_cl.config.device import choose_device
 from recbole_cl.config.files import RECBOLE, component_defaults, properties_dir
 from recbole_cl.config.keys import check_keys, library_keys
 from recbole_cl.config.metrics import check_metrics, own_metrics, told_to_recbole
-from recbole_cl.config.models import check_class, get_model_class, recbole_models
+from recbole_cl.config.models import check_class, get_model_class
 from recbole_cl.config.parity import settle
 from recbole_cl.config.strata import make_strata
 from recbole_cl.config.strategies import asked_strategies, refuse_contradictions, settle_parameters
@@ -56,6 +57,8 @@ class CLConfig(Config):
         args: ``--key=value`` strings that win over everything; None reads none.
 
     Attributes:
+        model_class: Class of the model, with the type of its backbone where it says ``type_of_backbone``.
+        backbone: The model inside the model, if it has one.
         warnings: Sentences about properties that have no effect or stand in for others.
         scheduler_class: Class of the scheduler.
         strategy_classes: Classes of the strategies, in the order of :meth:`strategy_specs`.
@@ -113,7 +116,7 @@ class CLConfig(Config):
         compat.anomaly_mode_off()
         self._find_components()
         self._load_internal_config_dict(self.model, self.model_class, self.dataset)
-        self.warnings += check_keys(self.external_config_dict, self.internal_config_dict, self.model_class)
+        self.warnings += check_keys(self.external_config_dict, self.internal_config_dict, *self._classes())
         check_parameters(self.external_config_dict, self._parts, {*library_keys(), *self.internal_config_dict})
         self.final_config_dict = self._get_final_config_dict()
         self._settle_strategies()
@@ -188,6 +191,9 @@ class CLConfig(Config):
         model_class = asked if isinstance(asked, type) else get_model_class(str(asked))
         if not issubclass(model_class, AbstractRecommender):
             raise ConfigError(f"model {model_class.__name__!r} is not a subclass of RecBole's AbstractRecommender")
+        self.backbone = find_backbone(model_class.__name__, model_class, self.external_config_dict)
+        if self.backbone is not None and getattr(model_class, "type_of_backbone", False):
+            model_class = typed(model_class, self.backbone.component)
         if not isinstance(getattr(model_class, "type", None), ModelType):
             raise ConfigError(
                 f"model {model_class.__name__!r} does not say what type it has; derive it from GeneralRecommender, "
@@ -208,6 +214,10 @@ class CLConfig(Config):
         self._asked_strategies = asked_strategies(asked)
         self.strategy_classes: list[type] = [strategies.get(name) for name, _ in self._asked_strategies]
 
+    def _classes(self) -> list[type]:
+        """Returns the class of the model and, where it has one, of the model inside it."""
+        return [self.model_class, *([] if self.backbone is None else [self.backbone.component])]
+
     # ---- layers
 
     def _update_internal_config_dict(self, file: str) -> dict[str, Any]:
@@ -225,11 +235,8 @@ class CLConfig(Config):
         """Merges the defaults: RecBole's, then ours, then those that components bring."""
         self._specific_keys: set[str] = set()  # set by a file about this model, type or dataset
         self._declared: dict[str, tuple[str, ...]] = {}
-        # A subclass of one of RecBole's models starts from that model's file and quick start.
-        ancestors = [cls.__name__ for cls in model_class.__mro__[1:] if cls.__module__.startswith("recbole.model.")]
-        backbone, backbone_defaults = self._backbone(model, model_class)
-        yaml_names = [model, *backbone, *(name for name in ancestors if name.lower() in recbole_models())]
-        base = next((n for n in yaml_names if (RECBOLE / "properties" / "model" / f"{n}.yaml").is_file()), model)
+        names = recbole_names(*self._classes())
+        base = next((n for n in names if (RECBOLE / "properties" / "model" / f"{n}.yaml").is_file()), model)
         super()._load_internal_config_dict(base, model_class, dataset)
 
         self._above_quick_start: set[str] = set(self.external_config_dict)
@@ -241,8 +248,8 @@ class CLConfig(Config):
             ComponentDefaults.of(name, cls, "strategy")
             for (name, _), cls in zip(self._asked_strategies, self.strategy_classes, strict=True)
         ]
-        for layer in backbone_defaults:
-            self._add_layer(*layer)
+        if self.backbone is not None:
+            self._add_layer(self.backbone.values, self.backbone.declared)
         self._parts = self._find_parts(own_model[0], brought)
         for part in self._parts:  # below those who name them, who may know better
             self._add_layer(part.defaults.values, part.defaults.declared)
@@ -264,17 +271,6 @@ class CLConfig(Config):
             told = {brought.own.get(key, key): parse_property(key, value) for key, value in own.items()}
             owners.append((cls, {**brought.values, **asked, **told}))
         return chosen_components(owners, asked)
-
-    def _backbone(self, model: str, model_class: type) -> tuple[list[str], list[Any]]:
-        """Returns name and own defaults of the model inside a model, which its class names by ``backbone_property``."""
-        key = getattr(model_class, "backbone_property", None)
-        if key is None:
-            return [], []
-        asked = self.external_config_dict.get(key, component_defaults(model_class, model, "model")[0].get(key))
-        inner = get_model_class(str(asked))
-        if getattr(inner, "type", None) != ModelType.SEQUENTIAL or getattr(inner, "backbone_property", None):
-            raise ConfigError(f"{key}: {asked!r} cannot be the backbone of {model}; name a sequential model, as SASRec")
-        return [inner.__name__], [component_defaults(inner, inner.__name__, "model")]
 
     def _add_layer(self, values: Mapping[str, Any], declared: Mapping[str, tuple[str, ...]]) -> None:
         self.internal_config_dict.update(copy.deepcopy(dict(values)))

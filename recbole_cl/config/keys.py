@@ -63,13 +63,13 @@ def library_keys() -> frozenset[str]:
     return base_keys() | declared | read
 
 
-def check_keys(asked: Iterable[str], defaults: Iterable[str], model_class: type) -> list[str]:
+def check_keys(asked: Iterable[str], defaults: Iterable[str], *classes: type) -> list[str]:
     """Refuses a key that looks like a slip of a known one.
 
     Args:
         asked: Keys that were given.
         defaults: Keys that this run's layers of defaults hold.
-        model_class: Class of the model; what its source reads is known too.
+        classes: The model's class and that of the model inside it; what their sources read is known too.
 
     Returns:
         Warnings: keys of a strategy or part that is not used, and other unknown keys, which are kept.
@@ -79,7 +79,7 @@ def check_keys(asked: Iterable[str], defaults: Iterable[str], model_class: type)
     """
     held = set(defaults)
     known = {*library_keys(), *held}
-    for cls in model_class.__mro__:
+    for cls in (base for given in classes for base in given.__mro__):
         if cls.__module__.partition(".")[0] not in ("recbole", "torch", "builtins", "typing"):
             with contextlib.suppress(TypeError, OSError):
                 known.update(_READS.findall(inspect.getsource(inspect.getmodule(cls) or cls)))

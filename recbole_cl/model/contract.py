@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from recbole.data.interaction import Interaction
 from recbole.model.abstract_recommender import AbstractRecommender
+from recbole.utils import ModelType
 
 from recbole_cl.registry import Registry
 from recbole_cl.stream.stage import Stage, Targets, Task
@@ -53,6 +54,10 @@ class ContinualModel:
     Attributes:
         capabilities: What a strategy may need and no method tells (:func:`recbole_cl.model.capabilities.capabilities`).
         backbone_property: Property that names the model inside this one; its defaults are loaded, too.
+        backbone_types: Types of models that may stand there.
+        type_of_backbone: This model is of the type that its backbone has, in each configuration: RecBole's quick start,
+            the negatives, the histories and the evaluation follow the backbone's class, and so do ``type`` and
+            ``input_type`` of this class. It may derive from RecBole's ``AbstractRecommender`` alone.
         components: Properties that name a component, to the registry that it is in (``{"pcl_encoder": encoders}``). The
             component's defaults are loaded, too; ``config.component(key)`` and ``config.component_parameters(key)``
             give what was chosen.
@@ -68,6 +73,8 @@ class ContinualModel:
 
     capabilities: ClassVar[Iterable[str]] = ()
     backbone_property: ClassVar[str | None] = None
+    backbone_types: ClassVar[frozenset[ModelType]] = frozenset({ModelType.SEQUENTIAL})
+    type_of_backbone: ClassVar[bool] = False
     components: ClassVar[Mapping[str, Registry]] = {}
     trains_all_positions: Any = False
     ties_rows: ClassVar[bool] = False
