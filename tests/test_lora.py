@@ -38,7 +38,8 @@ class Speaking(SequentialRecommender):
         shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
         given = LlamaConfig(
             vocab_size=self.n_items, num_key_value_heads=1, max_position_embeddings=16, tie_word_embeddings=True,
-            pad_token_id=0, bos_token_id=None, eos_token_id=None, attn_implementation="eager", **shape,
+            pad_token_id=0, bos_token_id=None, eos_token_id=None, attn_implementation="eager",
+            attention_dropout=0.2, **shape,
         )  # fmt: skip
         self.llm = LlamaForCausalLM(given)
 
