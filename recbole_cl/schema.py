@@ -87,6 +87,11 @@ def share() -> Rule:
     return Rule("a number between 0 and 1, both excluded", lambda v: is_number(v) and 0 < v < 1)
 
 
+def rate() -> Rule:
+    """A number of at least 0 and below 1."""
+    return Rule("a number of at least 0 and below 1", lambda v: is_number(v) and 0 <= v < 1)
+
+
 def boolean() -> Rule:
     """True or False."""
     return Rule("True or False", lambda v: isinstance(v, bool))
@@ -157,6 +162,8 @@ SCHEMA: dict[str, Rule] = {
     "trainable": choice("all", "prompt", "adapter", "lora"),
     "trainable_from": integer(1),
     "trainable_size": integer(1),
+    "trainable_alpha": positive().optional(),
+    "trainable_dropout": rate(),
     # What comes when
     "scheduler": text(),
     # None where the scheduler's own file says so: it follows from the periods or boundaries.

@@ -132,10 +132,11 @@ def three(
 
 
 def same_result(a: Path, b: Path) -> None:
-    """Matrices, strata and losses agree within 1e-6.
+    """Matrices and strata agree within 1e-6, losses within 1e-5.
 
-    Weights that agree so far may still order two items of almost the same score otherwise, and one of the nine cells
-    would tell another metric: which runs that happens to depends on how a processor rounds.
+    Sums taken in another order differ in the last bits, and steps of Adam carry that on; how far depends on how a
+    processor rounds (kernels without AVX do not keep 1e-6 over nine epochs). Weights that agree so far may still order
+    two items of almost the same score otherwise: one of the nine cells may tell another metric.
     """
     one, many = (json.loads((folder / "result.json").read_text()) for folder in (a, b))
     for key in ("matrix", "strata", "reference"):
@@ -144,7 +145,7 @@ def same_result(a: Path, b: Path) -> None:
         assert apart.mean() <= 1 / 9, (key, ours, theirs)
     assert len(numbers(one["matrix"])) >= 9
     curves = [[c["train_loss"] for c in result["curves"]] for result in (one, many)]
-    assert curves[0] == pytest.approx(curves[1], abs=CLOSE)
+    assert curves[0] == pytest.approx(curves[1], abs=10 * CLOSE)
     terms = [{f"{i}/{k}": v for i, c in enumerate(r["curves"]) for k, v in c["terms"].items()} for r in (one, many)]
     assert terms[0] == pytest.approx(terms[1], rel=1e-2, abs=1e-12)
 

@@ -3,14 +3,17 @@
 Each function puts parts into a model and leaves what the model computes as it was, but for prompts, whose tokens are
 attended to once they are active. Where parts can go is found by RecBole's own building blocks
 (``MultiHeadAttention``, ``FeedForward``, ``MLPLayers``, ``TransformerEncoder``, GRU4Rec's layers). A model of another
-package says it by a method::
+package, or one around a language model of transformers, says it by a method::
 
     def adapter_groups(self):  # names of submodules, for each kind that makes sense
-        return {"lora": ["encoder.project"], "adapter": ["encoder.project"], "prompt": []}
+        return {"lora": ["q_proj", "v_proj"], "adapter": ["encoder.project"], "prompt": []}
 
-``lora`` and ``adapter`` name ``nn.Linear`` layers that are *called*; a layer of which only ``weight`` is read would
-not notice. ``prompt`` names encoders that are called as RecBole's ``TransformerEncoder`` or as a ``nn.GRU`` with
-``batch_first``.
+A name is a submodule's own, or as in peft's ``target_modules`` the last part of the names of several (``q_proj``:
+those of all layers). ``lora`` and ``adapter`` name ``nn.Linear`` layers that are *called*; a layer of which only
+``weight`` is read would not notice. ``prompt`` names encoders that are called as RecBole's ``TransformerEncoder`` or as
+a ``nn.GRU`` with ``batch_first``.
+
+LoRA is peft's in every model: its layers stand in the places of the dense ones.
 """
 
 from __future__ import annotations
@@ -24,7 +27,8 @@ from recbole.model.layers import FeedForward, MLPLayers, MultiHeadAttention, Tra
 from recbole.model.sequential_recommender.gru4rec import GRU4Rec
 from torch import nn
 
-from recbole_cl.errors import ConfigError
+from recbole_cl.errors import ConfigError, nearest
+from recbole_cl.model.contract import offers
 
 KINDS = ("prompt", "adapter", "lora")
 _LACKING = {
@@ -134,11 +138,13 @@ def places(model: nn.Module, kind: str) -> list[str]:
     Args:
         model: The model, with or without parts.
         kind: One of :data:`KINDS`.
+
+    Raises:
+        ConfigError: If the model's ``adapter_groups`` names what is not there.
     """
-    own = getattr(model, "adapter_groups", None)
-    if own is not None:
-        groups: Mapping[str, Sequence[str]] = own()
-        return list(groups.get(kind, ()))
+    if offers(model, "adapter_groups"):
+        groups: Mapping[str, Sequence[str]] = model.adapter_groups()  # type: ignore[operator, assignment]
+        return _named(model, kind, groups.get(kind, ()))
     found: list[str] = []
     for name, module in model.named_modules():
         inside = f"{name}." if name else ""
@@ -159,6 +165,23 @@ def places(model: nn.Module, kind: str) -> list[str]:
             continue
         found += [(inside + place).rstrip(".") for place in names.get(kind, [])]
     return found
+
+
+def _named(model: nn.Module, kind: str, wanted: Sequence[str]) -> list[str]:
+    """Returns the submodules that a model's own names mean, each once, in the model's order."""
+    modules, who = dict(model.named_modules()), f"adapter_groups of the model {type(model).__name__}"
+    found: set[str] = set()
+    for name in wanted:
+        meant = [name] if name in modules else [full for full in modules if full.endswith(f".{name}")]
+        if not meant:
+            last = {full.rpartition(".")[2] for full in modules}
+            raise ConfigError(f"{who}: {kind} names {name!r}, but no submodule is called so{nearest(name, last)}")
+        for full in meant:
+            if kind != "prompt" and not isinstance(_inner(modules[full]), nn.Linear):
+                kept = type(_inner(modules[full])).__name__
+                raise ConfigError(f"{who}: {kind} names {full!r}, which is a {kept}; name nn.Linear layers")
+        found.update(meant)
+    return [name for name in modules if name in found]
 
 
 def _inner(module: nn.Module) -> nn.Module:
@@ -227,35 +250,75 @@ def _width(encoder: nn.Module) -> int:
     return next(m for m in encoder.modules() if isinstance(m, nn.LayerNorm)).normalized_shape[0]
 
 
-def add_lora(model: nn.Module, names: Sequence[str], rank: int, adapters: Sequence[str] = ("lora",)) -> None:
-    """Gives each of the named dense layers low-rank updates W + sum_k s_k B_k A_k with B_k = 0 (peft's LoRA).
+def add_lora(
+    model: nn.Module,
+    names: Sequence[str],
+    rank: int,
+    adapters: Sequence[str] = ("lora",),
+    alpha: float | None = None,
+    dropout: float = 0.0,
+) -> None:
+    """Gives each of the named dense layers low-rank updates W + alpha / rank sum_k s_k B_k A_k, B_k = 0 (peft's LoRA).
 
-    The scales s_k are 1 (peft's ``lora_alpha`` is the rank); all updates are active.
+    The scales s_k are 1 and all updates are active; :func:`use_lora` changes both.
 
     Args:
         model: The model, changed in place.
         names: Names of ``nn.Linear`` submodules, from :func:`places`.
         rank: Rank of each update.
         adapters: Names of the updates.
+        alpha: peft's ``lora_alpha``; by default the rank, a factor of 1.
+        dropout: Share of a layer's inputs that training hides from its updates, drawn by torch's generator where the
+            model runs. A model that has the updates gets this share, too.
     """
     from peft import LoraConfig, inject_adapter_in_model  # it takes seconds to import
+    from peft.tuners.lora import LoraLayer
 
     flags = {id(p): p.requires_grad for p in model.parameters()}
     have = {name for name, _ in model.named_parameters()}
-    pattern = "|".join(re.escape(name) for name in names)
     for adapter in adapters:
         if any(f".lora_A.{adapter}." in name for name in have):
             continue  # a model that lives on from stage to stage has them
-        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=pattern, lora_dropout=0.0)
-        inject_adapter_in_model(config, model, adapter_name=adapter)
-        del model.peft_config  # peft's note on the model: a second adapter would be warned of
+        for host, inside in _hosts(model, names):
+            pattern = "|".join(re.escape(name) for name in inside)
+            config = LoraConfig(r=rank, lora_alpha=rank if alpha is None else alpha, target_modules=pattern)  # type: ignore[arg-type]
+            inject_adapter_in_model(config, host, adapter_name=adapter)
+            del host.peft_config  # peft's note on the model: a second adapter would be warned of
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            for adapter in adapters:
+                module.lora_dropout[adapter] = nn.Dropout(dropout) if dropout else nn.Identity()
+            module.train(
+                module.get_base_layer().training
+            )  # a new module is in training mode, whatever stands around it
     for p in model.parameters():  # peft freezes the rest; what trains is the strategy's to say
         p.requires_grad_(flags.get(id(p), True))
     use_lora(model, {adapter: 1.0 for adapter in adapters})
 
 
+def _hosts(model: nn.Module, names: Sequence[str]) -> list[tuple[nn.Module, list[str]]]:
+    """Returns the modules that peft adapts, and the named layers by their names inside them.
+
+    A model of transformers is one by itself: peft reads its ``config`` (tied embeddings, quantised weights). What
+    stands outside of all of them is told by the name inside a shell, for ``config`` of a RecBole model is another.
+    """
+    found: dict[str, nn.Module] = {}
+    for prefix, module in model.named_modules():
+        if hasattr(getattr(module, "config", None), "to_dict") and not prefix.startswith(tuple(f"{p}." for p in found)):
+            found[prefix] = module
+    inside: dict[str, list[str]] = {prefix: [] for prefix in [*found, ""]}
+    for name in names:
+        host = next((prefix for prefix in found if name.startswith(f"{prefix}.")), "")
+        inside[host].append(name.removeprefix(f"{host}.") if host else f"model.{name}")
+    found[""] = nn.ModuleDict({"model": model})
+    return [(found[prefix], mine) for prefix, mine in inside.items() if mine]
+
+
 def use_lora(model: nn.Module, scales: Mapping[str, float]) -> None:
-    """Lets the named updates count, each with its scale, and no others; the layers' gradients flow to them alone."""
+    """Lets the named updates count, each with its scale times its alpha / rank, and no others.
+
+    The layers' gradients flow to them alone.
+    """
     from peft.tuners.lora import LoraLayer
 
     for module in model.modules():
@@ -265,7 +328,7 @@ def use_lora(model: nn.Module, scales: Mapping[str, float]) -> None:
             for p, flag in flags:  # set_adapter also decides what is trained
                 p.requires_grad_(flag)
             for name, scale in scales.items():
-                module.scaling[name] = scale
+                module.scaling[name] = scale * (module.lora_alpha[name] / module.r[name])
 
 
 def part_names(model: nn.Module) -> list[str]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 
 from recbole_cl.errors import ConfigError
-from recbole_cl.model.adapters import add_lora, require_places, use_lora
+from recbole_cl.model.adapters import use_lora
 from recbole_cl.registry import strategies
 from recbole_cl.rng import torch_generator
 from recbole_cl.strategy.context import Pass, StageContext
-from recbole_cl.strategy.parts.part_tuning import PartTuning
+from recbole_cl.strategy.parts.part_tuning import PartTuning, attach_lora
 
 BOTH = {"long", "short"}
 
@@ -25,24 +25,28 @@ class DualLoRA(PartTuning):
         pass "short":  W + B_s A_s             trained on the stage alone, from B_s = 0 and a new A_s
         serving:       W + s B_l A_l + (1 - s) B_s A_s
 
-    W is the base as the first stage left it. Our choices: the long one goes on learning at every stage (the paper
-    trains it once on abundant history and keeps it); s is one number; rows of new users and items are trained in both
-    passes; each pass is validated with its own update. The long pass reads all past data, as Joint does: T stages cost
-    about (T + 1) / 2 + 1 times FineTune.
+    W is the base as the first stage left it; each B A is scaled by alpha / rank, 1 by default. Our choices: the long
+    one goes on learning at every stage (the paper trains it once on abundant history and keeps it); s is one number;
+    rows of new users and items are trained in both passes; each pass is validated with its own update. The long pass
+    reads all past data, as Joint does: T stages cost about (T + 1) / 2 + 1 times FineTune.
     """
 
     prefix = "dual_lora"
     plans_passes = True
-    defaults = {"rank": 8, "long_share": 0.5}
+    defaults = {"rank": 8, "alpha": None, "dropout": 0.0, "long_share": 0.5}
 
     def validate(self) -> None:
         if self.params["rank"] < 1:
             raise ConfigError(f"dual_lora_rank: {self.params['rank']} is too small; it must be at least 1")
+        if self.params["alpha"] is not None and self.params["alpha"] <= 0:
+            raise ConfigError(f"dual_lora_alpha: {self.params['alpha']} must be above 0, or ~ for the rank")
+        if not 0 <= self.params["dropout"] < 1:
+            raise ConfigError(f"dual_lora_dropout: {self.params['dropout']} must be at least 0 and below 1")
         if not 0 <= self.params["long_share"] <= 1:
             raise ConfigError(f"dual_lora_long_share: {self.params['long_share']} must be between 0 and 1")
 
     def attach(self, ctx: StageContext) -> None:
-        add_lora(ctx.model, require_places(ctx.model, "lora", self.who), int(self.params["rank"]), ("long", "short"))
+        attach_lora(ctx, self.who, self.params, int(self.params["rank"]), ("long", "short"))
         self._fuse(ctx)
 
     def _fuse(self, ctx: StageContext) -> None:

@@ -7,7 +7,7 @@ puts beside the strategies that were asked for.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -189,7 +189,8 @@ class Trainable(PartTuning):
     """The property ``trainable``: any strategy, but only prompts, adapters or LoRA move after the base stage.
 
     Args:
-        parameters: ``kind`` (``prompt``, ``adapter`` or ``lora``) and ``size`` (tokens, bottleneck or rank).
+        parameters: ``kind`` (``prompt``, ``adapter`` or ``lora``) and ``size`` (tokens, bottleneck or rank); of LoRA
+            ``alpha`` and ``dropout``.
     """
 
     @property
@@ -197,7 +198,30 @@ class Trainable(PartTuning):
         return f"trainable: {self.params['kind']}"
 
     def attach(self, ctx: StageContext) -> None:
-        attach(ctx, self.params["kind"], int(self.params["size"]), self.who)
+        if self.params["kind"] == "lora":
+            attach_lora(ctx, self.who, self.params, rank=int(self.params["size"]))
+        else:
+            attach(ctx, self.params["kind"], int(self.params["size"]), self.who)
+
+
+def attach_lora(
+    ctx: StageContext, who: str, params: Mapping[str, Any], rank: int, names: Sequence[str] = ("lora",)
+) -> None:
+    """Puts low-rank updates into ``ctx.model``.
+
+    Args:
+        ctx: The stage; updates hide no inputs from themselves before stage ``trainable_from``, for then they are held
+            and the base must draw what it draws without them.
+        who: Who asks, for the message.
+        params: ``alpha`` (``None`` for the rank) and ``dropout``.
+        rank: Rank of each update.
+        names: Names of the updates.
+
+    Raises:
+        ConfigError: If the model has no place for them.
+    """
+    dropout = float(params["dropout"]) if PartTuning.adapts(ctx) else 0.0
+    add_lora(ctx.model, require_places(ctx.model, "lora", who), rank, names, params["alpha"], dropout)
 
 
 def attach(ctx: StageContext, kind: str, size: int, who: str, count: int = 1) -> None:
@@ -205,8 +229,8 @@ def attach(ctx: StageContext, kind: str, size: int, who: str, count: int = 1) ->
 
     Args:
         ctx: The stage; prompts are switched on from stage ``trainable_from`` on.
-        kind: ``prompt``, ``adapter`` or ``lora``.
-        size: Tokens, size of the bottleneck, or rank.
+        kind: ``prompt`` or ``adapter``.
+        size: Tokens, or size of the bottleneck.
         who: Who asks, for the message.
         count: Adapters behind each layer.
 
@@ -216,10 +240,8 @@ def attach(ctx: StageContext, kind: str, size: int, who: str, count: int = 1) ->
     names = require_places(ctx.model, kind, who)
     if kind == "prompt":
         add_prompts(ctx.model, names, size, active=PartTuning.adapts(ctx))
-    elif kind == "adapter":
-        add_adapters(ctx.model, names, size, count)
     else:
-        add_lora(ctx.model, names, size)
+        add_adapters(ctx.model, names, size, count)
 
 
 def with_trainable(config: Any, members: Iterable[Strategy]) -> list[Strategy]:
@@ -237,7 +259,15 @@ def with_trainable(config: Any, members: Iterable[Strategy]) -> list[Strategy]:
             f"property 'trainable' is {kind!r}, but the strategy {taken[0]} trains its own parts only; set trainable "
             f"to 'all', or leave that strategy out"
         )
-    return [*found, Trainable({"kind": kind, "size": config["trainable_size"]})]
+    params = {"kind": kind, "size": config["trainable_size"]}
+    for name, neutral in (("alpha", None), ("dropout", 0.0)):
+        params[name] = config[f"trainable_{name}"]
+        if kind != "lora" and params[name] != neutral:
+            raise ConfigError(
+                f"property 'trainable_{name}' is {params[name]!r}, but trainable: {kind} has none; it belongs to "
+                f"trainable: lora"
+            )
+    return [*found, Trainable(params)]
 
 
 def refuse_new_beginnings(ctx: StageContext, members: Iterable[Strategy], plan: Iterable[Pass]) -> None:
