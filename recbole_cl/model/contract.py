@@ -67,6 +67,8 @@ class ContinualModel:
         growth_axes: Parameter to the sides (``user``, ``item``, ``None``) of its dimensions, where sizes do not tell.
         scores_untrained_items: An item that training never saw can be scored (it is known by its content), so it is a
             candidate and no cold target.
+        builds_on_stages: A stage leaves what earlier ones trained as it is and builds on it, so no pass may begin from
+            new weights, and there is nothing for replay or pruning to keep.
         own_metrics: Metrics that :meth:`measure` gives for each target, to whether more is better.
         strategy_hooks: Hooks of strategies (``loss_terms``) that this model's own trainer runs.
     """
@@ -81,6 +83,7 @@ class ContinualModel:
     masked_entries: int = 0
     growth_axes: Any = None
     scores_untrained_items: bool = False
+    builds_on_stages: ClassVar[bool] = False
     own_metrics: ClassVar[Mapping[str, bool]] = {}
     strategy_hooks: ClassVar[frozenset[str]] = frozenset()
 
@@ -124,15 +127,27 @@ class ContinualModel:
     def prepare_stage(self, ctx: StageContext) -> None:
         """Does work before a stage is trained (calls of a language model, encodings), with old knowledge in place.
 
-        Runs again where a run is resumed inside the stage, so what is costly belongs into a side store.
+        Runs again where a run is resumed inside the stage, on the state that it left the first time, so what is costly
+        belongs into a side store. What it draws comes from a random state of its own, the same each time. The model is
+        also made anew without it, as the previous one of a later stage or over another graph: what it made is then
+        there only where it is state, a parameter, a buffer or :meth:`owned_state`.
         """
 
     def plan_stage(self, ctx: StageContext, passes: list[Pass]) -> list[Pass]:
         """Returns the passes of a stage: the strategies' own, or others in their place (the backbone, then the rest).
 
-        Runs once as a stage begins and again where a run is resumed inside it; it must give the same passes.
+        Runs once as a stage begins and again where a run is resumed inside it; it must give the same passes and change
+        nothing. The strategies' plan may be empty (``Pretrain``), of new weights (``FullRetrain``) or of other data
+        (``Joint``): a model that splits a pass splits each of them, and its second half goes on from the first.
         """
         return passes
+
+    def begin_pass(self, ctx: StageContext) -> None:
+        """Says which parameters the pass ``ctx.pass_`` trains (``requires_grad``), before the strategies have a say.
+
+        Also on resume, then with the checkpoint's weights. What the last pass trained is what strategies look at as
+        the stage ends.
+        """
 
     def stage_trainer(self, ctx: StageContext, learning_rate: float) -> StageTrainer | None:
         """Returns what trains the pass ``ctx.pass_``, or ``None`` for RecBole's trainer."""
@@ -141,14 +156,15 @@ class ContinualModel:
     def parameter_groups(self, ctx: StageContext, learning_rate: float) -> list[dict[str, Any]] | None:
         """Returns the optimiser's groups (``params``, ``lr``, ``weight_decay``), or ``None`` for one of all.
 
-        Every trainable parameter stands in one group, once; a group without ``lr`` has the pass's rate.
+        Every parameter that the pass trains stands in one group, once; a group without ``lr`` has the pass's rate.
         """
         return None
 
     def learned(self, ctx: StageContext, targets: Targets) -> Targets:
         """Returns which of the pass's targets the model truly trains on: what is left out stays unknown to it.
 
-        Asked as the pass begins and after each of its epochs.
+        Asked as the pass begins and after each of its epochs. Where the best epoch's weights are put back, so is what
+        was known by then.
         """
         return targets
 

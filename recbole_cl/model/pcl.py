@@ -52,6 +52,7 @@ class PCL(TaskModel):
 
     backbone_property = "pcl_backbone"
     components = {"pcl_encoder": encoders}
+    builds_on_stages = True
 
     def __init__(self, config: Any, dataset: Any) -> None:
         self.n_trained_items = [stage.n_items for stage in dataset.stream.stages]

@@ -23,6 +23,7 @@ from recbole_cl.evaluation.outcome import Outcome
 from recbole_cl.results.exposure import exposure_disparity, head_mask
 from recbole_cl.results.matrix import smaller_is_better, summarise_all
 from recbole_cl.results.records import REFERENCE, Records
+from recbole_cl.results.reports import plain
 from recbole_cl.results.steps import stage_curve, steps_to_95
 from recbole_cl.stream.build import Stream
 from recbole_cl.stream.stage import Stage
@@ -88,7 +89,7 @@ class Journal:
         """
         for who, content in told.items():
             if content:
-                self.reports.append({"stage": stage.index, "who": who, **json.loads(json.dumps(content))})
+                self.reports.append({"stage": stage.index, "who": who, **plain(who, content)})
 
     def primary(self, stage: Stage) -> str:
         """Returns the primary metric of a stage: its task's, or ``valid_metric``."""

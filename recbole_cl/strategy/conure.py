@@ -11,7 +11,7 @@ from recbole.data.interaction import Interaction
 from torch import nn
 
 from recbole_cl.errors import ConfigError
-from recbole_cl.model.contract import offers
+from recbole_cl.model.contract import contract
 from recbole_cl.model.state import owned_state
 from recbole_cl.registry import strategies
 from recbole_cl.strategy.base import Strategy, require
@@ -60,7 +60,7 @@ class CONURE(Strategy):
         epochs = self.params["retrain_epochs"]
         if epochs is not None and epochs < 0:
             raise ConfigError(f"conure_retrain_epochs: {epochs!r} must be at least 0, or ~ for epochs")
-        if offers(model, "grow_in_place"):
+        if contract(model).builds_on_stages:
             raise ConfigError(
                 f"strategy: CONURE cannot serve the model {config['model']}, which itself freezes what earlier tasks "
                 f"trained, so no weights are free for a later one; use FineTune, or CONURE with the model MultiTask"

@@ -9,7 +9,7 @@ from recbole.data.interaction import Interaction
 from torch import nn
 
 from recbole_cl.errors import ConfigError
-from recbole_cl.model.contract import offers
+from recbole_cl.model.contract import contract, offers
 from recbole_cl.registry import strategies
 from recbole_cl.strategy.base import Strategy, require
 from recbole_cl.strategy.context import StageContext
@@ -52,7 +52,7 @@ class ERRandom(Strategy):
     def check(self, config: Any, model: nn.Module) -> None:
         check_number(self, "memory_size", "the default is 1000 exemplars", least=1)
         check_number(self, "batch_size", "the default is 256, 0 is FineTune", least=0)
-        if offers(model, "grow_in_place"):
+        if contract(model).builds_on_stages:
             raise ConfigError(
                 f"strategy: {self.name} cannot serve the model {config['model']}, which keeps what earlier stages "
                 f"trained as it is, so that replay has nothing to keep; use FineTune"

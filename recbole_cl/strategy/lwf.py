@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from recbole_cl.errors import ConfigError
-from recbole_cl.model.contract import offers
+from recbole_cl.model.contract import contract
 from recbole_cl.model.fused import distillation, divergence
 from recbole_cl.model.task_heads import TaskModel
 from recbole_cl.registry import strategies
@@ -65,7 +65,7 @@ class LwF(Strategy):
         if isinstance(model, TaskModel):
             instead = (
                 "FineTune, under which its answers to earlier tasks stay as they are"
-                if offers(model, "grow_in_place")
+                if contract(model).builds_on_stages
                 else "TERACON with the model SoftMask, which distils answers to earlier tasks, EWC, CONURE or FineAll"
             )
             raise ConfigError(

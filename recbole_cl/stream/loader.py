@@ -185,8 +185,8 @@ def _in_windows(ctx: Any, targets: Targets) -> bool:
     if not ctx.batcher.sequential:
         raise ConfigError(
             f"train_positions: 'all', and model {config['model']!r} trains on windows (trains_all_positions), but it "
-            f"is no sequential model: its targets need no history, and a window would leave out the first interaction of "
-            f"every user; set train_positions: last, or derive the model from SequentialRecommender"
+            f"is no sequential model: its targets need no history, and a window would leave out the first interaction "
+            f"of every user; set train_positions: last, or derive the model from SequentialRecommender"
         )
     kind, seq = ctx.stage.task.kind, ctx.batcher.table.seq
     if kind != "classification" or config["task_class_positions"] != "all":

@@ -37,8 +37,7 @@ from recbole_cl.model.state import load_owned_state, owned_state
 from recbole_cl.rng import ModelRandomness, derive, seeded
 from recbole_cl.strategy.composite import Composite
 from recbole_cl.strategy.context import StageContext
-from recbole_cl.stream.batch import TARGETS
-from recbole_cl.training.trainer import HookedTrainer
+from recbole_cl.training.trainer import HookedTrainer, size_of
 from recbole_cl.tree import answering, clone_tree, tree_hash
 
 LOGGER = logging.getLogger("recbole_cl")
@@ -69,7 +68,7 @@ class DataParallelTrainer(HookedTrainer):
                 else:
                     with self._own_part():
                         losses = loss_func(batch[pieces[self.group.rank]].to(self.device))
-                    sizes = [_size(batch, piece) for piece in pieces]
+                    sizes = [size_of(batch[piece]) for piece in pieces]
                     weight = sizes[self.group.rank] / sum(sizes)
                 terms = self._terms(whole)
             if weight:
@@ -123,7 +122,7 @@ class DataParallelTrainer(HookedTrainer):
         try:
             with torch.no_grad(), answering(self.model), ModelRandomness(0).owned():
                 together = _values(loss(batch.to(self.device)))
-                sizes = [_size(batch, piece) for piece in pieces]
+                sizes = [size_of(batch[piece]) for piece in pieces]
                 with self._own_part():
                     own = _values(loss(batch[pieces[self.group.rank]].to(self.device)))
             own = own * (sizes[self.group.rank] / sum(sizes))
@@ -248,11 +247,6 @@ def pieces_of(n: int, processes: int, times: int = 1) -> list[torch.Tensor] | No
         part = Group(rank, processes).share(targets)
         pieces.append((starts + torch.arange(part.start, part.stop)).flatten())
     return pieces
-
-
-def _size(batch: Interaction, piece: torch.Tensor) -> int:
-    """Returns what the loss is a mean over: rows, or supervised positions."""
-    return int((batch[TARGETS][piece] > 0).sum()) if TARGETS in batch else len(piece)
 
 
 def _values(losses: Any) -> torch.Tensor:

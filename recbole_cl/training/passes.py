@@ -13,7 +13,7 @@ from recbole.utils import ModelType, early_stopping
 from recbole_cl.errors import ConfigError
 from recbole_cl.evaluation.known import Known
 from recbole_cl.evaluation.scores import clear_caches
-from recbole_cl.model.contract import contract
+from recbole_cl.model.contract import contract, offers
 from recbole_cl.model.state import load_owned_state, owned_state
 from recbole_cl.rng import ModelRandomness, derive
 from recbole_cl.strategy.context import Pass, StageContext
@@ -176,6 +176,7 @@ class StagePass:
             load_owned_state(ctx.model, resumed["model"])
             run.strategy.load_state_dict(clone_tree(resumed["strategy"]))
         ctx.pass_, ctx.epoch, ctx.step = plan, progress.epoch, progress.step
+        contract(ctx.model).begin_pass(ctx)
         run.strategy.begin_pass(ctx)
         make = TaskLoader.over if plan.mix_tasks else make_loader
         self.loader = ctx.loader = make(ctx, targets, self._draws_as)
@@ -197,6 +198,8 @@ class StagePass:
         if progress.best is not None:
             load_owned_state(ctx.model, progress.best["model"])
             run.strategy.load_state_dict(clone_tree(progress.best["strategy"]))
+            if "known" in progress.best:
+                run.known.load_state_dict(progress.best["known"])
             clear_caches(ctx.model)
         self._finish()
         return ctx
@@ -300,7 +303,7 @@ class StagePass:
         progress.partial_loss = None
         progress.epoch += 1
         progress.targets += loader.n_targets if self.trainer.n_targets is None else self.trainer.n_targets
-        if contract(ctx.model).learned(ctx, targets) is not targets:
+        if offers(ctx.model, "learned"):
             self._learn(targets)
         self._end_epoch(loss)
         progress.terms = {}
@@ -357,6 +360,8 @@ class StagePass:
                 "model": clone_tree(owned_state(ctx.model)),
                 "strategy": clone_tree(run.strategy.state_dict()),
             }
+            if offers(ctx.model, "learned"):  # epochs after it may learn more
+                progress.best["known"] = clone_tree(run.known.state_dict())
             progress.best_targets = progress.targets
         return valid, improved
 

@@ -219,11 +219,17 @@ class Runner:
             start: dict[str, Any] = resumed["stage_start"]
             load_owned_state(ctx.model, start["model"])
             self.strategy.load_state_dict(clone_tree(start["strategy"]))
-        contract(ctx.model).prepare_stage(ctx)
+        self._prepare_stage(ctx)
         if resumed is None:
             self.strategy.begin_stage(ctx)
             start = clone_tree({"model": owned_state(ctx.model), "strategy": self.strategy.state_dict()})
         return start
+
+    def _prepare_stage(self, ctx: StageContext) -> None:
+        """Lets the model do its work before a stage; what it draws is the same where that is done again."""
+        if offers(ctx.model, "prepare_stage"):
+            with ModelRandomness(derive(self.config["seed"], ctx.index, "prepare_stage")).owned():
+                ctx.model.prepare_stage(ctx)
 
     def _pass(
         self,
@@ -279,6 +285,11 @@ class Runner:
         old: Any = self.model
         in_place = old is not None and index > 0 and offers(old, "grow_in_place")
         model: Any = old if in_place else models.build(view, randomness)
+        before, growth = self.stream.stages[max(index - 1, 0)], None
+        users, items = (before.n_users, stage.n_users), (before.n_items, stage.n_items)
+        if in_place:  # strategies see a model of the stage's size
+            with randomness.owned():  # rows of new users and items may be drawn
+                growth = model.grow_in_place(view, users, items)
         ctx = models.context(index, model, view)
         models.prepare(ctx, randomness)
         if index == 0 or resumed is not None:
@@ -286,13 +297,9 @@ class Runner:
             self.strategy.check(self.config, model)
         fresh = clone_tree(owned_state(model)) if not in_place else {}
         if resumed is None and old is not None and index > 0:
-            before = self.stream.stages[index - 1]
-            users, items = (before.n_users, stage.n_users), (before.n_items, stage.n_items)
             lost: list[str] = []
-            with randomness.owned():  # rows of new users and items may be drawn
-                if in_place:
-                    growth = model.grow_in_place(view, users, items)
-                else:
+            if growth is None:
+                with randomness.owned():
                     growth, lost = grow_model(old, model, users, items, self.config["new_rows"])
             if lost:
                 self.journal.warn(f"stage {index + 1}: {', '.join(lost)} of the one before have no place in the model")
@@ -353,7 +360,7 @@ class Runner:
         view = self.stream.view(index, "stage")
         randomness = ModelRandomness(derive(self.config["seed"], index, "scratch"))
         ctx = alone.models.fresh(index, view, randomness)
-        contract(ctx.model).prepare_stage(ctx)
+        self._prepare_stage(ctx)
         start = StageStart({}, clone_tree({"model": owned_state(ctx.model), "strategy": {}}), randomness)
         worst = self._worst(ctx.stage)
         progress = Progress(best_score=worst)

@@ -15,6 +15,7 @@ from recbole_cl.model.contract import StageTrainer, contract
 from recbole_cl.strategy.base import STEP_HOOKS
 from recbole_cl.strategy.composite import Composite
 from recbole_cl.strategy.context import StageContext
+from recbole_cl.stream.task_loader import TaskLoader
 from recbole_cl.training.data_parallel import DataParallelTrainer
 from recbole_cl.training.trainer import HookedTrainer
 
@@ -115,10 +116,10 @@ def pass_trainer(ctx: StageContext, strategy: Composite, learning_rate: float) -
             f"strategy: {names} cannot serve the model {config['model']}, which trains its stages by itself: there "
             f"are no optimiser steps to take part in; use FineTune, FullRetrain, Joint, Scratch or Pretrain"
         )
-    if any(config[key] != neutral for key, neutral in PACE.items()):
+    if (asked := _asked(config)) is not None:
         raise ConfigError(
-            f"property {next(k for k, neutral in PACE.items() if config[k] != neutral)!r} has no effect on the model "
-            f"{config['model']}, which trains its stages by itself; leave it out"
+            f"property {asked!r} has no effect on the model {config['model']}, which trains its stages by itself; "
+            f"leave it out"
         )
     ctx.learning_rate = learning_rate
     return OwnTrainer(own)
@@ -126,6 +127,12 @@ def pass_trainer(ctx: StageContext, strategy: Composite, learning_rate: float) -
 
 PACE = {"accumulate_gradients": 1, "warmup": 0, "lr_schedule": "constant"}
 """Properties of how the optimiser steps, and what leaves RecBole's way as it is."""
+
+
+def _asked(config: Any) -> str | None:
+    """Returns the first property that asks for other steps than RecBole's, if one does."""
+    return next((key for key, neutral in PACE.items() if config[key] != neutral), None)
+
 
 COOPERATIVE = ("Trainer", "KGTrainer", "KGATTrainer", "MKRTrainer", "TraditionalTrainer")
 """RecBole trainers whose epochs go through ``Trainer._train_epoch``, so hooks reach every step."""
@@ -203,15 +210,29 @@ def pace(trainer: PassTrainer, config: Any, epochs: int, loader: Any) -> None:
         loader: Its length is the batches of an epoch.
 
     Raises:
-        ConfigError: If several processes shall accumulate gradients.
+        ConfigError: If several processes or a pass over several tasks shall accumulate gradients, or the trainer's
+            epochs are no walks over the loader.
     """
     accumulate, warmup, name = (config[key] for key in PACE)
-    if not isinstance(trainer, HookedTrainer) or all(config[key] == neutral for key, neutral in PACE.items()):
+    asked = _asked(config)
+    if not isinstance(trainer, HookedTrainer) or asked is None:
         return
+    base = get_trainer(config["MODEL_TYPE"], config["model"]).__name__
+    alternates = base == "KGTrainer" and None not in (config["train_rec_step"], config["train_kg_step"])
+    if base not in ("Trainer", "KGTrainer") or alternates:
+        raise ConfigError(
+            f"property {asked!r} cannot serve the model {config['model']}: an epoch of RecBole's {base} is not one "
+            f"walk over the batches with a step for each; leave it out"
+        )
     if accumulate > 1 and distributed.current().size > 1:
         raise ConfigError(
             f"property 'accumulate_gradients' is {accumulate}, which several processes cannot do yet; set "
             f"train_batch_size to what one of their steps shall see, or start it without torchrun"
+        )
+    if accumulate > 1 and isinstance(loader, TaskLoader):
+        raise ConfigError(
+            f"property 'accumulate_gradients' is {accumulate}, but each step of this strategy already has a batch of "
+            f"every task; leave it out, or set train_batch_size"
         )
     steps = epochs * -(-len(loader) // accumulate)
     schedule = None

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+from recbole.data.interaction import Interaction
 from recbole.trainer import trainer as recbole_trainer
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
@@ -21,6 +22,7 @@ from recbole_cl.config.models import traits_of
 from recbole_cl.errors import TrainingError
 from recbole_cl.strategy.composite import Composite
 from recbole_cl.strategy.context import StageContext
+from recbole_cl.stream.batch import TARGETS
 
 
 class HookedTrainer(recbole_trainer.Trainer):
@@ -94,7 +96,8 @@ class HookedTrainer(recbole_trainer.Trainer):
         """Sets how many batches make a step, and how the learning rate goes.
 
         Args:
-            accumulate: Batches of a step; their gradients' mean is taken.
+            accumulate: Batches of a step; the mean of their gradients is taken, each weighted by its rows, so that
+                where the loss is a mean over rows they count as one batch.
             schedule: Returns a ``LambdaLR`` of the optimiser, or ``None`` for a constant rate.
         """
         self.accumulate = accumulate
@@ -138,8 +141,9 @@ class HookedTrainer(recbole_trainer.Trainer):
         scaler = torch.amp.GradScaler(self.device.type, enabled=self.enable_scaler)
         for batches in _grouped(train_data, self.accumulate):
             self.optimizer.zero_grad()
-            self.share = 1 / len(batches)
+            shares = _shares(batches)
             for number, batch in enumerate(batches):
+                self.share = shares[number]
                 for member in members:
                     batch = member.augment_batch(ctx, batch)
                 if number == 0:
@@ -272,6 +276,19 @@ class _Checked:
         for number, part in enumerate(parts):
             self.trainer.check_finite(part, "data" if len(parts) == 1 else f"data/{number}")
         return losses
+
+
+def size_of(batch: Interaction) -> int:
+    """Returns what the loss of a batch is a mean over: rows, or supervised positions."""
+    return int((batch[TARGETS] > 0).sum()) if TARGETS in batch else len(batch)
+
+
+def _shares(batches: list[Any]) -> list[float]:
+    """Returns what each batch of a step counts in it: 1 where it is alone."""
+    if len(batches) == 1:
+        return [1.0]
+    sizes = [size_of(batch) for batch in batches]
+    return [size / max(sum(sizes), 1) for size in sizes]
 
 
 def _grouped(loader: Any, size: int) -> Iterator[list[Any]]:

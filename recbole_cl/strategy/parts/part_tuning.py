@@ -15,7 +15,7 @@ import torch
 
 from recbole_cl.errors import ConfigError
 from recbole_cl.model.adapters import add_adapters, add_lora, add_prompts, part_names, require_places
-from recbole_cl.model.contract import offers
+from recbole_cl.model.contract import contract
 from recbole_cl.registry import strategies
 from recbole_cl.rng import ModelRandomness, derive
 from recbole_cl.strategy.base import Strategy, require
@@ -276,7 +276,7 @@ def refuse_new_beginnings(ctx: StageContext, members: Iterable[Strategy], plan: 
     Strategies that say so (``begins_anew``) have been refused before anything was trained.
     """
     anew = [pass_.name for pass_ in plan if pass_.init == "fresh"]
-    if anew and ctx.index and offers(ctx.model, "grow_in_place"):
+    if anew and ctx.index and contract(ctx.model).builds_on_stages:
         raise ConfigError(
             f"the pass {anew[0]!r} starts stage {ctx.index + 1} from new weights, but the model {ctx.config['model']} "
             f"builds on what it learnt in the stages before; use a strategy that goes on, such as FineTune"
