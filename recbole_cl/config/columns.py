@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from recbole_cl.config.blocks import HEADER
 from recbole_cl.config.datasets import find_dataset
 from recbole_cl.errors import ConfigError, nearest
 
@@ -77,7 +78,7 @@ def open_log(final: dict[str, Any], dataset: str, warnings: list[str]) -> LogFil
     final["data_path"] = str(folder)
     file, separator = folder / f"{dataset}.inter", final["field_separator"]
     try:
-        header = read_header(file, final)
+        header = read_header(file, final) if file.is_file() else list(HEADER)  # blocks: written as they are loaded
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read {file.name} of dataset {dataset!r}: {error}") from error
     if any(not word.partition(":")[2] for word in header):

@@ -142,7 +142,7 @@ class CopyingDecoder:
             self._seen = self._seen.repeat_interleave(width, dim=0)
         else:
             rows = torch.arange(size, device=tokens.device).unsqueeze(1) * self._width
-            chosen = (rows + parents).flatten()
+            chosen: Any = (rows + parents).flatten()
             self._cache.reorder_cache(chosen)
             self._seen = self._seen[chosen]  # as long as they were, one for each beam that there is now
         self._seen = torch.cat([self._seen, torch.ones_like(self._seen[:, :1])], dim=1)

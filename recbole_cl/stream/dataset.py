@@ -10,7 +10,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from recbole.data.dataset import Dataset, KnowledgeBasedDataset, SequentialDatas
 from recbole.data.interaction import Interaction
 from recbole.utils import FeatureType
 
+from recbole_cl.config.blocks import write_interactions
 from recbole_cl.errors import DataError, RecBoleCLError
 from recbole_cl.registry import schedulers
 from recbole_cl.stream.parity import plain_class, recbole_view
@@ -98,6 +101,15 @@ class StreamDatasetMixin(_Mixed):
 
     def _download(self) -> None:
         raise DataError(f"data_path: {self.dataset_path!r} does not exist; nothing is downloaded")
+
+    def _load_inter_feat(self, token: str, dataset_path: str) -> None:
+        """Loads the interactions; blocks are written as an interaction file first, which is gone afterwards."""
+        if (Path(dataset_path) / f"{token}.inter").is_file():
+            super()._load_inter_feat(token, dataset_path)
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            write_interactions(Path(dataset_path), Path(folder) / f"{token}.inter", self.config["field_separator"])
+            super()._load_inter_feat(token, folder)
 
     def _load_feat(self, filepath: str, source: Any) -> pd.DataFrame | None:
         with fast_reader():

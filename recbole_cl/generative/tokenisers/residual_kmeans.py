@@ -34,7 +34,7 @@ class ResidualKMeans(Tokeniser):
                 min_points_per_centroid=1,
             )
             means.train(left)
-            books.append(means.centroids.copy())
+            books.append(np.array(means.centroids))
             left -= books[-1][_nearest(left, books[-1])]
         self.books = np.stack(books)
 
