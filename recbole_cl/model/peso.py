@@ -80,6 +80,10 @@ class PESO(ContinualModel, SequentialRecommender):
         """Returns A ``[r, in]`` and B ``[out, r]`` of the adapter that is trained, by the adapted layer's name."""
         return {name: factors(layer) for name, layer in lora_layers(self.llm).items()}
 
+    def adapted_layers(self) -> dict[str, nn.Module]:
+        """Returns the adapted layers themselves, by the same names."""
+        return lora_layers(self.llm)
+
     # -- the contract ---------------------------------------------------------------------------------------------
 
     def frozen_bases(self) -> dict[str, dict[str, Any]]:

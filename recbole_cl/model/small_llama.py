@@ -51,7 +51,7 @@ def small_llama(config: Any, n_tokens: int, longest: int) -> Any:
     return LlamaForCausalLM(settings)
 
 
-def add_lora(llm: Any, rank: int, alpha: float, dropout: float, targets: Sequence[str]) -> Any:
+def add_lora(llm: Any, rank: int, alpha: Any, dropout: float, targets: Sequence[str]) -> Any:
     """Puts peft's LoRA layers into a language model, in place; what it computes stays, B is zero.
 
     Args:
