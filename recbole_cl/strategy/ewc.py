@@ -39,6 +39,7 @@ class EWC(QuadraticPenalty):
     """
 
     prefix = "ewc"
+    base_is_finetune = True
     defaults = {"lambda": 100.0, "samples": 2000}
     neutral = {"lambda": 0.0}
 

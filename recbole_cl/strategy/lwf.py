@@ -52,6 +52,7 @@ class LwF(Strategy):
     """
 
     prefix = "lwf"
+    base_is_finetune = True
     defaults = {"lambda": 1.0, "temperature": 2.0}
     neutral = {"lambda": 0.0}
     needs = frozenset({"gradient", "batch_rows"})
