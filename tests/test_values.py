@@ -102,7 +102,7 @@ def test_gauc_of_a_run(tmp_path: Path, model: str, mode: str, monkeypatch: pytes
     seen: list[tuple[np.ndarray, ...]] = []
 
     def noted(config: Any, stage: Any, score: Any, label: Any, user: Any, item: Any, cold: Any, more: Any) -> Any:
-        seen.append((score, label, user, user >= stage.first_new_user))
+        seen.append((score, label, user, user >= stage.first_new_user, more["history_from_12"]))
         return outcome(config, stage, score, label, user, item, cold, more)
 
     from recbole_cl.evaluation import evaluator
@@ -111,14 +111,21 @@ def test_gauc_of_a_run(tmp_path: Path, model: str, mode: str, monkeypatch: pytes
     monkeypatch.setattr(evaluator, "value_outcome", noted)
     given = labelled(tmp_path)
     changed: dict[str, Any] = {"eval_args": {"mode": mode}, "output_dir": str(tmp_path / "run")}
+    changed["strata"] = {"history_length": {"thresholds": [12]}}
     if mode != "labeled":
         changed["train_neg_sample_args"] = {"distribution": "uniform", "sample_num": 1}
     config = asked(model, given, **changed)
     assert config["eval_type"] == EvaluatorType.VALUE and config["metrics"] == ["AUC", "GAUC", "LogLoss"]
-    result = Runner(config).run()
-    score, label, user, new = seen[-1]  # the last model on the last stage
+    runner = Runner(config)
+    result = runner.run()
+    score, label, user, new, long = seen[-1]  # the last model on the last stage
     assert result["matrix"]["gauc"][2][2] == pytest.approx(brute(score, label, user))
     assert result["strata"]["gauc"]["warm_user"][2][2] == pytest.approx(brute(score[~new], label[~new], user[~new]))
+    test = runner.stream.stages[2].test
+    np.testing.assert_array_equal(long, np.tile(test.hi - test.lo >= 12, 1 if mode == "labeled" else 6))
+    told = result["strata"]["gauc"]
+    assert told["history_from_12"][2][2] == pytest.approx(brute(score[long], label[long], user[long]))
+    assert told["history_0_to_11"][2][2] == pytest.approx(brute(score[~long], label[~long], user[~long]))
     right = [float(p > n) + 0.5 * (p == n) for p in score[label > 0] for n in score[label <= 0]]
     assert result["matrix"]["auc"][2][2] == pytest.approx(np.mean(right))
     assert result["summary"]["AF"]["gauc"] is not None and result["primary_metric"] == "gauc"
