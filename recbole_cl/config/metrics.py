@@ -104,7 +104,8 @@ def check_metrics(final: dict[str, Any], model_class: type) -> None:
     final["topk"] = list(topk)
     ranking = kinds == {EvaluatorType.RANKING}
     name, at, k = final["valid_metric"].partition("@")
-    computed = [f"{metric}@{n}" for metric in metrics for n in topk] if ranking else metrics
+    cut = [metric for metric in metrics if ranking and metric.lower() != BOTH_KINDS]  # GAUC has no cut-off
+    computed = [f"{metric}@{n}" for metric in cut for n in topk] + [m for m in metrics if m not in cut]
     known = {metric.lower() for metric in computed} | own.keys()
     if name.lower() not in {metric.lower() for metric in metrics} | own.keys():
         raise ConfigError(

@@ -149,7 +149,7 @@ def _owned(config: Any, stream: Stream, stage: Stage, split: str, rows: Targets)
     at = np.repeat(start, lengths) + np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     position = table.seq[at]
     if config["MODEL_TYPE"] == ModelType.SEQUENTIAL and stage.task.kind != "value":
-        chosen = at < rows.hi[owner]
+        chosen = position < rows.position[owner]
     else:
         held = np.zeros(len(table), dtype=bool)
         held[stage.test.position] = True
