@@ -15,8 +15,8 @@ from recbole_cl.config import CLConfig
 from recbole_cl.errors import ConfigError, DataError
 from recbole_cl.stream.batch import Batcher
 from recbole_cl.stream.build import build_stream
-from recbole_cl.stream.dataset import fast_reader
 from recbole_cl.stream.quality import check_timestamps, date
+from recbole_cl.stream.reader import fast_reader
 
 ROWS = [(f"u{k % 5}", f"i{k % 9}", 100 + k) for k in range(60)]
 
