@@ -91,6 +91,7 @@ def look(path: Path, encoding: str, separator: str) -> Lines:
     plain = len(separator) == 1 or re.escape(separator) == separator
     blank = " \t".replace(separator, "")
     quoted: list[tuple[int, str]] = []
+    short: set[int] = set()  # lines with a field too few that hold a quote or follow one
     try:
         with path.open(encoding=encoding) as file:
             wanted = file.readline().rstrip("\n").count(separator) + 1
@@ -100,14 +101,23 @@ def look(path: Path, encoding: str, separator: str) -> Lines:
                 found.rows += 1
                 if not plain:
                     continue
+                count = line.count(separator) + 1
                 if '"' in line:
                     quoted.append((number, line.rstrip("\n")))
-                elif line.count(separator) >= wanted:
+                if count < wanted and quoted and number - quoted[-1][0] <= 1:
+                    short.add(number)
+                if '"' not in line and count > wanted:
                     _check_count(path, number, line.rstrip("\n").split(separator), wanted)
     except UnicodeDecodeError as error:
         raise _not_encoded(path, encoding, error) from error
     parted = [(number, *split_quoted(line, separator)) for number, line in quoted]
     found.stray = [(number, stray) for number, _, stray in parted if stray]
+    broken = next((number for number, _ in found.stray if {number, number + 1} & short), None)
+    if broken is not None:
+        raise DataError(
+            f"{path.name}, line {broken}: a text in quotes goes on in the next line; write it in one line, or "
+            f"remove the quote that it begins with"
+        )
     for (number, line), (_, count, _) in zip(quoted, parted, strict=True):
         if found.stray:
             _check_count(path, number, line.split(separator), wanted)
