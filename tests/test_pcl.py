@@ -34,7 +34,8 @@ from recbole_cl.model.prompted_histories import (
     RecurrentHistories,
     TransformerHistories,
 )
-from recbole_cl.model.task_heads import BinaryCrossEntropy, TaskHeads
+from recbole_cl.model.task_heads import TaskHeads
+from recbole_cl.model.task_model import BinaryCrossEntropy
 from recbole_cl.prompt import ContextualPrompts, PromptedEmbedding, describe, place_prompts
 from recbole_cl.strategy.context import StageContext
 from recbole_cl.stream.batch import Batcher

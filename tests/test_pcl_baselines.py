@@ -34,7 +34,7 @@ from recbole_cl.stream.batch import TARGETS, Batcher
 from recbole_cl.stream.build import build_stream
 from recbole_cl.stream.loader import make_loader
 from recbole_cl.stream.task_loader import TaskLoader
-from recbole_cl.testing.contract import assert_same
+from recbole_cl.testing.comparing import assert_same
 from recbole_cl.testing.toy import write_planted_drift
 from recbole_cl.training.passes import StagePass
 from recbole_cl.training.runner import Runner

@@ -20,8 +20,9 @@ from recbole_cl.config import CLConfig
 from recbole_cl.errors import CheckpointError, ConfigError
 from recbole_cl.registry import strategies
 from recbole_cl.strategy.context import Pass, StageContext
+from recbole_cl.strategy.parts.checks import check_loss
 from recbole_cl.strategy.parts.exemplars import ReservoirMemory, join_rows
-from recbole_cl.strategy.parts.importance import check_loss, squared_gradients, stage_importance
+from recbole_cl.strategy.parts.importance import squared_gradients, stage_importance
 from recbole_cl.strategy.parts.rows import OwnRows
 from recbole_cl.stream.batch import STAGE, TARGETS
 from recbole_cl.stream.loader import make_loader
