@@ -166,7 +166,7 @@ def test_what_is_kept_of_the_teacher_is_what_it_says(context: Any, monkeypatch: 
         monkeypatch.setattr(parts, "INPUTS_AT_ONCE", 20)
         few = strategies.get("LwF")({"lambda": 1.0, "temperature": 2.0})
         torch.testing.assert_close(distil(ctx, batch, few), reference(batch), rtol=1e-4, atol=1e-6)
-        assert 0 < len(few._known._kept.starts) < len(ctx.loader.units)
+        assert 0 < len(few._known._outputs.starts) < len(ctx.loader.units)
 
 
 @pytest.mark.parametrize("model", ["SASRec", "BPR"])
