@@ -7,6 +7,7 @@ sentence without a traceback and ends with :attr:`exit_code`.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -53,3 +54,15 @@ def nearest(name: str, known: Iterable[str]) -> str:
     table = {k.lower(): k for k in known}
     match = difflib.get_close_matches(str(name).lower(), table, n=1, cutoff=0.6)
     return f"; did you mean {table[match[0]]!r}?" if match else ""
+
+
+_ACTS = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """Returns a text with everything that a terminal acts on, or that breaks its line, written as an escape.
+
+    Names come from logs and files of others: control characters, ends of lines and the marks that turn the order of
+    letters round are shown (``\\x1b``) and not sent. Tabs stay.
+    """
+    return _ACTS.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)

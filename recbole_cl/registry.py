@@ -134,6 +134,7 @@ llm_clients = Registry("LLM client", "recbole_cl.llm_clients", "recbole_cl.llm.c
 tokenisers = Registry("tokeniser", "recbole_cl.tokenisers", "recbole_cl.generative.tokenisers", "tokeniser")
 aggregators = Registry("aggregator", "recbole_cl.aggregators", "recbole_cl.federated.aggregators", "aggregator")
 engines = Registry("engine", "recbole_cl.engines", "recbole_cl.federated.engines", "engine")
+commands = Registry("command", "recbole_cl.commands", "recbole_cl.commands")
 
 COMPONENTS = (strategies, encoders, llm_clients, tokenisers, aggregators, engines)
 """What a run has only if it is asked for, with properties of its own."""

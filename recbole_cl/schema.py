@@ -204,6 +204,8 @@ SCHEMA: dict[str, Rule] = {
     # Where it is kept
     "output_dir": text().optional(),
     "resume": boolean(),
+    "keep_base": boolean(),
+    "base_run": text().optional(),
     "checkpoint_steps": integer(1).optional(),
     "checkpoint_keep": integer(1),
     "text_cache": text().optional(),

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from recbole.data.interaction import Interaction
-from run_helpers import bare_context
+from run_helpers import bare_context, configure
 
 from recbole_cl.model import fused
 from recbole_cl.registry import strategies
+from recbole_cl.strategy.base import Strategy
 from recbole_cl.strategy.context import StageContext
 from recbole_cl.strategy.parts import teacher as parts
 from recbole_cl.strategy.parts.exemplars import join_rows
 from recbole_cl.stream.batch import TARGETS
 from recbole_cl.stream.loader import make_loader
 from recbole_cl.testing import PlantedDrift, write_planted_drift
+from recbole_cl.training.runner import Runner
 
 SMALL = {"hidden_size": 8, "inner_size": 16, "n_layers": 1, "n_heads": 2, "MAX_ITEM_LIST_LENGTH": 10}
 
@@ -159,8 +162,49 @@ def test_what_is_kept_of_the_teacher_is_what_it_says(context: Any, monkeypatch: 
         ctx.loader = make_loader(ctx, ctx.stage.train, "later")
         distil(ctx, batch, strategy)
         assert strategy._known is not kept  # a new pass
-        monkeypatch.setattr(parts, "KEPT", 1)
+        monkeypatch.setattr(parts, "OUTPUTS_KEPT", 1)
         monkeypatch.setattr(parts, "INPUTS_AT_ONCE", 20)
         few = strategies.get("LwF")({"lambda": 1.0, "temperature": 2.0})
         torch.testing.assert_close(distil(ctx, batch, few), reference(batch), rtol=1e-4, atol=1e-6)
-        assert 0 < len(few._known._kept.starts) < len(ctx.loader.units)
+        assert 0 < len(few._known._outputs.starts) < len(ctx.loader.units)
+
+
+@pytest.mark.parametrize("model", ["SASRec", "BPR"])
+def test_the_teacher_is_the_model_of_the_stage_before(toy: PlantedDrift, tmp_path: Path, model: str) -> None:
+    """Its weights have the bits that the model had when that stage ended: in every pass, and after a resumption."""
+    ends: dict[int, dict[str, torch.Tensor]] = {}
+    seen: list[int] = []
+
+    class Watching(Strategy):
+        neutral = {}
+
+        def loss_terms(self, ctx: StageContext, batch: Any) -> dict[str, torch.Tensor]:
+            teacher = ctx.previous_model
+            assert (teacher is None) == (ctx.index == 0)
+            if teacher is not None:
+                told = dict(teacher.named_parameters())
+                assert told.keys() == ends[ctx.index - 1].keys() and not teacher.training
+                for name, value in ends[ctx.index - 1].items():
+                    assert torch.equal(told[name], value) and not told[name].requires_grad, name
+                seen.append(ctx.index)
+            if self.breaks and ctx.index == 1 and ctx.step == 3:
+                raise KeyboardInterrupt
+            return {}
+
+        def end_stage(self, ctx: StageContext) -> None:
+            ends[ctx.index] = {name: p.detach().clone() for name, p in ctx.model.named_parameters()}
+
+    def runner(folder: str, breaks: bool, resume: bool = False) -> Runner:
+        settings = {"checkpoint_steps": 1, "resume": resume, "epochs": 2}
+        made = Runner(configure(toy, tmp_path / folder, model, strategy="LwF", **settings))
+        watching = Watching()
+        watching.breaks = breaks  # type: ignore[attr-defined]
+        made.strategy.members.append(watching)
+        return made
+
+    with pytest.raises(KeyboardInterrupt):
+        runner("run", True).run()
+    assert set(seen) == {1}
+    runner("run", False, resume=True).run()
+    assert set(seen) == {1, 2}
+    assert any(not torch.equal(ends[1][name][: len(value)], value) for name, value in ends[0].items()), "nothing moved"

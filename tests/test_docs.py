@@ -15,7 +15,8 @@ import torch
 import yaml
 from run_helpers import script
 
-from recbole_cl import cli, registry, schema
+from recbole_cl import registry, schema
+from recbole_cl.commands.list import KINDS
 from recbole_cl.config import CLConfig, list_models, parse_value, read_properties
 from recbole_cl.config.keys import library_keys
 from recbole_cl.registry import Registry, schedulers, strategies
@@ -182,7 +183,7 @@ def test_commands_name_what_exists() -> None:
             options = {word.partition("=")[0] for word in words[3:]}
             assert options <= {"--preset", "--output_dir", "--jobs", "--threads", "--only_table"}, told
         elif words[0] == "recbole-cl":
-            assert words[1] in ("list", "report") and (words[1] == "report" or words[2] in cli._LISTS), told
+            assert words[1] in ("list", "report") and (words[1] == "report" or words[2] in KINDS), told
         for word in words:
             if re.fullmatch(r"[\w./-]+\.(py|txt)", word):
                 assert (ROOT / word).is_file(), f"{told}: {word} is missing"

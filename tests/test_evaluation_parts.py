@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from run_helpers import run, toy
 
 from recbole_cl.errors import CheckpointError, DataError
 from recbole_cl.evaluation.metrics import constant_answer
@@ -298,3 +300,35 @@ def test_the_constant_answer_by_hand() -> None:
     assert constant_answer("macro_f1", stage) == pytest.approx((0 + 2 * 2 / (2 + 3)) / 2)
     assert constant_answer("accuracy", dataclasses.replace(stage, task=Task("next_item", "items"))) is None
     assert constant_answer("accuracy", dataclasses.replace(stage, train=targets())) is None
+
+
+def test_exposure_counts_what_was_trained_so_far(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Head items and active users of a stage are those of its own and earlier training targets, never of later ones."""
+    from recbole_cl.results import journal
+
+    told: list[tuple[np.ndarray, np.ndarray]] = []
+    original = journal.exposure_disparity
+
+    def look(recommended: Any, head: Any, catalogue: Any, values: Any, active: Any, users: Any) -> Any:
+        told.append((head, active))
+        return original(recommended, head, catalogue, values, active, users)
+
+    monkeypatch.setattr(journal, "exposure_disparity", look)
+    runner, _ = run(toy(tmp_path), tmp_path / "run", "BPR", epochs=1)
+    table, ratio = runner.stream.table, runner.config["head_ratio"]
+
+    def masks(upto: int) -> tuple[np.ndarray, np.ndarray]:
+        items, users = np.zeros(table.n_items, dtype=int), np.zeros(table.n_users, dtype=int)
+        for stage in runner.stream.stages[: upto + 1]:
+            for position in stage.train.position:
+                items[table.item[position]] += 1
+                users[table.user[position]] += 1
+        return head_mask(items, ratio), head_mask(users, ratio)
+
+    assert len(told) == len(runner.stream.stages) == 3
+    for index, (head, active) in enumerate(told):
+        expected, often = masks(index)
+        assert (head == expected).all()
+        tested = np.unique(runner.stream.stages[index].test.user)
+        assert (np.sort(active) == np.sort(often[tested])).all()
+    assert (masks(0)[0] != masks(2)[0]).any(), "the head never changes: the future could not be told from the past"

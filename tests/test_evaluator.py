@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ import torch
 from run_helpers import configure, run, toy
 
 from recbole_cl.evaluation.evaluator import Evaluator, Known
+from recbole_cl.evaluation.rows import allowed_items, build_rows
 from recbole_cl.model.state import owned_state
 from recbole_cl.rng import ModelRandomness
 from recbole_cl.strategy.composite import Composite
@@ -206,3 +209,81 @@ def test_gauc_equals_pairwise_count(tmp_path: Path) -> None:
         others = torch.cat([scores[: target - 1], scores[target:]])
         values.append(float(((others < own).float() + 0.5 * (others == own).float()).mean()))
     assert outcome.metrics["gauc"] == pytest.approx(np.mean(values), abs=1e-6)
+
+
+@pytest.mark.parametrize("model", ["SASRec", "BPR"])
+def test_gauc_weighs_rows_by_their_positives(tmp_path: Path, model: str) -> None:
+    """Pair by pair, target by target; a row of a general model has several, and counts as often."""
+    config, stream, net, ctx, _ = prepared(
+        tmp_path, model, 2, metrics=["GAUC", "NDCG"], valid_metric="NDCG@5", candidates="all", repeatable=True,
+        stage_ratios=[0.4, 0.1, 0.5],
+    )  # fmt: skip
+    stage, known = stream.stages[1], Known.everything(stream.table, ctx.batcher.n_users, ctx.batcher.n_items)
+    stage = replace(stage, test=stage.test[np.arange(len(stage.test)) % 5 < 3])  # not as many of each user
+    rows = build_rows(config, stream, stage, "test")
+    batch = ctx.batcher.rows(rows.targets, evaluation=True)
+    with torch.no_grad():
+        scores = net.eval().full_sort_predict(batch).view(len(rows.targets), -1)[:, : ctx.batcher.n_items].numpy()
+    areas, counts = [], []
+    for row in range(len(rows.targets)):
+        own = sorted({int(i) for i in rows.item[rows.row == row]})
+        others = [i for i in range(1, ctx.batcher.n_items) if i not in own]
+        areas.append(np.mean([[float(scores[row, i] > scores[row, j]) for j in others] for i in own]))
+        counts.append(len(own))
+    outcome = Evaluator(config, stream, Composite([])).evaluate(ctx, known, stage)
+    assert outcome.metrics["gauc"] == pytest.approx(np.average(areas, weights=counts), abs=1e-6)
+    plain = abs(float(np.mean(areas)) - np.average(areas, weights=counts))
+    assert (max(counts) > min(counts) and plain > 1e-4) == (model == "BPR"), "weights could not be told from none"
+
+
+def test_strata_of_items_count_their_own_positives(tmp_path: Path) -> None:
+    """Recall of warm and of new items, row by row: hits and positives of the stratum alone, rows that have any."""
+    config, stream, _, ctx, known = prepared(
+        tmp_path, "BPR", 2, metrics=["Recall", "NDCG"], valid_metric="NDCG@5", stage_ratios=[0.4, 0.1, 0.5]
+    )
+    stage = stream.stages[2]
+    outcome = Evaluator(config, stream, Composite([])).evaluate(ctx, known, stage)
+    assert outcome.recommended is not None and outcome.users is not None
+    shares: dict[str, list[float]] = {"warm_item": [], "new_item": []}
+    mixed = 0
+    for user, items in zip(outcome.users, outcome.recommended, strict=True):
+        asked = {int(i) for i in stage.test.label[stage.test.user == user]}
+        parts = {"warm_item": {i for i in asked if i < stage.first_new_item}}
+        parts["new_item"] = asked - parts["warm_item"]
+        mixed += all(parts.values())
+        for name, part in parts.items():
+            if part:
+                shares[name].append(len(part & set(items.tolist())) / len(part))
+    for name, values in shares.items():
+        metrics, n = outcome.strata[name]
+        assert (n, metrics["recall@5"]) == (len(values), pytest.approx(np.mean(values), abs=1e-9)), name
+        assert np.mean(values) > 0
+    assert mixed, "a row with positives of both kinds is what a wrong denominator would show in"
+
+
+@pytest.mark.parametrize("scope", ["seen", "trained", "all"])
+def test_untrained_rows_are_no_candidates(scope: str) -> None:
+    """An item with a row that was never trained is ranked under ``all`` alone, one of the future under none but it."""
+    known = Known(np.ones(3, dtype=bool), np.array([False, True, False, True, True, True]))
+    stage: Any = SimpleNamespace(catalogue=5, items=None)
+    found = np.flatnonzero(allowed_items({"candidates": scope}, known, stage, 6))
+    assert found.tolist() == {"seen": [1, 3, 4], "trained": [1, 3, 4, 5], "all": [1, 2, 3, 4, 5]}[scope]
+    stage.items = np.array([3, 5])
+    asked = np.flatnonzero(allowed_items({"candidates": scope}, known, stage, 6))
+    assert asked.tolist() == [i for i in found if i in (3, 5)]
+    few = np.flatnonzero(allowed_items({"candidates": scope}, known, SimpleNamespace(catalogue=9, items=None), 4))  # type: ignore[arg-type]
+    assert few.tolist() == [i for i in (1, 2, 3) if scope == "all" or i != 2], "no more than the model has rows for"
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_a_sequential_model_knows_the_items_of_histories(tmp_path: Path, sequential: bool) -> None:
+    """Its targets' items, and those of the histories before them, each by a loop; a general model reads no history."""
+    stream = build_stream(configure(toy(tmp_path), tmp_path / "run", "SASRec", history="all"))
+    table, targets = stream.table, stream.stages[1].train[np.arange(5)]
+    known = Known.nothing(table)
+    known.learn(table, targets, sequential, None)
+    own = {int(i) for i in targets.label}
+    read = {int(i) for lo, hi in zip(targets.lo, targets.hi, strict=True) for i in table.item[table.seq[lo:hi]]}
+    assert set(np.flatnonzero(known.items).tolist()) == (own | read if sequential else own)
+    assert set(np.flatnonzero(known.users).tolist()) == {int(u) for u in targets.user}
+    assert read - own, "histories hold nothing that targets do not: the test could not fail"

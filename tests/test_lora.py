@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from recbole_cl.errors import ConfigError
 from recbole_cl.model.adapters import add_lora, part_names, places, require_places, use_lora
 from recbole_cl.strategy.parts.part_tuning import PartTuning
-from recbole_cl.testing.contract import assert_same
+from recbole_cl.testing.comparing import assert_same
 from recbole_cl.testing.toy import PlantedDrift
 from recbole_cl.training.runner import Runner
 

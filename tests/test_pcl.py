@@ -34,7 +34,8 @@ from recbole_cl.model.prompted_histories import (
     RecurrentHistories,
     TransformerHistories,
 )
-from recbole_cl.model.task_heads import BinaryCrossEntropy, TaskHeads
+from recbole_cl.model.task_heads import TaskHeads
+from recbole_cl.model.task_model import BinaryCrossEntropy
 from recbole_cl.prompt import ContextualPrompts, PromptedEmbedding, describe, place_prompts
 from recbole_cl.strategy.context import StageContext
 from recbole_cl.stream.batch import Batcher
@@ -421,10 +422,13 @@ def test_a_large_ragged_batch_is_answered_as_its_rows_are(whole: Watched, backbo
 
 
 def test_a_batch_of_several_tasks(whole: Watched) -> None:
-    """Rows are answered each for its own task, in the batch's order; the loss is the mean over rows."""
+    """Rows are answered each for its own task, in the batch's order; the loss is the mean over rows.
+
+    The tasks have different numbers of rows, so that the mean over rows is not the mean of the tasks' means.
+    """
     model, rows = walk_to(whole, task=3)
     model.eval()
-    tasks = torch.arange(len(rows)) % 2 + 2
+    tasks = torch.where(torch.arange(len(rows)) % 4 == 0, 2, 3)
     rows.interaction["_task"] = tasks
     together = model.user_representation(rows)
     for task in (2, 3):
@@ -437,6 +441,8 @@ def test_a_batch_of_several_tasks(whole: Watched) -> None:
         ]
     )
     torch.testing.assert_close(model.calculate_loss(rows), each.mean())
+    equal = torch.stack([each[tasks == task].mean() for task in (2, 3)]).mean()
+    assert not torch.allclose(equal, each.mean(), rtol=1e-3), "equal weights could not be told from the rows'"
 
 
 def test_all_tasks_share_the_look_up(whole: Watched, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,7 @@ from recbole_cl.model.state import owned_state
 from recbole_cl.strategy.context import Pass, StageContext
 from recbole_cl.strategy.conure import CONURE, largest
 from recbole_cl.strategy.mtl import MTL
+from recbole_cl.strategy.parts.exemplars import join_rows
 from recbole_cl.strategy.parts.mgda import gram_matrix, min_norm_weights
 from recbole_cl.strategy.task_bounds import FineAll
 from recbole_cl.strategy.teracon import TERACON, annealed
@@ -34,7 +35,7 @@ from recbole_cl.stream.batch import TARGETS, Batcher
 from recbole_cl.stream.build import build_stream
 from recbole_cl.stream.loader import make_loader
 from recbole_cl.stream.task_loader import TaskLoader
-from recbole_cl.testing.contract import assert_same
+from recbole_cl.testing.comparing import assert_same
 from recbole_cl.testing.toy import write_planted_drift
 from recbole_cl.training.passes import StagePass
 from recbole_cl.training.runner import Runner
@@ -738,7 +739,10 @@ def test_the_mean_over_tasks_is_geometric(start: Start, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize(("model", "loss"), [("MultiTask", "BPR"), ("MMOE", "CE"), ("SoftMask", "CE")])
 def test_windows_train_what_rows_train(start: Start, model: str, loss: str) -> None:
-    """The loss over a window's positions is the mean of the losses of its targets as rows: items, classes of items."""
+    """The loss over a window's positions is the mean of the losses of its targets as rows: items, classes of items.
+
+    Windows of two tasks together weigh each by its targets.
+    """
     biases = {f"{prefix}_item_bias": True for prefix in ("multi_task", "mmoe", "soft_mask")}
     settings = {**SILENT, **biases, "loss_type": loss, "MAX_ITEM_LIST_LENGTH": 20}
     runner = start(model, "FineTune", n_stages=3, epochs=1, **settings)
@@ -748,6 +752,7 @@ def test_windows_train_what_rows_train(start: Start, model: str, loss: str) -> N
     for p in trained.heads.parameters():
         nn.init.normal_(p, std=0.3)
     ctx = runner.state.models.context(2, trained, runner.stream.view(2))
+    told: list[tuple[Interaction, int, float]] = []
     for index in (0, 1, 2):
         mine = SimpleNamespace(**{**ctx.__dict__, "index": index, "stage": runner.stream.stages[index]})
         loader = make_loader(mine, mine.stage.train, "test")
@@ -776,6 +781,11 @@ def test_windows_train_what_rows_train(start: Start, model: str, loss: str) -> N
         assert torch.equal(trained.calculate_loss(windows), one), "another task's head had a say"
         for p, value in zip(other.parameters(), kept, strict=True):
             p.data.copy_(value)
+        told.append((windows, int((windows["_targets"] > 0).sum()), float(one.detach())))
+    (first, n, a), (second, m, b) = told[:2]
+    assert abs(n - m) > 10 and abs((a * n + b * m) / (n + m) - (a + b) / 2) > 1e-4, "equal weights would look alike"
+    both = float(trained.calculate_loss(join_rows(first, second)).detach())
+    assert both == pytest.approx((a * n + b * m) / (n + m), rel=1e-5)
 
 
 @pytest.mark.parametrize("positions", ["all", "last"])

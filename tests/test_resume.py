@@ -162,3 +162,35 @@ def test_other_errors_of_the_system_are_told_too(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(checkpoint, "save_file", refuse)
     with pytest.raises(OutputError, match="read-only; choose another output_dir"):
         checkpoint.save(tmp_path, 1, {"a": torch.ones(1)}, 2)
+
+
+def test_patience_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that broke off after two epochs without improvement waits for the rest of stopping_step, and no longer."""
+    from recbole_cl.training import passes
+
+    log, original = toy(tmp_path), passes.early_stopping
+    settings = {"epochs": 20, "stopping_step": 4, "train_batch_size": 1000}
+
+    def worse(value: float, best: float, waited: int, *rest: Any) -> Any:
+        """The first epoch is the best one."""
+        return original(1.0 if best < 0 else 0.5, best, waited, *rest)
+
+    def epochs(runner: Runner) -> list[int]:
+        return [point["epoch"] for point in runner.journal.curves if point["stage"] == 0]
+
+    monkeypatch.setattr(passes, "early_stopping", worse)
+    whole = run(log, tmp_path / "whole", "BPR", **settings)[0]
+    assert len(epochs(whole)) == 6, "one that is best, four to wait for, one too many"
+    train, broken = passes.StagePass._epoch, configure(log, tmp_path / "broken", "BPR", **settings)
+
+    def stop(self: Any, targets: Any) -> None:
+        if self.progress.epoch == 3:
+            assert self.progress.waited == 2
+            raise KeyboardInterrupt
+        train(self, targets)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(passes.StagePass, "_epoch", stop)
+        Runner(broken).run()
+    again = run(log, tmp_path / "broken", "BPR", resume=True, **settings)[0]
+    assert epochs(again) == epochs(whole)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from run_helpers import configure, run, toy
+from run_helpers import ROOT, configure, run, toy
 
 from recbole_cl.config.strata import make_strata
 from recbole_cl.errors import ConfigError, TrainingError
@@ -193,3 +194,18 @@ def test_wrong_groups_are_told(stream: Stream, groups: dict[str, Any], message: 
     stage = stream.stages[0]
     with pytest.raises(TrainingError, match=message):
         flags_of([Wrong()], stream, stage, stage.test)
+
+
+def test_the_stratum_of_the_page_runs(tmp_path: Path) -> None:
+    """docs/results.md writes one."""
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    [code] = [c for c in re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL) if "strata.register" in c]
+    try:
+        exec(compile(code, "results.md", "exec"), {"__name__": "page"})
+        _, result = run(toy(tmp_path), tmp_path / "run", epochs=1, strata={"weekend": None})
+    finally:
+        for table in (strata._members, strata._names):
+            table.pop("weekend", None)
+    assert {"weekend", "weekday"} <= set(result["strata"]["ndcg@10"])
+    # Stage 2 of the toy log begins on day 23.1 of 1970, a Saturday, and takes some minutes.
+    assert result["strata"]["ndcg@10"]["weekend"][2][2] == result["matrix"]["ndcg@10"][2][2]

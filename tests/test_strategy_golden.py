@@ -20,8 +20,9 @@ from recbole_cl.config import CLConfig
 from recbole_cl.errors import CheckpointError, ConfigError
 from recbole_cl.registry import strategies
 from recbole_cl.strategy.context import Pass, StageContext
+from recbole_cl.strategy.parts.checks import check_loss
 from recbole_cl.strategy.parts.exemplars import ReservoirMemory, join_rows
-from recbole_cl.strategy.parts.importance import check_loss, squared_gradients, stage_importance
+from recbole_cl.strategy.parts.importance import squared_gradients, stage_importance
 from recbole_cl.strategy.parts.rows import OwnRows
 from recbole_cl.stream.batch import STAGE, TARGETS
 from recbole_cl.stream.loader import make_loader
@@ -196,6 +197,21 @@ def test_ewc_two_anchors_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     assert point.theta.grad is None
 
 
+def test_ewc_goes_on_from_its_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The penalty of the example above, by a strategy that was made anew from the other one's state: 7.25 again.
+
+    The anchors lie apart, so a part of it, 0.25 * 3/4 = 0.1875, is held by no tensor.
+    """
+    strategy, point = ewc(0.5), Point([0.0, 0.0])
+    for fisher, theta in (([1.0, 0.0], [1.0, 5.0]), ([3.0, 2.0], [2.0, -1.0])):
+        strategy._add_anchor("theta", torch.tensor(fisher), torch.tensor(theta))
+    again = ewc(0.5)
+    again.load_state_dict(strategy.state_dict())
+    point.theta.data = torch.tensor([4.0, 1.0])
+    assert float(again.penalty(toy_context(point))) == pytest.approx(7.25)
+    assert again.weight() * again.residual == pytest.approx(0.1875)
+
+
 def test_ewc_collapses_many_anchors_exactly() -> None:
     generator = torch.Generator().manual_seed(1)
     strategy, point = ewc(2.0), Point([0.0] * 50)
@@ -362,6 +378,21 @@ def test_reservoir_keeps_rows_and_their_keys_together(context: Any) -> None:
         at = np.searchsorted(memory.columns["_position"].numpy(), memory.sample(5, generator)["_position"].numpy())
         counts[at] += 1
     assert chisquare(counts).pvalue > 0.01
+
+
+def test_a_memory_goes_on_from_its_state(context: Any) -> None:
+    """Keys are part of it: shown another stage, a memory made from the state keeps the rows that the other keeps."""
+    memory = ReservoirMemory(30)
+    memory.add(context("BPR"), context("BPR").stage.train, np.random.default_rng(0))
+    assert len(set(memory.keys.tolist())) == 30 and memory.keys.max() < 0.7, "the smallest keys stay"
+    again = ReservoirMemory(30)
+    again.load_state_dict(memory.state_dict())
+    ctx = context("BPR", 1)
+    for one in (memory, again):
+        one.add(ctx, ctx.stage.train, np.random.default_rng(1))
+    assert np.array_equal(memory.keys, again.keys)
+    assert memory.columns["_position"].tolist() == again.columns["_position"].tolist()
+    assert set(memory.columns[STAGE].tolist()) == {0, 1}
 
 
 def test_memory_of_another_log_is_refused(context: Any) -> None:

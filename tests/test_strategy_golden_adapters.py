@@ -33,7 +33,8 @@ from recbole_cl.model.sasrec import SASRec
 from recbole_cl.strategy.context import StageContext
 from recbole_cl.strategy.parts.part_tuning import PartTuning, Trainable
 from recbole_cl.stream.vocabulary import Growth
-from recbole_cl.testing.contract import SMALL, assert_same
+from recbole_cl.testing.comparing import assert_same
+from recbole_cl.testing.contract import SMALL
 from recbole_cl.testing.toy import PlantedDrift, write_planted_drift
 from recbole_cl.training.runner import Runner
 

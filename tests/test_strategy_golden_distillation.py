@@ -26,7 +26,8 @@ from recbole_cl.strategy.pisa import cluster, distances, divergence, info_nce
 from recbole_cl.stream.loader import make_loader
 from recbole_cl.stream.vocabulary import Growth
 from recbole_cl.testing import PlantedDrift, write_planted_drift
-from recbole_cl.testing.contract import SMALL, assert_same
+from recbole_cl.testing.comparing import assert_same
+from recbole_cl.testing.contract import SMALL
 from recbole_cl.training.runner import Runner
 
 TOWERS = ["BPR", "LightGCN"]

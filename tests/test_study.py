@@ -215,3 +215,22 @@ def test_table_holds_the_means_of_the_results(
     own = [[p["valid"][metric] for p in r["curves"] if p["stage"] == 0] for r in results]
     line = next(t for t in figure["data"] if t["name"] == "FineTune" and t["xaxis"] == "x")
     assert line["y"] == pytest.approx([sum(values) / 2 for values in zip(*own, strict=True)])
+
+
+def test_methods_share_the_first_stage_of_a_seed(log: PlantedDrift, tmp_path: Path) -> None:
+    """It is trained once, with the numbers that each would have had; who takes part in it trains its own."""
+    methods = ["FineTune", {"EWC weak": {"strategy": "EWC", "ewc_lambda": 0.5}}, "SI"]
+    plan = read_plan(study(tmp_path, log, strategies=methods, seeds=[1], share_base=True), "laptop")
+    plain, weak, si = plan.cells
+    assert plain.base == weak.base == plain.folder and si.base is None
+    assert walk(plan, tmp_path / "shared") == []
+    apart = read_plan(study(tmp_path, log, strategies=methods, seeds=[1]), "laptop")
+    assert walk(apart, tmp_path / "apart") == []
+    results = {}
+    for name in ("shared", "apart"):
+        read = [json.loads((tmp_path / name / cell.folder / "result.json").read_text()) for cell in plan.cells]
+        results[name] = [result["matrix"] for result in read]
+        seconds = [result["cost"][0]["train_seconds"] for result in read]
+        assert (seconds[0] == seconds[1]) == (name == "shared") and seconds[2] not in seconds[:2]
+    assert results["shared"] == results["apart"]
+    assert not (tmp_path / "shared" / plain.folder / "base").exists(), "a study keeps numbers, not weights"

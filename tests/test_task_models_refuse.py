@@ -17,10 +17,10 @@ from torch import nn
 
 from recbole_cl.config import CLConfig
 from recbole_cl.errors import ConfigError
-from recbole_cl.model import task_heads
+from recbole_cl.model import task_model
 from recbole_cl.model.gru4rec import GRU4Rec
 from recbole_cl.model.sasrec import SASRec
-from recbole_cl.model.task_heads import probing, why_no_inner_product
+from recbole_cl.model.task_model import probing, why_no_inner_product
 from recbole_cl.training.runner import Runner
 
 BACKBONE = {
@@ -65,7 +65,7 @@ def untrained(monkeypatch: pytest.MonkeyPatch) -> None:
     def trained(*_: Any) -> Any:
         raise Trained
 
-    monkeypatch.setattr(task_heads.TaskModel, "calculate_loss", trained)
+    monkeypatch.setattr(task_model.TaskModel, "calculate_loss", trained)
     monkeypatch.setattr("recbole_cl.model.multi_task.MultiTask.calculate_loss", trained)
     monkeypatch.setattr("recbole_cl.model.pcl.PCL.calculate_loss", trained)
 
@@ -231,7 +231,7 @@ def test_the_probe_draws_nothing(start: Start, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(GRU4Rec, "forward", noisy)
     tables = []
     for probe in (why_no_inner_product, lambda *_: None):
-        monkeypatch.setattr(task_heads, "why_no_inner_product", probe)
+        monkeypatch.setattr(task_model, "why_no_inner_product", probe)
         runner = start("MultiTask", multi_task_backbone="GRU4Rec", n_stages=1)
         runner.run()
         tables.append(runner.model.backbone.item_embedding.weight.detach())

@@ -11,6 +11,9 @@ from recbole_cl.config.blocks import HEADER
 from recbole_cl.config.datasets import find_dataset
 from recbole_cl.errors import ConfigError, nearest
 
+ID_PROPERTIES = ("USER_ID_FIELD", "ITEM_ID_FIELD", "HEAD_ENTITY_ID_FIELD", "TAIL_ENTITY_ID_FIELD", "ENTITY_ID_FIELD")
+"""Properties that name columns of ids."""
+
 
 @dataclass(frozen=True)
 class LogFiles:
@@ -44,10 +47,46 @@ def read_header(file: Path, final: Mapping[str, Any]) -> list[str]:
     Args:
         file: The file.
         final: ``encoding`` and ``field_separator`` are read.
+
+    Raises:
+        ConfigError: If the file cannot be read so; the message names an encoding to try.
     """
-    with file.open(encoding=final.get("encoding") or "utf-8") as lines:
-        header: list[str] = lines.readline().rstrip("\r\n").split(final["field_separator"])
-    return header
+    encoding = final.get("encoding") or "utf-8"
+    try:
+        with file.open(encoding=encoding) as lines:
+            header = lines.readline().rstrip("\r\n")
+    except (OSError, UnicodeError, LookupError) as error:
+        begins = file.read_bytes()[:2] if file.is_file() else b""
+        other = "utf-16" if begins in (b"\xff\xfe", b"\xfe\xff") else "latin-1"
+        remedy = f"; set encoding to what it is written in, such as {other}" if isinstance(error, ValueError) else ""
+        raise ConfigError(f"cannot read {file.name} of dataset {file.stem!r}: {error}{remedy}") from error
+    if header.startswith("\ufeff"):
+        raise ConfigError(
+            f"{file.name} begins with a byte order mark, as spreadsheets write it, which {encoding!r} takes for a "
+            f"letter of the first column's name; set encoding: utf-8-sig"
+        )
+    words: list[str] = header.split(final["field_separator"])
+    return words
+
+
+def check_header(file: Path, final: Mapping[str, Any]) -> None:
+    """Checks that the columns of ids in an atomic file are declared as names.
+
+    Args:
+        file: The file.
+        final: The effective properties; ``encoding``, ``field_separator`` and the names of the ids are read.
+
+    Raises:
+        ConfigError: If one is declared as a number or as several names, or the header cannot be read.
+    """
+    ids = {final.get(key): key for key in ID_PROPERTIES}
+    for word in read_header(file, final):
+        name, _, kind = word.partition(":")
+        if name in ids and kind and kind != "token":
+            raise ConfigError(
+                f"property {ids[name]!r} is {name!r}, which {file.name} declares as {kind!r}; ids are names, so write "
+                f"{name}:token in its first line"
+            )
 
 
 def column_names(header: Iterable[str]) -> list[str]:
@@ -77,15 +116,13 @@ def open_log(final: dict[str, Any], dataset: str, warnings: list[str]) -> LogFil
         warnings.append(f"{dataset}.inter is not in data_path {asked!r}; {folder} is read instead")
     final["data_path"] = str(folder)
     file, separator = folder / f"{dataset}.inter", final["field_separator"]
-    try:
-        header = read_header(file, final) if file.is_file() else list(HEADER)  # blocks: written as they are loaded
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read {file.name} of dataset {dataset!r}: {error}") from error
+    header = read_header(file, final) if file.is_file() else list(HEADER)  # blocks: written as they are loaded
     if any(not word.partition(":")[2] for word in header):
         raise ConfigError(
             f"the first line of {file.name} is {separator.join(header)[:80]!r}; it must name each column and its type, "
             f"separated by property 'field_separator' {separator!r}, as in 'user_id:token'"
         )
+    check_header(file, final)
     return LogFiles(dataset, folder, column_names(header))
 
 

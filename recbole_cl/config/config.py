@@ -37,7 +37,7 @@ from recbole_cl.config.models import check_class, get_model_class
 from recbole_cl.config.parity import settle
 from recbole_cl.config.strata import make_strata
 from recbole_cl.config.strategies import asked_strategies, refuse_contradictions, settle_parameters
-from recbole_cl.config.task import rank_without_labels, settle_negatives, settle_repeats
+from recbole_cl.config.task import check_negatives, rank_without_labels, settle_negatives, settle_repeats
 from recbole_cl.config.values import INTERVALS, Loader, parse_arguments, parse_property, plain, read_properties
 from recbole_cl.errors import ConfigError
 from recbole_cl.registry import schedulers, strategies
@@ -136,6 +136,7 @@ class CLConfig(Config):
             if isinstance(error, ConfigError):
                 raise
             raise ConfigError(f"RecBole refuses these properties: {' '.join(str(error).split())}") from error
+        check_negatives(self.final_config_dict, self.model_class)
         self._init_device()
 
     # ---- reading

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import inspect
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -124,6 +125,18 @@ def configured_traits(config: Any) -> Traits:
     """Returns the traits of the model that a configuration asks for, or of the one inside it."""
     found = (_own_traits(model_class) for model_class in configured_classes(config))
     return next((traits for traits in found if traits is not None), Traits())
+
+
+def reads(model_class: type, name: str) -> bool:
+    """Tells whether the loss of one of RecBole's models reads a field (``LABEL``, ``NEG_ITEM_ID``).
+
+    A loss of another package's may read and mean what it likes. Ours stand before those of RecBole's models.
+    """
+    for cls in model_class.__mro__:
+        if "calculate_loss" in vars(cls) and not cls.__module__.startswith("recbole_cl.model."):
+            own = cls.__module__.startswith("recbole.model.")
+            return own and re.search(rf"\bself\.{name}\b", inspect.getsource(vars(cls)["calculate_loss"])) is not None
+    return False
 
 
 def recbole_name(model_class: type) -> str:

@@ -6,8 +6,9 @@ import copy
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from recbole.utils import ModelType
+from recbole.utils import InputType, ModelType
 
+from recbole_cl.config.models import reads
 from recbole_cl.errors import ConfigError
 
 
@@ -52,6 +53,20 @@ def settle_negatives(final: dict[str, Any], model: str, asked: Collection[str]) 
             "which compares with all items; leave it out or set loss_type to 'BPR'"
         )
     final["train_neg_sample_args"] = None
+
+
+def check_negatives(final: Mapping[str, Any], model_class: type) -> None:
+    """Checks that a model which compares an item with another one is given negatives.
+
+    Raises:
+        ConfigError: If ``train_neg_sample_args`` asks for none.
+    """
+    none, kind = final["train_neg_sample_args"]["distribution"] == "none", final["MODEL_INPUT_TYPE"]
+    if none and kind == InputType.PAIRWISE and reads(model_class, "NEG_ITEM_ID"):
+        raise ConfigError(
+            f"property 'train_neg_sample_args' is None, but model {model_class.__name__!r} compares each item with a "
+            f"negative; set train_neg_sample_args: {{distribution: uniform, sample_num: 1}}"
+        )
 
 
 def rank_without_labels(final: dict[str, Any], asked: Collection[str], overall: Mapping[str, Any]) -> None:

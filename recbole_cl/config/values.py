@@ -155,7 +155,7 @@ def parse_arguments(args: Iterable[str] | None) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for arg in args or ():
         key, equals, raw = str(arg)[2:].partition("=")
-        if not str(arg).startswith("--") or not key:
+        if not str(arg).startswith("--") or not re.fullmatch(r"[\w.-]+", key):
             raise ConfigError(f"cannot read the argument {arg!r}; properties are written --name=value")
         value = parse_property(key, raw, unquote=True) if equals else True
         if key in values and values[key] != value:

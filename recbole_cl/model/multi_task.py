@@ -12,7 +12,8 @@ from torch import nn
 
 from recbole_cl.errors import ConfigError
 from recbole_cl.model.mixture import MixtureOfExperts, TaskMasks
-from recbole_cl.model.task_heads import TaskHeads, TaskModel
+from recbole_cl.model.task_heads import TaskHeads
+from recbole_cl.model.task_model import TaskModel
 from recbole_cl.registry import models
 from recbole_cl.stream.batch import TARGETS
 

@@ -15,7 +15,8 @@ from recbole_cl.llm.encode import encode_texts
 from recbole_cl.model.all_positions import last_items
 from recbole_cl.model.prompted_histories import Computed, HistoryCache, RecurrentHistories, TransformerHistories
 from recbole_cl.model.state import grow_model
-from recbole_cl.model.task_heads import TaskHeads, TaskModel, probing
+from recbole_cl.model.task_heads import TaskHeads
+from recbole_cl.model.task_model import TaskModel, probing
 from recbole_cl.prompt import ContextualPrompts, ItemAttribute, PromptedEmbedding, describe, place_prompts
 from recbole_cl.registry import encoders, models, strategies
 from recbole_cl.stream.batch import TARGETS

@@ -119,8 +119,8 @@ def grow_model(
     lost = carry(state, new, growth, new_rows)
     if getattr(new, "type", None) != ModelType.TRADITIONAL or traits_of(new).counts:
         _carry_others(old, new, n_users, n_items)
-    if offers(new, "grow_owned_state") and offers(old, "owned_state"):
-        new.load_owned_state(new.grow_owned_state(clone_tree(old.owned_state()), growth))
+    if offers(old, "owned_state"):
+        new.load_owned_state(contract(new).grow_owned_state(clone_tree(old.owned_state()), growth))
     return growth, lost
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from recbole_cl.errors import DataError, OutputError
-from recbole_cl.report.figures import picture
 from recbole_cl.report.html import page
+from recbole_cl.report.picture import picture
 from recbole_cl.report.terminal import terminal_summary
 
 __all__ = ["page", "picture", "render_folder", "terminal_summary", "write_report"]

@@ -1,103 +1,15 @@
-"""``report.html``: one file that opens anywhere, offline, and sends nothing.
-
-Plotly's script is embedded once, the figures are data beside it. A content security policy lets the browser run exactly
-the two scripts of this module, by their hashes, and load nothing: a name in a data file that looks like a script stays
-text even if an escape were forgotten.
-"""
+"""``report.html``: the sections of a run's page, each a function of the result (``skeleton.py``: the page itself)."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Iterable, Mapping
 from html import escape
-from importlib import resources
 from typing import Any
 
 from recbole_cl.report import figures, text
+from recbole_cl.report.skeleton import document, table
 from recbole_cl.results.strata import STRATA
-
-STYLE = """
-:root { --ink: #1f2933; --muted: #52606d; --line: #e4e9ee; --pale: #f4f6f8; --accent: #1d5f93; --warn: #9c4221; }
-* { box-sizing: border-box; }
-html { scroll-behavior: smooth; }
-body { margin: 0; background: var(--pale); color: var(--ink); font: 15px/1.5 system-ui, -apple-system, "Segoe UI",
-  Roboto, "Helvetica Neue", Arial, sans-serif; }
-main, .bar > div { max-width: 1160px; margin: 0 auto; padding: 0 20px; }
-.bar { position: sticky; top: 0; z-index: 9; background: #fffffff2; border-bottom: 1px solid var(--line); }
-.bar > div { display: flex; gap: 6px 16px; align-items: center; flex-wrap: wrap; padding-top: 8px;
-  padding-bottom: 8px; }
-.bar a { color: var(--muted); text-decoration: none; font-size: 13px; }
-.bar a:hover { color: var(--accent); text-decoration: underline; }
-.bar label { margin-left: auto; font-size: 13px; color: var(--muted); white-space: nowrap; }
-select { font: inherit; font-size: 13px; padding: 3px 8px; border: 1px solid #cbd2d9; border-radius: 6px;
-  background: #fff; color: var(--ink); max-width: 220px; }
-header { padding: 30px 0 6px; }
-h1 { font-size: 27px; line-height: 1.25; margin: 0 0 8px; overflow-wrap: anywhere; letter-spacing: -.01em; }
-h2 { font-size: 18px; margin: 0 0 4px; letter-spacing: -.005em; }
-h3 { font-size: 14px; margin: 18px 0 6px; color: var(--muted); font-weight: 600; }
-p { margin: 4px 0 10px; }
-.note { color: var(--muted); font-size: 13.5px; max-width: 88ch; }
-.chips { display: flex; flex-wrap: wrap; gap: 6px; margin: 0; padding: 0; list-style: none; }
-.chips li { background: #fff; border: 1px solid var(--line); border-radius: 99px; padding: 2px 11px; font-size: 13px;
-  overflow-wrap: anywhere; }
-.chips b { font-weight: 600; } .chips span { color: var(--muted); margin-right: 5px; }
-section { background: #fff; border: 1px solid var(--line); border-radius: 10px; padding: 20px 22px; margin: 18px 0;
-  scroll-margin-top: 56px; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(245px, 1fr)); gap: 12px; margin: 12px 0 4px; }
-.card { border: 1px solid var(--line); border-radius: 8px; padding: 12px 14px; }
-.card .what { color: var(--muted); font-size: 13px; } .card .what b { color: var(--ink); font-weight: 600; }
-.card .value { font-size: 26px; font-weight: 600; font-variant-numeric: tabular-nums; line-height: 1.35; }
-.card .value.none { color: #7b8794; font-size: 18px; font-weight: 400; line-height: 1.95; }
-.card .reason { color: var(--warn); font-size: 12.5px; line-height: 1.4; margin-top: 3px; overflow-wrap: anywhere; }
-code, .formula { font: 12px/1.45 ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace;
-  color: var(--muted); overflow-wrap: anywhere; }
-.two { display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); gap: 20px; }
-.scroll { overflow-x: auto; margin: 8px 0; }
-.tall { max-height: 420px; overflow-y: auto; }
-table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
-table.wide { width: 100%; }
-th, td { padding: 5px 12px 5px 0; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap;
-  vertical-align: top; }
-th:last-child, td:last-child { padding-right: 2px; }
-th { color: var(--muted); font-weight: 600; }
-th.l, td.l { text-align: left; }
-td.long { white-space: normal; overflow-wrap: anywhere; text-align: left; }
-td.d { font-weight: 600; } tr:last-child td { border-bottom: 0; }
-.figure { width: 100%; min-height: 120px; }
-details { margin: 10px 0 0; } summary { cursor: pointer; color: var(--accent); font-size: 13.5px; }
-ul.warnings { margin: 8px 0 0; padding-left: 20px; } ul.warnings li { margin: 3px 0; overflow-wrap: anywhere; }
-.none { color: var(--muted); }
-footer { color: var(--muted); font-size: 12.5px; padding: 4px 0 40px; overflow-wrap: anywhere; }
-@media (max-width: 860px) { .two { grid-template-columns: minmax(0, 1fr); } }
-@media print { .bar { display: none; } body { background: #fff; } section { break-inside: avoid; } }
-"""
-
-# A figure is drawn when it is first seen: a hidden one has no size that Plotly could fill. The buttons are listed one
-# by one because Plotly's own list has one that sends the figure to a server.
-SCRIPT = """
-const figures = JSON.parse(document.getElementById("figures").textContent);
-const config = {displaylogo: false, responsive: true, plotlyServerURL: "",
-  modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]]};
-function draw() {
-  for (const node of document.querySelectorAll(".figure:not([data-drawn])")) {
-    if (node.offsetParent === null) continue;
-    const figure = figures[node.dataset.figure];
-    node.dataset.drawn = "1";
-    Plotly.newPlot(node, figure.data, figure.layout, config);
-  }
-}
-function show(metric) {
-  for (const node of document.querySelectorAll("[data-metric]")) node.hidden = node.dataset.metric !== metric;
-  draw();
-}
-const choice = document.getElementById("metric");
-if (choice) { choice.addEventListener("change", () => show(choice.value)); show(choice.value); }
-document.addEventListener("toggle", draw, true);
-draw();
-"""
 
 #: Labels of the fields of ``disparity``; others are told under their own name.
 ITEM_DISPARITY = {
@@ -131,20 +43,6 @@ COST = {
     "objectives": ("#F objectives at once", text.count),
     "bytes_per_task": ("kept for the task", text.size),
 }
-
-
-@lru_cache(maxsize=1)
-def plotly_script() -> tuple[str, str]:
-    """Returns Plotly's minified script and its hash for the content security policy."""
-    # Read from the package's data: importing plotly.offline costs more than writing the whole page.
-    script = resources.files("plotly").joinpath("package_data", "plotly.min.js").read_text(encoding="utf-8")
-    # A browser ends a script at the first closing tag, and reads a carriage return as a newline before it hashes.
-    script = script.replace("</script", r"<\/script").replace("\r\n", "\n").replace("\r", "\n")
-    return script, _hash(script)
-
-
-def _hash(script: str) -> str:
-    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
 
 
 def page(result: Mapping[str, Any]) -> str:
@@ -188,25 +86,16 @@ class _Page:
             f'<section id="{key}"><h2>{escape(title)}</h2>{inner}</section>' for key, title, inner in sections
         )
         links = "".join(f'<a href="#{key}">{escape(title.split(" (")[0])}</a>' for key, title, _ in sections)
-        plotly, plotly_hash = plotly_script()
         name = escape(text.clean(self.result.get("name") or "run"))
-        policy = (
-            f"default-src 'none'; script-src '{plotly_hash}' '{_hash(SCRIPT)}'; style-src 'unsafe-inline'; "
-            "img-src data: blob:; base-uri 'none'; form-action 'none'"
-        )
         chips = "".join(f"<li><span>{escape(k)}</span><b>{escape(v)}</b></li>" for k, v in text.facts(self.result))
         folder = text.clean(self.result.get("output_dir") or "")
-        return (
-            '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-            f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-            '<meta name="viewport" content="width=device-width, initial-scale=1">'
-            f"<title>{name}: RecBole-CL</title><style>{STYLE}</style></head><body>"
+        return document(
+            name,
             f'<nav class="bar"><div>{links}{self.choice()}</div></nav><main>'
             f'<header><h1>{name}</h1><ul class="chips">{chips}</ul></header>'
             "<noscript><p>The figures need JavaScript; the tables do not.</p></noscript>"
-            f"{body}<footer>RecBole-CL{': ' + escape(folder) if folder else ''}. Stages count from 1.</footer></main>\n"
-            f'<script type="application/json" id="figures">{_json(self.figures)}</script>\n'
-            f"<script>{plotly}</script>\n<script>{SCRIPT}</script></body></html>\n"
+            f"{body}<footer>RecBole-CL{': ' + escape(folder) if folder else ''}. Stages count from 1.</footer></main>",
+            self.figures,
         )
 
     # ----------------------------------------------------------------------------------------------------------
@@ -257,8 +146,8 @@ class _Page:
             return f'<p class="note">{escape(text.clean(metric))}</p><div class="cards">{"".join(found)}</div>'
 
         rows = [[m, *(text.number(text.lookup(summary.get(n), m)) for n in names)] for m in self.metrics]
-        table = _table(["metric", *names], rows, wide=True)
-        return self.per_metric((m, cards(m)) for m in self.metrics) + f"<h3>All metrics</h3>{table}"
+        everything = table(["metric", *names], rows, wide=True)
+        return self.per_metric((m, cards(m)) for m in self.metrics) + f"<h3>All metrics</h3>{everything}"
 
     def stages(self) -> str:
         """Returns the table of the stages."""
@@ -285,7 +174,7 @@ class _Page:
         heads = ["#", "name", *tasks.values(), *(text.STAGE_COLUMNS[k] for k in keys)]
         heads += [k.replace("_", " ") for k in others]
         note = "train, valid and test count targets; cold ones are test targets whose user or item is not trained on."
-        return f'<p class="note">{note}</p>{_table(heads, rows, left=tuple(range(2 + len(tasks))), wide=True)}'
+        return f'<p class="note">{note}</p>{table(heads, rows, left=tuple(range(2 + len(tasks))), wide=True)}'
 
     def matrix(self) -> str:
         """Returns the heat maps, each with its numbers as a table."""
@@ -298,10 +187,10 @@ class _Page:
             reference = text.lookup(self.result.get("reference"), metric)
             if reference:
                 rows.append(["reference b[s]", *(text.number(v) for v in reference)])
-            table = _table(["trained up to", *self.names[: len(matrix)]], rows)
+            numbers = table(["trained up to", *self.names[: len(matrix)]], rows)
             return (
                 self.figure(f"matrix {metric}", figures.heat_map(self.result, metric))
-                + f"<details><summary>The numbers of {escape(text.clean(metric))}</summary>{table}</details>"
+                + f"<details><summary>The numbers of {escape(text.clean(metric))}</summary>{numbers}</details>"
             )
 
         note = (
@@ -359,8 +248,8 @@ class _Page:
             "Training targets after which the validation first reached 95 % of the best value of its stage; measured "
             "points only, nothing interpolated."
         )
-        table = _table(["stage", "epochs run", "targets to 95 %", "in passes over the stage"], rows)
-        return f'<h3>Steps to 95 %</h3><p class="note">{note}</p>{table}'
+        told = table(["stage", "epochs run", "targets to 95 %", "in passes over the stage"], rows)
+        return f'<h3>Steps to 95 %</h3><p class="note">{note}</p>{told}'
 
     def strata(self) -> str:
         """Returns one table a metric: strata by stages, right after training, and the last model."""
@@ -382,7 +271,7 @@ class _Page:
                 what = STRATA.get(stratum, "")
                 rows.append([told, *(text.number(v) for v in [*diagonal, *ends]), what])
             heads = ["stratum", *self.names, "mean", "last model", "holds"]
-            return _table(heads, rows, long=(len(heads) - 1,), wide=True)
+            return table(heads, rows, long=(len(heads) - 1,), wide=True)
 
         note = (
             "Each stage right after training on it, R[s,s], told for parts of its test targets; the mean over the "
@@ -420,7 +309,7 @@ class _Page:
                 [names[s], *((text.count if k.startswith("n_") else text.number)(d.get(k)) for k in keys)]
                 for s, d in enumerate(found)
             ]
-            tables += _table(["stage", *(labels[k] for k in keys)], rows, wide=True) if keys else ""
+            tables += table(["stage", *(labels[k] for k in keys)], rows, wide=True) if keys else ""
         definitions = dict.fromkeys(
             (key.removeprefix("definition_"), text.clean(value))
             for d in found
@@ -465,7 +354,7 @@ class _Page:
             for s, c in enumerate(found)
         ]
         heads = ["stage", *(COST[k][0] for k in keys), *(k.replace("_", " ") for k in others)]
-        return f'<div class="two">{drawn}</div>{_table(heads, rows, wide=True)}'
+        return f'<div class="two">{drawn}</div>{table(heads, rows, wide=True)}'
 
     def terms(self) -> str:
         """Returns the loss terms."""
@@ -489,16 +378,12 @@ class _Page:
         ]
         if not rows:
             return _none("No configuration was recorded.")
-        return f'<div class="tall">{_table(["property", "value"], rows, left=(0,), long=(1,), wide=True)}</div>'
+        return f'<div class="tall">{table(["property", "value"], rows, left=(0,), long=(1,), wide=True)}</div>'
 
     def versions(self) -> str:
         """Returns the table of the versions."""
         rows = [[str(k), _setting(v)] for k, v in (self.result.get("versions") or {}).items()]
-        return _table(["what", "version"], rows, left=(0,), long=(1,)) if rows else _none("No versions were recorded.")
-
-
-# --------------------------------------------------------------------------------------------------------------
-# Helpers
+        return table(["what", "version"], rows, left=(0,), long=(1,)) if rows else _none("No versions were recorded.")
 
 
 def _none(sentence: str) -> str:
@@ -509,39 +394,3 @@ def _setting(value: Any) -> str:
     if isinstance(value, str):
         return text.clean(value)
     return text.clean(json.dumps(value, ensure_ascii=False, default=str))
-
-
-def _table(
-    heads: Sequence[str],
-    rows: Sequence[Sequence[str]],
-    left: Sequence[int] = (0,),
-    long: Sequence[int] = (),
-    wide: bool = False,
-) -> str:
-    """Builds a table that scrolls by itself where it is wider than the page.
-
-    Args:
-        heads: Headings.
-        rows: Text of the cells, escaped here.
-        left: Columns aligned to the left.
-        long: Columns of running text, which may wrap.
-        wide: Whether it fills the page.
-    """
-    kinds = ["long" if c in long else "l" if c in left else "" for c in range(len(heads))]
-
-    def cell(tag: str, c: int, value: str) -> str:
-        kind = "l" if tag == "th" and kinds[c] == "long" else kinds[c]
-        return f"<{tag}{f' class={kind}' if kind else ''}>{escape(text.clean(value))}</{tag}>"
-
-    head = "".join(cell("th", c, value) for c, value in enumerate(heads))
-    body = "".join(
-        f"<tr>{''.join(cell('td', c, value) for c, value in enumerate(row[: len(heads)]))}</tr>" for row in rows
-    )
-    style = ' class="wide"' if wide else ""
-    return f'<div class="scroll"><table{style}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def _json(value: Any) -> str:
-    """Writes JSON that may stand inside a script element: no character in it can end the element."""
-    told = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
-    return told.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import math
 import re
@@ -101,8 +102,9 @@ def moment(value: Any, none: str = "-") -> str:
     if v is None:
         return none
     if 1e8 <= abs(v) < 1e11:
-        moment = datetime.datetime(1970, 1, 1) + datetime.timedelta(seconds=v)
-        return moment.strftime("%Y-%m-%d")
+        with contextlib.suppress(OverflowError):  # before the year 1
+            moment = datetime.datetime(1970, 1, 1) + datetime.timedelta(seconds=v)
+            return moment.strftime("%Y-%m-%d")
     return f"{v:g}" if abs(v) < 1e6 else f"{v:.0f}" if abs(v) < 1e15 else f"{v:.3g}"
 
 

@@ -3,7 +3,8 @@
 Nothing here knows a model, a strategy or a runner. The modules hold numpy arrays and plain dictionaries only, so
 that every number of a report can be computed again from ``result.json`` alone.
 
-- :mod:`~recbole_cl.results.matrix` forgetting, transfer, plasticity and the other summaries of the matrix
+- :mod:`~recbole_cl.results.matrix` the matrix R[t, s] and all its summaries
+- :mod:`~recbole_cl.results.measures` forgetting, transfer, plasticity and the others, one by one
 - :mod:`~recbole_cl.results.records` the append-only list of results of which the matrix is a view
 - :mod:`~recbole_cl.results.steps` Steps-to-95 % from the learning curve inside a stage
 - :mod:`~recbole_cl.results.exposure` disparity of exposure over items and of quality over users
@@ -11,7 +12,8 @@ that every number of a report can be computed again from ``result.json`` alone.
 """
 
 from recbole_cl.results.exposure import exposure_disparity, head_mask
-from recbole_cl.results.matrix import ResultMatrix, Summary, smaller_is_better, summarise, summarise_all
+from recbole_cl.results.matrix import ResultMatrix, smaller_is_better, summarise, summarise_all
+from recbole_cl.results.measures import Summary
 from recbole_cl.results.records import Record, Records
 from recbole_cl.results.steps import stage_curve, steps_to_95
 from recbole_cl.results.strata import STRATA, StratumMean, mean_by_stratum, strata_masks

@@ -71,6 +71,7 @@ class ADER(Strategy):
     """
 
     prefix = "ader"
+    base_is_finetune = True
     defaults = {
         "lambda": 0.8, "memory_size": 30000, "batch_size": None, "selection": "herding", "quota": "proportional",
         "weight": "adaptive", "target": "distil", "valid": False,

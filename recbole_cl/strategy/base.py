@@ -53,6 +53,8 @@ class Strategy:
         priority: Order of combination; equal priorities are ordered by name.
         plans_passes: Its :meth:`plan_stage` gives passes at some stage; two such strategies do not compose.
         wants_data_gradients: Keep the gradients of the data loss apart (``ctx.data_gradients``).
+        base_is_finetune: It trains, scores and costs the first stage as FineTune does, and what it notes of it it notes
+            in :meth:`end_stage` alone: its runs may take the first stage over from another run (``base_run``).
     """
 
     prefix: ClassVar[str] = ""
@@ -64,6 +66,7 @@ class Strategy:
     priority: ClassVar[int] = 50
     plans_passes: ClassVar[bool] = False
     wants_data_gradients: ClassVar[bool] = False
+    base_is_finetune: ClassVar[bool] = False
 
     def __init__(self, parameters: Mapping[str, Any] | None = None) -> None:
         self.params: dict[str, Any] = dict(parameters or {})

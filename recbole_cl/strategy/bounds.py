@@ -23,6 +23,7 @@ class FineTune(Strategy):
     """Goes on training on each stage's data: the lower bound that a strategy must beat on old stages."""
 
     prefix = "finetune"
+    base_is_finetune = True
     neutral = {}
     kind = "bound"
 
@@ -35,6 +36,7 @@ class Pretrain(Strategy):
     """Trains on the first stage, then is only evaluated: nothing is forgotten, nothing is learnt."""
 
     prefix = "pretrain"
+    base_is_finetune = True
     plans_passes = True
     why_not_neutral = _NOT_NEUTRAL
     kind = "bound"
@@ -71,6 +73,7 @@ class Joint(Strategy):
     """Goes on training, on all data so far."""
 
     prefix = "joint"
+    base_is_finetune = True
     plans_passes = True
     why_not_neutral = _NOT_NEUTRAL
     kind = "bound"

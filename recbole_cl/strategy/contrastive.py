@@ -43,6 +43,7 @@ class Contrastive(Strategy):
     """
 
     prefix = "contrastive"
+    base_is_finetune = True
     defaults = {"lambda": 0.1, "temperature": 1.0, "positives": 15, "negatives": 1000}
     neutral = {"lambda": 0.0}
     needs = frozenset({"gradient", "batch_rows", "pairwise"})

@@ -37,6 +37,7 @@ class ContrastivePIW(Contrastive):
     """
 
     prefix = "contrastive_piw"
+    base_is_finetune = False  # its weights of users learn from the first stage on
     defaults = {**Contrastive.defaults, "centers": 10, "cluster": 0.1, "hidden": 16}
 
     def __init__(self, parameters: Mapping[str, Any] | None = None) -> None:

@@ -39,6 +39,7 @@ class ERRandom(Strategy):
     """
 
     prefix = "er"
+    base_is_finetune = True
     defaults = {"memory_size": 1000, "batch_size": 256}
     neutral = {"batch_size": 0}
     needs = frozenset({"gradient", "batch_rows"})

@@ -11,8 +11,8 @@ from torch import nn
 from recbole_cl.registry import strategies
 from recbole_cl.strategy.base import require
 from recbole_cl.strategy.context import StageContext
-from recbole_cl.strategy.parts.checks import check_samples, check_strength
-from recbole_cl.strategy.parts.importance import check_loss, stage_importance
+from recbole_cl.strategy.parts.checks import check_loss, check_samples, check_strength
+from recbole_cl.strategy.parts.importance import stage_importance
 from recbole_cl.strategy.parts.quadratic import QuadraticPenalty
 
 
@@ -39,6 +39,7 @@ class EWC(QuadraticPenalty):
     """
 
     prefix = "ewc"
+    base_is_finetune = True
     defaults = {"lambda": 100.0, "samples": 2000}
     neutral = {"lambda": 0.0}
 

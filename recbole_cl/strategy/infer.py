@@ -14,9 +14,8 @@ from recbole_cl.errors import ConfigError
 from recbole_cl.registry import strategies
 from recbole_cl.strategy.context import StageContext
 from recbole_cl.strategy.er_random import ERRandom
-from recbole_cl.strategy.parts.checks import check_number, check_samples
+from recbole_cl.strategy.parts.checks import check_loss, check_number, check_samples
 from recbole_cl.strategy.parts.exemplars import build_rows, join_rows
-from recbole_cl.strategy.parts.importance import check_loss
 from recbole_cl.strategy.parts.influence import mean_gradient, products
 
 

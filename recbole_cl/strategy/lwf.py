@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from recbole_cl.errors import ConfigError
 from recbole_cl.model.contract import contract
 from recbole_cl.model.fused import distillation, divergence
-from recbole_cl.model.task_heads import TaskModel
+from recbole_cl.model.task_model import TaskModel
 from recbole_cl.registry import strategies
 from recbole_cl.strategy.base import Strategy
 from recbole_cl.strategy.context import StageContext
@@ -52,6 +52,7 @@ class LwF(Strategy):
     """
 
     prefix = "lwf"
+    base_is_finetune = True
     defaults = {"lambda": 1.0, "temperature": 2.0}
     neutral = {"lambda": 0.0}
     needs = frozenset({"gradient", "batch_rows"})

@@ -41,6 +41,7 @@ class MAS(QuadraticPenalty):
     """
 
     prefix = "mas"
+    base_is_finetune = True
     defaults = {"lambda": 1.0, "alpha": 0.5, "samples": 2000}
     neutral = {"lambda": 0.0}
     needs = frozenset({"gradient", "batch_rows"})

@@ -48,6 +48,7 @@ class PISA(Strategy):
     """
 
     prefix = "pisa"
+    base_is_finetune = True
     plans_passes = True
     defaults = {"alpha": 0.5, "temperature": 0.5, "clusters": 20, "least": 0.2}
     neutral = {"alpha": 0.0}

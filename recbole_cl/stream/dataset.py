@@ -7,11 +7,8 @@ constructor sees at a stage: the users and items known so far, the training inte
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import importlib
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,41 +20,15 @@ from recbole.data.interaction import Interaction
 from recbole.utils import FeatureType
 
 from recbole_cl.config.blocks import write_interactions
+from recbole_cl.config.columns import ID_PROPERTIES, check_header
 from recbole_cl.errors import DataError, RecBoleCLError
 from recbole_cl.registry import schedulers
 from recbole_cl.stream.parity import plain_class, recbole_view
-from recbole_cl.stream.quality import check_timestamps, number
+from recbole_cl.stream.quality import check_labels, check_timestamps, clock, number
+from recbole_cl.stream.reader import fast_reader
 from recbole_cl.stream.schedulers.base import Log, Scheduler, parse_time
 from recbole_cl.stream.split import roles, vocabulary_phase
 from recbole_cl.stream.table import InteractionTable
-
-
-@contextlib.contextmanager
-def fast_reader() -> Iterator[None]:
-    """A context in which RecBole reads atomic files with pandas' C parser: a fifth of the time, the same values.
-
-    ``recbole/data/dataset/dataset.py:482`` asks for ``engine="python"``, the slow one. It is called through the
-    module's global ``pd``, which is put back on the way out. What the C parser does not take (a separator of several
-    characters, a malformed file) goes to the slow one, errors included. Not for several threads.
-    """
-    module: Any = importlib.import_module("recbole.data.dataset.dataset")
-
-    class Pandas:
-        def __getattr__(self, name: str) -> Any:
-            return getattr(pd, name)
-
-        def read_csv(self, path: str, **given: Any) -> pd.DataFrame:
-            try:
-                return pd.read_csv(path, **{**given, "engine": "c"})
-            except Exception:
-                return pd.read_csv(path, **given)
-
-    module.pd = Pandas()
-    try:
-        yield
-    finally:
-        module.pd = pd
-
 
 if TYPE_CHECKING:
     from recbole.data.dataset import Dataset as _Mixed  # what the mixin is put in front of
@@ -92,12 +63,15 @@ class StreamDatasetMixin(_Mixed):
     _n_read: int
     _line: np.ndarray
     _without_row = 0
+    _ticks = 1.0
 
     def __init__(self, config: Any, scheduler: Scheduler) -> None:
         self.stream_warnings = []
         self._scheduler = scheduler
         super().__init__(config)
         self._change_feat_format()
+        label = config["LABEL_FIELD"]
+        check_labels(config, self.inter_feat[label].numpy() if label in self.inter_feat else None)
 
     def _download(self) -> None:
         raise DataError(f"data_path: {self.dataset_path!r} does not exist; nothing is downloaded")
@@ -112,7 +86,9 @@ class StreamDatasetMixin(_Mixed):
             super()._load_inter_feat(token, folder)
 
     def _load_feat(self, filepath: str, source: Any) -> pd.DataFrame | None:
-        with fast_reader():
+        check_header(Path(filepath), self.config.final_config_dict)
+        ids = [self.config[key] for key in ID_PROPERTIES]
+        with fast_reader(ids, self.stream_warnings):
             return super()._load_feat(filepath, source)
 
     def _filter_inter_by_user_or_item(self) -> None:
@@ -167,10 +143,11 @@ class StreamDatasetMixin(_Mixed):
             )
         time, warnings = check_timestamps(frame, self.time_field, line)
         self.stream_warnings += warnings
+        self._ticks, _ = clock(pd.to_numeric(frame[self.time_field]).to_numpy(dtype=np.float64))
         frame, time = self._time_range(frame, time)
         user = pd.factorize(frame[self.uid_field])[0]
         item = pd.factorize(frame[self.iid_field])[0]
-        slices = self._scheduler.assign(Log(user, item, time, self._with_item_column(frame)))
+        slices = self._scheduler.assign(Log(user, item, time, self._with_item_column(frame), self._ticks))
         order = np.lexsort((time, slices.stage))
         order = order[slices.stage[order] >= 0]
         left_out = len(frame) - len(order)
@@ -191,7 +168,7 @@ class StreamDatasetMixin(_Mixed):
         if limits is None:
             return frame, time
         low, high = (
-            bound if value is None else parse_time(value, "time_range")
+            bound if value is None else parse_time(value, "time_range", self._ticks)
             for value, bound in zip(limits, (-np.inf, np.inf), strict=True)
         )
         keep = (time >= low) & (time <= high)
@@ -296,13 +273,14 @@ class StreamDatasetMixin(_Mixed):
     def build_table(self) -> InteractionTable:
         """Returns the table over the interactions."""
         scale = 1 if (self.raw_time == np.floor(self.raw_time)).all() else 1_000_000
+        whole = np.floor if self._ticks == 1 else np.rint  # 0.123 s, of milliseconds, are not 122,999 microseconds
         limit = np.iinfo(np.int64).max // scale
         if (np.abs(self.raw_time) >= limit).any():
             raise DataError(f"TIME_FIELD: {np.abs(self.raw_time).max():g} does not fit into 64 bits; use seconds")
         return InteractionTable(
             user=self.inter_feat[self.uid_field].numpy().astype(np.int64),
             item=self.inter_feat[self.iid_field].numpy().astype(np.int64),
-            timestamp=np.floor(self.raw_time * scale).astype(np.int64),
+            timestamp=whole(self.raw_time * scale).astype(np.int64),
             stage=self.raw_stage.astype(np.int64),
             n_users=len(self.field2id_token[self.uid_field]),
             n_items=len(self.field2id_token[self.iid_field]),

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 from recbole.data.interaction import Interaction
-from recbole.data.transform import construct_transform
 from recbole.utils import ModelType
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from recbole_cl.config.models import configured_traits
 from recbole_cl.errors import ConfigError, DataError
@@ -24,6 +25,7 @@ from recbole_cl.stream.knowledge_loader import KnowledgeStageLoader
 from recbole_cl.stream.negatives import Negatives, make_sampler
 from recbole_cl.stream.sampler import REMEDY
 from recbole_cl.stream.stage import Targets
+from recbole_cl.stream.transforms import let_end, transform_of
 
 Units = Targets | Windows | tuple[np.ndarray, np.ndarray]
 """What a loader shuffles: targets, windows, or user ids with the positions of their last interactions."""
@@ -40,6 +42,7 @@ class StageLoader:
         generator: Owns the order.
         shuffle: Draw a new order each epoch.
         shift: Cut windows anew each epoch, at random places; ``units`` stay as they are.
+        join_last: A last batch of a single row joins the one before: a model with BatchNorm cannot take it alone.
     """
 
     def __init__(
@@ -51,12 +54,15 @@ class StageLoader:
         generator: torch.Generator,
         shuffle: bool = True,
         shift: bool = False,
+        join_last: bool = False,
     ) -> None:
         self.batcher, self.units, self.negatives = batcher, units, negatives
         self.batch_size = max(batch_size // negatives.times, 1)
         self.generator, self.shuffle, self.shift = generator, shuffle, shift
-        self.transform = construct_transform(batcher.config)
+        self.transform = transform_of(batcher.config)
         self.size = len(units[0]) if isinstance(units, tuple) else len(units)
+        single = negatives.times == 1 and self.size > self.batch_size > 1 and self.size % self.batch_size == 1
+        self.join_last = join_last and single
         self._epoch_start: torch.Tensor | None = None
         self._cursor: int | None = None
         self._skip = 0
@@ -74,7 +80,7 @@ class StageLoader:
         return int(self.units.n_targets.sum()) if isinstance(self.units, Windows) else self.size
 
     def __len__(self) -> int:
-        return max(1, -(-self.n_targets // self.batch_size))
+        return max(1, -(-self.n_targets // self.batch_size) - self.join_last)
 
     def get_model(self, model: Any) -> None:
         """Tells the model that dynamic negative sampling asks."""
@@ -92,7 +98,7 @@ class StageLoader:
             reached = np.cumsum(units.n_targets[order])
             cuts = np.flatnonzero(np.diff((reached - 1) // self.batch_size)) + 1
         else:
-            cuts = np.arange(self.batch_size, size, self.batch_size)
+            cuts = np.arange(self.batch_size, size - self.join_last, self.batch_size)
         return units, np.split(order, cuts)
 
     def __iter__(self) -> Iterator[Interaction]:
@@ -249,6 +255,10 @@ def make_loader(
                 f"...) have interacted with every item that can be drawn as a negative; {REMEDY}"
             )
     negatives = Negatives(batcher, config, sampler, repeatable)
+    model = ctx.model
+    normed = isinstance(model, nn.Module) and any(isinstance(part, _BatchNorm) for part in model.modules())
+    if hasattr(model, "_neg_sample"):
+        let_end(model, batcher.n_items, needed=True)
     order_generator = torch_generator(seed, ctx.index, f"order/{name}")
     loader = StageLoader(
         batcher,
@@ -258,7 +268,14 @@ def make_loader(
         order_generator,
         shuffle=bool(config["shuffle"]),
         shift=bool(config["window_shift"]),
+        join_last=normed and not isinstance(units, Windows),
     )
+    if normed and not isinstance(units, Windows) and min(loader.size, loader.batch_size) * negatives.times == 1:
+        raise DataError(
+            f"train_batch_size: at stage {ctx.index + 1}, {loader.size} training targets come in batches of one row, "
+            f"and the model {config['model']} normalises over a batch's rows (BatchNorm); set it to at least 2, or "
+            f"lower n_stages so that every stage has more than one target"
+        )
     if getattr(batcher.view, "kg_feat", None) is not None and config["MODEL_TYPE"] == ModelType.KNOWLEDGE:
         return KnowledgeStageLoader(loader, seed, ctx.index)
     return loader

@@ -10,6 +10,7 @@ from recbole.data.interaction import Interaction
 from recbole.utils import ModelType
 
 from recbole_cl.config.models import configured_classes, configured_traits, recbole_name
+from recbole_cl.stream.transforms import transform_of
 
 
 def recbole_view(stream: Any) -> Any:
@@ -64,6 +65,8 @@ class ParityLoader:
         self.loader = loader
         self.general = getattr(loader, "general_dataloader", loader)
         self._parts = [self.general]
+        if hasattr(self.general.transform, "_neg_sample"):
+            self.general.transform = transform_of(self.general.config)
         if hasattr(loader, "kg_dataloader"):
             self._parts.append(loader.kg_dataloader)
 

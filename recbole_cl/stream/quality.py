@@ -1,10 +1,13 @@
-"""Checks of timestamps before anything is cut by them."""
+"""Checks of timestamps before anything is cut by them, and of labels before anything is learnt from them."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from recbole_cl.config.models import reads
 from recbole_cl.errors import DataError
 
 # A timestamp is far outside the bulk when it lies this many bulk spans (1st to 99th percentile) beyond it.
@@ -22,7 +25,8 @@ def check_timestamps(
         line: Line of the .inter file of each row, for messages; default: no row was filtered out.
 
     Returns:
-        Seconds, float64, shape ``[N]``, and the warnings, each with a count and a remedy.
+        Seconds, float64, shape ``[N]``, and the warnings, each with a count and a remedy. Milliseconds and smaller
+        units are recognised by their size: as seconds they would lie beyond the year 5138.
 
     Raises:
         DataError: If the field is missing, not a number, NaN, infinite, or the same everywhere.
@@ -46,7 +50,27 @@ def check_timestamps(
             f"TIME_FIELD: all {len(time)} values of {field!r} equal {time[0]:g}: there is no order to cut a stream "
             f"from; choose another TIME_FIELD (and set normalize_all: False)"
         )
-    return time, _warnings(time, field)
+    unit, name = clock(time)
+    time = time / unit
+    told = (
+        []
+        if unit == 1
+        else [
+            f"TIME_FIELD: the values of {field!r} are taken for {name} since 1970, from {date(time.min())} to "
+            f"{date(time.max())}; divide them by {unit:,.0f} in the file if they are others"
+        ]
+    )
+    return time, told + _warnings(time, field)
+
+
+UNITS = ((1e11, 1e14, 1e3, "milliseconds"), (1e14, 1e17, 1e6, "microseconds"), (1e17, 1e19, 1e9, "nanoseconds"))
+"""Clocks that count faster than seconds: smallest and largest value, ticks a second, name."""
+
+
+def clock(time: np.ndarray) -> tuple[float, str]:
+    """Returns the ticks of a clock in a second, and their name, by the median of the values."""
+    typical = float(np.median(time)) if len(time) else 0.0
+    return next(((ticks, name) for low, high, ticks, name in UNITS if low <= typical < high), (1.0, "seconds"))
 
 
 def _warnings(time: np.ndarray, field: str) -> list[str]:
@@ -88,3 +112,43 @@ def date(seconds: float) -> str:
         return pd.Timestamp(seconds, unit="s").strftime("%Y-%m-%d %H:%M")
     except (OverflowError, ValueError, pd.errors.OutOfBoundsDatetime):
         return f"{seconds:g}"
+
+
+LABELLED_METRICS = ("auc", "gauc", "logloss")
+"""Metrics of labels that are 0 or 1."""
+
+
+def check_labels(config: Any, labels: np.ndarray | None) -> None:
+    """Checks that labels are what the model's loss and the metrics take them for.
+
+    Args:
+        config: The run's configuration.
+        labels: Labels of the interactions, ``None`` where no column and no threshold gives any.
+
+    Raises:
+        DataError: If RecBole's cross-entropy would learn from labels outside [0, 1] or from none at all, or a metric of
+            0 and 1 would judge others.
+    """
+    field, model = config["LABEL_FIELD"], config["model"]
+    learnt = config["train_neg_sample_args"]["distribution"] == "none" and reads(config.model_class, "LABEL")
+    remedy = "set threshold: {rating: 4}, with the column and the value from which a label is 1"
+    if labels is None:
+        if learnt:
+            raise DataError(
+                f"LABEL_FIELD: {field!r} is no column of the interactions, and {model} learns from labels; {remedy}, "
+                f"or train_neg_sample_args: {{distribution: uniform, sample_num: 1}}"
+            )
+        return
+    low, high = (labels.min(), labels.max()) if len(labels) else (0.0, 0.0)
+    if learnt and not (low >= 0 and high <= 1):
+        raise DataError(
+            f"LABEL_FIELD: {field!r} holds {number(low)} to {number(high)}, but {model} learns by cross-entropy, for "
+            f"which a label is 0 or 1; {remedy}"
+        )
+    asked = [name for name in config["metrics"] if name.lower() in LABELLED_METRICS]
+    judged = "labeled" in config["eval_args"]["mode"].values() and not np.isin(labels, (0, 1)).all()
+    if asked and judged:
+        raise DataError(
+            f"metrics: {', '.join(asked)} judge labels that are 0 or 1, but {field!r} holds {number(low)} to "
+            f"{number(high)}; {remedy}, or metrics: [RMSE, MAE]"
+        )

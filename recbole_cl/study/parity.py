@@ -200,7 +200,7 @@ def _run_recbole(config: Any, wanted: dict[str, Any], folder: Path) -> dict[str,
 
     from recbole_cl import compat
     from recbole_cl.rng import ModelRandomness
-    from recbole_cl.stream.dataset import fast_reader
+    from recbole_cl.stream.reader import fast_reader
 
     tape = _Tape()
     flags = torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic

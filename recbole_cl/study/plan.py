@@ -16,6 +16,7 @@
 An entry of an axis is a name, or a name with the properties that come with it; the properties of later axes win, in the
 order datasets, schedulers, models, strategies. A study of tasks may have the axis ``orders``
 (:mod:`recbole_cl.study.orders`), and any study a ``probe`` of its finished models (:mod:`recbole_cl.study.probes`).
+Under ``share_base: True`` methods that differ after the first stage alone train that stage once a seed.
 """
 
 from __future__ import annotations
@@ -25,12 +26,14 @@ import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from recbole_cl.config import properties_dir, read_properties
+from recbole_cl.config.strategies import asked_strategies
 from recbole_cl.errors import ConfigError, nearest
+from recbole_cl.registry import strategies
 from recbole_cl.results.strata import STRATA
 from recbole_cl.study.orders import task_orders, told
 from recbole_cl.study.probes import read_probe
@@ -39,7 +42,7 @@ AXES = {"datasets": "dataset", "schedulers": "scheduler", "models": "model", "st
 """Axes of a preset in the order in which their properties win, and the property that a bare name sets."""
 PLOTS = {"curves": "", "orders": "orders", "probe": "probe"}
 """Kinds of plots, and the key that a preset needs for them."""
-_PRESET_KEYS = (*AXES, "orders", "seeds", "settings", "probe", "about")
+_PRESET_KEYS = (*AXES, "orders", "seeds", "settings", "probe", "about", "share_base")
 _PLAN_KEYS = ("about", "report", "presets")
 _REPORT_KEYS = ("metric", "summaries", "strata", "scale", "published", "source", "plots", "by_stage")
 
@@ -53,12 +56,15 @@ class Cell:
         seed: Seed.
         settings: Properties of the run, ``model`` and ``dataset`` among them.
         probe: What is measured of the finished model, with all its parameters; ``None`` for nothing.
+        base: Folder, below the study's, of the cell whose first stage this one takes over (its own: it keeps it for
+            others); ``None`` where every cell trains its own.
     """
 
     labels: Mapping[str, str]
     seed: int
     settings: Mapping[str, Any]
     probe: Mapping[str, Any] | None = None
+    base: str | None = None
 
     @property
     def folder(self) -> str:
@@ -192,7 +198,26 @@ def _cells(asked: Mapping[str, Any], where: str) -> list[Cell]:
     twice = [folder for folder, n in _count(cell.folder for cell in cells).items() if n > 1]
     if twice:
         raise ConfigError(f"{where}: two runs are called {twice[0]!r}; give an entry another label")
-    return cells
+    return _with_bases(cells) if asked.get("share_base") else cells
+
+
+def _with_bases(cells: Sequence[Cell]) -> list[Cell]:
+    """Names the cell whose first stage each takes over: the first one that differs in its strategy alone.
+
+    Strategies that take part in the first stage, and cells with other general properties, train their own.
+    """
+    bases: dict[str, Cell] = {}
+    found = []
+    for cell in cells:
+        names = [name for name, _ in asked_strategies(cell.settings["strategy"])]
+        classes = [strategies.get(name) for name in names]
+        own = tuple(f"{cls.prefix}_" for cls in classes if cls.prefix)
+        general = {k: v for k, v in cell.settings.items() if k != "strategy" and not k.startswith(own or ("\0",))}
+        place = {axis: label for axis, label in cell.labels.items() if axis != "strategy"}
+        if all(cls.base_is_finetune for cls in classes):
+            cell = replace(cell, base=bases.setdefault(json.dumps([place, general], default=str), cell).folder)
+        found.append(cell)
+    return found
 
 
 def _axis(asked: Mapping[str, Any], key: str, where: str) -> list[tuple[str, dict[str, Any]]]:

@@ -21,7 +21,7 @@ import numpy as np
 from recbole_cl.checkpoint import write_atomically
 from recbole_cl.report.figures import COLOURS, Figure, axis, layout, safe
 from recbole_cl.report.gallery import gallery
-from recbole_cl.results.matrix import smaller_is_better
+from recbole_cl.report.text import is_smaller_better
 from recbole_cl.study.plan import Cell, Plan
 from recbole_cl.study.walk import PROBE, RESULT, state
 
@@ -124,6 +124,7 @@ def curves(group: Group) -> Figure | None:
         group: Finished cells of one log, scheduler and model, and their results.
     """
     stages: dict[str, str] = {}
+    less: dict[str, bool] = {}
     found: dict[str, Series] = {}
     for cell, result in group:
         for index, stage in enumerate(result["stages"]):
@@ -136,17 +137,18 @@ def curves(group: Group) -> Figure | None:
                 values += [float(valid[metric])] if valid.get(metric) is not None else []
             if values:
                 stages.setdefault(stage["name"], metric)
+                less.setdefault(metric, is_smaller_better(result, metric))
                 found.setdefault(stage["name"], {}).setdefault(cell.labels["strategy"], []).append(np.array(values))
     if not found:
         return None
     figure = grid(list(stages), "epoch", [f"validation {metric}" for metric in stages.values()])
     for panel, (name, metric) in enumerate(stages.items()):
-        add_lines(figure, panel, {who: _held(runs, metric) for who, runs in found[name].items()})
+        add_lines(figure, panel, {who: _held(runs, less[metric]) for who, runs in found[name].items()})
     return figure
 
 
-def _held(runs: Sequence[np.ndarray], metric: str) -> list[np.ndarray]:
-    best = np.min if smaller_is_better(metric) else np.max
+def _held(runs: Sequence[np.ndarray], less: bool) -> list[np.ndarray]:
+    best = np.min if less else np.max
     length = max(map(len, runs))
     return [np.r_[run, np.full(length - len(run), best(run))] for run in runs]
 

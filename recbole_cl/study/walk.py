@@ -28,7 +28,7 @@ from recbole_cl.study.plan import Cell, Plan
 from recbole_cl.study.probes import run_probe
 
 LOGGER = logging.getLogger("recbole_cl")
-RESULT, REFUSED, CELL, PROBE = "result.json", "refused.json", "cell.json", "probe.json"
+RESULT, REFUSED, CELL, PROBE, BASE = "result.json", "refused.json", "cell.json", "probe.json", "base"
 
 
 def state(cell: Cell, folder: Path) -> str:
@@ -56,7 +56,12 @@ def state(cell: Cell, folder: Path) -> str:
 
 
 def run_cell(
-    settings: dict[str, Any], own: str, digest: str, threads: int, probe: dict[str, Any] | None = None
+    settings: dict[str, Any],
+    own: str,
+    digest: str,
+    threads: int,
+    probe: dict[str, Any] | None = None,
+    base: str | None = None,
 ) -> dict[str, Any]:
     """Runs one cell in this process.
 
@@ -66,6 +71,7 @@ def run_cell(
         digest: Hash of the settings.
         threads: Threads of torch.
         probe: What is measured of the finished model.
+        base: Folder of the run whose first stage is taken over, where it still keeps it.
 
     Returns:
         ``state`` (done, refused or failed), ``told``, ``error`` (its class) and ``seconds``.
@@ -84,6 +90,10 @@ def run_cell(
         write_atomically(folder / CELL, json.dumps(note, indent=1, default=str))
     given = {**settings, "output_dir": own, "show_progress": False, "checkpoint_keep": 1}
     given["resume"] = (folder / "checkpoints").is_dir()
+    if base == own:
+        given["keep_base"] = True
+    elif base is not None and (Path(base) / BASE).is_dir():
+        given["base_run"] = base
     names = {key: given.pop(key) for key in ("model", "dataset")}
     try:
         runner = Runner(CLConfig(**names, config_dict=given))
@@ -119,7 +129,13 @@ def walk(plan: Plan, folder: Path, jobs: int = 1, threads: int = 1) -> list[str]
     Raises:
         ConfigError: If a folder holds a run of other settings.
     """
-    failures = walk_cells(f"{plan.name} {plan.preset}", plan.cells, folder, jobs, threads)
+    bases = [cell for cell in plan.cells if cell.base == cell.folder]
+    failures = {}
+    if bases:  # others wait for what they take over
+        failures = walk_cells(f"{plan.name} {plan.preset}, first stages", bases, folder, jobs, threads)
+    failures |= walk_cells(f"{plan.name} {plan.preset}", plan.cells, folder, jobs, threads)
+    for cell in bases:
+        shutil.rmtree(folder / cell.folder / BASE, ignore_errors=True)
     return [f"{name}: {told}" for name, told in failures.items()]
 
 
@@ -174,7 +190,8 @@ def _end_with_parent() -> None:
 
 def _submit(pool: ProcessPoolExecutor, cell: Cell, folder: Path, threads: int) -> Future[dict[str, Any]]:
     probe = None if cell.probe is None else dict(cell.probe)
-    return pool.submit(run_cell, dict(cell.settings), str(folder / cell.folder), cell.digest, threads, probe)
+    base = None if cell.base is None else str(folder / cell.base)
+    return pool.submit(run_cell, dict(cell.settings), str(folder / cell.folder), cell.digest, threads, probe, base)
 
 
 def _collect(waiting: dict[Future[dict[str, Any]], Cell], bar: Any, failures: dict[str, str]) -> None:

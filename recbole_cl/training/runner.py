@@ -11,6 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ from recbole_cl.stream.vocabulary import grow_optimizer
 from recbole_cl.training.data_parallel import keep_alike
 from recbole_cl.training.passes import Progress, Save, StageStart, make_pass
 from recbole_cl.training.peak_memory import peak_megabytes, reset_peak
-from recbole_cl.training.resume import newest, side_stores
+from recbole_cl.training.resume import base_state, newest, side_stores
 from recbole_cl.training.run_state import RunState
 from recbole_cl.training.stage_models import StageModels, build_model
 from recbole_cl.tree import clone_tree, tree_hash
@@ -133,6 +134,8 @@ class Runner:
         self.begin(stream)
         self._data = stream.fingerprint()
         saved = self._load() if self.config["resume"] else None
+        if saved is None and self.config["base_run"] is not None:
+            saved = self._take_base()
         first = 0 if saved is None else saved["stage"] + (saved["phase"] == "done")
         for index in range(first, len(stream)):
             inside = saved is not None and saved["phase"] == "train" and saved["stage"] == index
@@ -194,6 +197,7 @@ class Runner:
         if not passes:
             self.state.moments = {}
         ctx.known = self.known
+        at_end = randomness.state_dict()
         with randomness.owned():
             self.strategy.end_stage(ctx)
         keep_alike(ctx, self.strategy, trained=False)
@@ -204,6 +208,8 @@ class Runner:
         self.state.models.previous = {"stage": index, "model": clone_tree(owned_state(ctx.model))}
         self._note_costs(ctx, seconds, time.perf_counter() - trained, scratch_seconds)
         self._save(ctx, "done")
+        if index == 0 and self.config["keep_base"]:
+            self._keep_base(ctx, at_end)
         LOGGER.info(
             "stage %d/%d done in %.1f s; %s",
             index + 1, len(self.stream), time.perf_counter() - started, self.journal.row(stage),
@@ -385,7 +391,14 @@ class Runner:
         if self.config["saved"] is False:  # unset counts as wanted: a run without checkpoints is asked for
             return
         self._number += 1
-        state = {
+        state = self._state(ctx, phase) | dict(inside or {})
+        with distributed.current().together():
+            if self.state.main:
+                checkpoint.save(self.folder / "checkpoints", self._number, state, int(self.config["checkpoint_keep"]))
+
+    def _state(self, ctx: StageContext, phase: str) -> dict[str, Any]:
+        """Returns everything that the rest of the run depends on."""
+        return {
             "config": settings(self.config),
             "data": self._data,
             "stage": ctx.index,
@@ -398,19 +411,49 @@ class Runner:
             "carried": self.state.moments,
             "known": self.known.state_dict(),
             "journal": self.journal.state_dict(),
-            **(inside or {}),
         }
+
+    def _keep_base(self, ctx: StageContext, at_end: dict[str, Any]) -> None:
+        """Writes what another run needs to take the first stage over.
+
+        Args:
+            ctx: The first stage.
+            at_end: The random state as the strategies' ``end_stage`` began.
+        """
         with distributed.current().together():
             if self.state.main:
-                checkpoint.save(self.folder / "checkpoints", self._number, state, int(self.config["checkpoint_keep"]))
+                checkpoint.save(self.folder / "base", 1, self._state(ctx, "done") | {"randomness": at_end}, 1)
+
+    def _take_base(self) -> dict[str, Any]:
+        """Takes the first stage over from another run; the strategies end it as if they had been there."""
+        folder = Path(self.config["base_run"]).expanduser()
+        base = base_state(folder, self.config, self._data, self.strategy)
+        self._take_up(base)
+        randomness = ModelRandomness(derive(self.config["seed"], 0))
+        ctx = self.state.models.fresh(0, self.stream.view(0, self.config["graph"]), randomness)
+        check_tasks(self.config, self.stream, ctx.model)
+        self.strategy.check(self.config, ctx.model)
+        load_owned_state(ctx.model, base["model"])
+        randomness.load_state_dict(base["randomness"])
+        ctx.known = self.known
+        with randomness.owned():
+            self.strategy.end_stage(ctx)
+        self.model = ctx.model
+        self._save(ctx, "done")
+        LOGGER.info("the first stage is that of the run in %s", folder)
+        return base
+
+    def _take_up(self, saved: Mapping[str, Any]) -> None:
+        """Puts back what a checkpoint knows beside models and strategies."""
+        self.journal.load_state_dict(saved["journal"])
+        self.state.models.previous, self.state.moments = saved["previous"], saved["carried"]
+        self.known.load_state_dict(saved["known"])
 
     def _load(self) -> dict[str, Any] | None:
         saved, self._number = newest(self.folder, self.config, self._data, self.journal.warn)
         if saved is None:
             return None
-        self.journal.load_state_dict(saved["journal"])
-        self.state.models.previous, self.state.moments = saved["previous"], saved["carried"]
-        self.known.load_state_dict(saved["known"])
+        self._take_up(saved)
         index = saved["stage"]
         if saved["phase"] == "done":
             view = self.stream.view(index, self.config["graph"])

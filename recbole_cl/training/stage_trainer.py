@@ -184,7 +184,7 @@ def _groups(ctx: StageContext, learning_rate: float) -> list[dict[str, Any]]:
     """Returns the optimiser's groups: one of all trainable parameters, or those that the model gives.
 
     Raises:
-        ConfigError: If the model's groups leave a trainable parameter out, or name one twice.
+        ConfigError: If the groups leave a trainable parameter out, or name one twice or one that is not the model's.
     """
     named = ctx.parameters()
     groups = contract(ctx.model).parameter_groups(ctx, learning_rate)
@@ -192,8 +192,10 @@ def _groups(ctx: StageContext, learning_rate: float) -> list[dict[str, Any]]:
         return [{"params": list(named.values())}]
     given = [id(p) for group in groups for p in group["params"]]
     missing = [name for name, p in named.items() if id(p) not in given]
-    if missing or len(given) != len(set(given)):
+    strange = set(given) - {id(p) for p in ctx.model.parameters()}
+    if missing or strange or len(given) != len(set(given)):
         what = f"leave out {', '.join(missing[:3])}" if missing else "name a parameter twice"
+        what = "name a parameter that is none of the model's" if strange else what
         raise ConfigError(
             f"model: the parameter_groups of {ctx.config['model']} {what}; every trainable parameter stands in one"
         )

@@ -11,7 +11,8 @@ import pytest
 from recbole_cl.config import CLConfig
 from recbole_cl.strategy.context import StageContext
 from recbole_cl.testing import PlantedDrift
-from recbole_cl.testing.contract import SMALL, StrategyContract, assert_same
+from recbole_cl.testing.comparing import assert_same
+from recbole_cl.testing.contract import SMALL, StrategyContract
 from recbole_cl.training.runner import Runner
 
 

@@ -15,8 +15,8 @@ from recbole_cl.config import CLConfig
 from recbole_cl.errors import ConfigError, DataError
 from recbole_cl.stream.batch import Batcher
 from recbole_cl.stream.build import build_stream
-from recbole_cl.stream.dataset import fast_reader
 from recbole_cl.stream.quality import check_timestamps, date
+from recbole_cl.stream.reader import fast_reader
 
 ROWS = [(f"u{k % 5}", f"i{k % 9}", 100 + k) for k in range(60)]
 
@@ -342,3 +342,80 @@ def test_unsorted_logs_give_the_same_stream(tmp_path: Path) -> None:
     assert one.fingerprint() == two.fingerprint()
     write(tmp_path, rows[:-1], name="shorter")
     assert stream_of(tmp_path, dataset="shorter")[1].fingerprint() != one.fingerprint()
+
+
+@pytest.mark.parametrize(("ticks", "name"), [(1_000, "milliseconds"), (1_000_000, "microseconds")])
+def test_faster_clocks_are_recognised_and_said(tmp_path: Path, ticks: int, name: str) -> None:
+    """Dates, the stream and numbers of time_range and boundaries are those of the log in seconds."""
+    start = 1_600_000_000
+    rows = [(f"u{k % 5}", f"i{k % 9}", start + 3600 * k) for k in range(60)]
+    write(tmp_path, rows, name="slow")
+    write(tmp_path, [(u, i, t * ticks) for u, i, t in rows], name="fast")
+    _, slow = stream_of(tmp_path, model="BPR", dataset="slow")
+    _, fast = stream_of(tmp_path, model="BPR", dataset="fast")
+    assert fast.fingerprint() == slow.fingerprint() and slow.stages[0].start == fast.stages[0].start == start
+    warned(fast, f"taken for {name} since 1970, from 2020-09-13 12:26")
+    assert not slow.warnings
+    cut = start + 3600 * 30
+    for edge, bounds in (
+        (cut, [cut - 3600 * 20, cut + 3600 * 60]),
+        (cut * ticks, [(cut - 3600 * 20) * ticks, (cut + 3600 * 60) * ticks]),
+        ("2020-09-14 18:26:40", ["2020-09-13 22:26:40", "2021-01-01"]),
+    ):
+        given = {"scheduler": "Boundaries", "boundaries": [edge], "n_stages": None, "time_range": bounds}
+        _, found = stream_of(tmp_path, model="BPR", dataset="fast", **given)
+        assert np.bincount(found.table.stage).tolist() == [20, 30]
+
+
+def test_milliseconds_keep_their_fractions(tmp_path: Path) -> None:
+    write(tmp_path, [(u, i, 1_600_000_000_123 + 7 * k) for k, (u, i, _) in enumerate(ROWS)])
+    _, stream = stream_of(tmp_path, model="BPR")
+    assert stream.table.time_scale == 1_000_000
+    assert stream.table.timestamp.tolist() == [1_600_000_000_123_000 + 7000 * k for k in range(60)]
+
+
+def test_times_before_the_year_1_have_no_date() -> None:
+    from recbole_cl.report.text import moment
+
+    assert date(-7e10) == "-7e+10" and moment(-7e10) == "-70000000000" and moment(1.6e9) == "2020-09-13"
+
+
+RATED = "user_id:token\titem_id:token\ttimestamp:float\trating:float"
+RATINGS = {"load_col": {"inter": ["user_id", "item_id", "timestamp", "rating"]}, "normalize_all": False}
+
+
+def test_labels_outside_0_and_1_are_refused(tmp_path: Path) -> None:
+    """Where RecBole's cross-entropy reads them, or AUC judges them; a threshold makes them labels."""
+    write(tmp_path, [(u, i, t, 1 + t % 5) for u, i, t in ROWS], RATED)
+    told = r"LABEL_FIELD: 'rating' holds 1 to 5, but FM learns by cross-entropy.*threshold: \{rating: 4\}"
+    with pytest.raises(DataError, match=told):
+        stream_of(tmp_path, model="FM", LABEL_FIELD="rating", metrics=["RMSE"], valid_metric="RMSE", **RATINGS)
+    _, stream = stream_of(tmp_path, model="FM", threshold={"rating": 4}, **RATINGS)
+    assert set(stream.dataset.inter_feat["label"].tolist()) == {0.0, 1.0}
+    sampled = {"distribution": "uniform", "sample_num": 1}
+    labelled = {"mode": {"valid": "labeled", "test": "labeled"}}
+    given = {"LABEL_FIELD": "rating", "train_neg_sample_args": sampled, "eval_args": labelled, **RATINGS}
+    with pytest.raises(DataError, match="metrics: AUC judge labels that are 0 or 1, but 'rating' holds 1 to 5"):
+        stream_of(tmp_path, model="FM", metrics=["AUC"], valid_metric="AUC", **given)
+    stream_of(tmp_path, model="FM", metrics=["RMSE"], valid_metric="RMSE", **given)  # its labels are the samples'
+    stream_of(tmp_path, model="BPR", LABEL_FIELD="rating", **RATINGS)  # which reads none
+
+
+def test_a_loss_of_another_package_may_learn_from_ratings(tmp_path: Path) -> None:
+    from recbole.model.context_aware_recommender import FM
+
+    class Squares(FM):
+        def calculate_loss(self, interaction: Any) -> Any:
+            return ((self.forward(interaction) - interaction[self.LABEL]) ** 2).mean()
+
+    write(tmp_path, [(u, i, t, 1 + t % 5) for u, i, t in ROWS], RATED)
+    given = {"LABEL_FIELD": "rating", "metrics": ["RMSE"], "valid_metric": "RMSE", **RATINGS}
+    assert len(stream_of(tmp_path, model=Squares, **given)[1].table) == 60
+
+
+@pytest.mark.parametrize(("model", "given"), [("BPR", {}), ("SASRec", {"loss_type": "BPR"}), ("LightGCN", {})])
+def test_a_pairwise_loss_needs_negatives(tmp_path: Path, model: str, given: dict[str, Any]) -> None:
+    write(tmp_path, ROWS)
+    with pytest.raises(ConfigError, match=rf"'train_neg_sample_args' is None, but model '{model}' compares.*uniform"):
+        configure(tmp_path, model=model, train_neg_sample_args=None, **given)
+    configure(tmp_path, model="MultiVAE", train_neg_sample_args=None)  # pairwise by type; it compares with nothing

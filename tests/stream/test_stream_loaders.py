@@ -14,7 +14,7 @@ from recbole.utils import KGDataLoaderState
 from stream_helpers import configure, random_rows, stage_context, stream_of, write
 
 from recbole_cl.config import CLConfig
-from recbole_cl.errors import ConfigError
+from recbole_cl.errors import ConfigError, DataError
 from recbole_cl.stream.batch import TARGETS
 from recbole_cl.stream.build import Stream, build_stream
 from recbole_cl.stream.knowledge_loader import KnowledgeStageLoader
@@ -244,3 +244,88 @@ def test_windows_are_for_sequential_models(tmp_path: Path, model: str) -> None:
     found = torch.cat([batch["_position"] for batch in make_loader(ctx, ctx.stage.train, "t")])
     first = ctx.stage.train.hi == ctx.stage.train.lo
     assert first.any() and set(found.tolist()) == set(ctx.stage.train.position.tolist())
+
+
+def normed(model: str, folder: Path, **given: Any) -> tuple[Any, Any]:
+    """Stage 0 of a log with labels, 96 training targets, for a model with BatchNorm."""
+    rows = [(f"u{k % 12}", f"i{k % 10}", k, k % 2) for k in range(360)]
+    write(folder, rows, "user_id:token\titem_id:token\ttimestamp:float\tlabel:float")
+    load = {"inter": ["user_id", "item_id", "timestamp", "label"]}
+    config, stream = stream_of(folder, model=model, load_col=load, **given)
+    view = stream.view(0)
+    ctx = stage_context(config, stream, 0, config.model_class(config, view))
+    return ctx, lambda: make_loader(ctx, ctx.stage.train, "t")
+
+
+@pytest.mark.parametrize(("size", "batches"), [(95, [96]), (19, [19, 19, 19, 19, 20]), (24, [24, 24, 24, 24])])
+def test_a_last_batch_of_one_row_joins_the_one_before_under_batchnorm(
+    tmp_path: Path, size: int, batches: list[int]
+) -> None:
+    """No row is lost, the model learns from every batch; without BatchNorm batches are as RecBole cuts them."""
+    ctx, loader = normed("NFM", tmp_path, train_batch_size=size)
+    found = [*loader()]
+    assert [len(batch) for batch in found] == batches and len(loader()) == len(batches)
+    assert sorted(torch.cat([batch["_position"] for batch in found]).tolist()) == sorted(ctx.stage.train.position)
+    for batch in found:
+        ctx.model.train().calculate_loss(batch).backward()
+    _, plain = normed("FM", tmp_path, train_batch_size=size)
+    assert [len(batch) for batch in plain()] == [size] * (96 // size) + ([1] if 96 % size else [])
+
+
+def test_batches_of_one_row_are_told_before_training_under_batchnorm(tmp_path: Path) -> None:
+    _, loader = normed("NFM", tmp_path, train_batch_size=1)
+    with pytest.raises(DataError, match=r"train_batch_size: at stage 1, 96 .* one row, and the model NFM normalises"):
+        loader()
+    _, plain = normed("FM", tmp_path, train_batch_size=1)
+    assert len(plain()) == 96
+
+
+def test_a_resumed_epoch_goes_on_after_the_joined_batch(tmp_path: Path) -> None:
+    _, make = normed("NFM", tmp_path, train_batch_size=19)
+    whole = [batch["_position"].tolist() for batch in make()]
+    first = make()
+    iterator = iter(first)
+    for _ in range(4):
+        next(iterator)
+    again = make()
+    again.load_state_dict(first.state_dict())
+    assert [batch["_position"].tolist() for batch in again] == whole[4:]
+
+
+@pytest.mark.parametrize("loss", ["CE", "BPR"])
+def test_masking_ends_where_a_history_holds_every_item(tmp_path: Path, loss: str) -> None:
+    """RecBole draws until an item is not in the history. Under cross-entropy nobody reads it; else it is said."""
+    rows = [(f"u{k % 4}", f"i{(k // 4) % 6}", k) for k in range(240)]
+    given = {"train_neg_sample_args": UNIFORM | {"sample_num": 1}} if loss == "BPR" else {}
+    config, stream = stream_of(write(tmp_path, rows), model="BERT4Rec", loss_type=loss, **given)
+    ctx = stage_context(config, stream, 0)
+    if loss == "BPR":
+        with pytest.raises(DataError, match=r"a history holds all 6 items that are known.*set loss_type: CE"):
+            list(make_loader(ctx, ctx.stage.train, "t"))
+        return
+    found = list(make_loader(ctx, ctx.stage.train, "t"))
+    assert sum(len(batch) for batch in found) == len(ctx.stage.train)
+    assert all((batch["Mask_item_id_list"] == ctx.stage.n_items).any() for batch in found)
+
+
+def test_draws_are_recboles_while_they_end() -> None:
+    """The same numbers from the same state; then one of the items that are left; then 0 or a message."""
+    import random
+
+    from recbole.data.transform import MaskItemSequence
+
+    from recbole_cl.stream.transforms import let_end
+
+    theirs, ours = object.__new__(MaskItemSequence), object.__new__(MaskItemSequence)
+    let_end(ours, None, needed=True)
+    drawn = []
+    for one in (theirs, ours):
+        random.seed(3)
+        drawn.append([one._neg_sample([1, 2, 3, 0, 0], 6) for _ in range(50)])
+    assert drawn[0] == drawn[1]
+    random.seed(0)
+    assert ours._neg_sample([*range(1, 77_777), *range(77_778, 100_000)], 100_000) == 77_777
+    with pytest.raises(DataError, match="a history holds all 5 items"):
+        ours._neg_sample([1, 2, 3, 4, 5], 6)
+    let_end(ours, None, needed=False)
+    assert ours._neg_sample([1, 2, 3, 4, 5], 6) == 0

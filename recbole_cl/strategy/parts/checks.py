@@ -1,4 +1,4 @@
-"""Bounds of the strategies' numbers, checked before anything is trained.
+"""What is checked before anything is trained: bounds of the strategies' numbers, whether a row has a loss.
 
 A part for strategies, not a strategy.
 """
@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import math
 from numbers import Real
+from typing import Any
+
+from torch import nn
 
 from recbole_cl.errors import ConfigError
+from recbole_cl.model.capabilities import capabilities
 from recbole_cl.strategy.base import Strategy
 
 
@@ -61,3 +65,16 @@ def check_strength(strategy: Strategy, name: str = "lambda") -> None:
 def check_samples(strategy: Strategy) -> None:
     """Raises a :class:`ConfigError` where a strategy's ``samples`` is neither ``None`` nor at least 1."""
     check_number(strategy, "samples", "~ takes all of the stage's targets", least=1, optional=True)
+
+
+def check_loss(strategy: str, config: Any, model: nn.Module) -> None:
+    """Raises a :class:`ConfigError` for models without a loss of one row (RecBole's MKR has two of its own)."""
+    from recbole.model.abstract_recommender import AbstractRecommender
+
+    if "per_sample_loss" not in capabilities(model) and (
+        type(model).calculate_loss is AbstractRecommender.calculate_loss  # type: ignore[attr-defined]
+    ):
+        raise ConfigError(
+            f"strategy: {strategy} cannot serve the model {config['model']}: it has neither calculate_loss nor "
+            f"per_sample_loss; use a replay strategy or another model"
+        )

@@ -23,7 +23,7 @@ from torch import nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from recbole_cl.errors import ConfigError, TrainingError
+from recbole_cl.errors import TrainingError
 from recbole_cl.model.capabilities import capabilities
 from recbole_cl.rng import ModelRandomness
 from recbole_cl.strategy.context import StageContext
@@ -375,19 +375,6 @@ def _frozen(parameters: Mapping[str, torch.Tensor]) -> Iterator[None]:
 def _cut(rows: Rows, size: int) -> Iterator[dict[str, torch.Tensor]]:
     for start in range(0, len(next(iter(rows.values()))), size):
         yield {name: column[start : start + size] for name, column in rows.items()}
-
-
-def check_loss(strategy: str, config: Any, model: nn.Module) -> None:
-    """Raises a :class:`ConfigError` for models without a loss of one row (RecBole's MKR has two of its own)."""
-    from recbole.model.abstract_recommender import AbstractRecommender
-
-    if "per_sample_loss" not in capabilities(model) and (
-        type(model).calculate_loss is AbstractRecommender.calculate_loss  # type: ignore[attr-defined]
-    ):
-        raise ConfigError(
-            f"strategy: {strategy} cannot serve the model {config['model']}: it has neither calculate_loss nor "
-            f"per_sample_loss; use a replay strategy or another model"
-        )
 
 
 def stage_importance(ctx: StageContext, name: str, limit: int | None = None) -> dict[str, torch.Tensor]:

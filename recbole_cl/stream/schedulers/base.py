@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from recbole_cl.stream.table import InteractionTable
 
 
+LARGEST = 1e11
+"""Seconds, in the year 5138, from which a number of a log with a faster clock counts its ticks."""
+
+
 @dataclass
 class Log:
     """The log as a scheduler sees it, before ids are given.
@@ -31,12 +35,14 @@ class Log:
         item: A code for each row's item, shape ``[N]``.
         time: Timestamps in seconds, float64, shape ``[N]``; all finite.
         frame: All columns of the interaction file; for stages that a column names.
+        ticks: Of the log's own clock in a second: 1000 where the file has milliseconds.
     """
 
     user: np.ndarray
     item: np.ndarray
     time: np.ndarray
     frame: pd.DataFrame
+    ticks: float = 1.0
 
     def __len__(self) -> int:
         return len(self.user)
@@ -144,14 +150,19 @@ def keep_ties_together(stage: np.ndarray, time: np.ndarray, order: np.ndarray) -
     return moved
 
 
-def parse_time(value: Any, field: str) -> float:
+def parse_time(value: Any, field: str, ticks: float = 1.0) -> float:
     """Returns seconds since 1970 (UTC) of a number or an ISO date.
+
+    Args:
+        value: What was written.
+        field: Property that it was written for.
+        ticks: Of the log's clock in a second; a number too large for seconds is one of these ticks, too.
 
     Raises:
         ConfigError: If it is neither; the message names ``field``.
     """
     if isinstance(value, int | float) and not isinstance(value, bool) and np.isfinite(value):
-        return float(value)
+        return float(value) / (ticks if abs(value) >= LARGEST else 1.0)
     try:
         stamp = pd.Timestamp(value) if isinstance(value, str) else pd.NaT
     except (ValueError, TypeError, OverflowError) as error:

@@ -28,7 +28,7 @@ class Boundaries(Scheduler):
         given = self.config["boundaries"]
         if not given:
             raise ConfigError("boundaries: the scheduler Boundaries needs a list of timestamps or ISO dates")
-        edges = np.array([parse_time(value, "boundaries") for value in given])
+        edges = np.array([parse_time(value, "boundaries", log.ticks) for value in given])
         if (np.diff(edges) <= 0).any():
             raise ConfigError(f"boundaries: {list(given)!r} must increase from one to the next")
         slices = len(edges) + 1
