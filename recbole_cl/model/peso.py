@@ -32,7 +32,7 @@ from recbole_cl.generative.trie import Pairs, Trie
 from recbole_cl.model.all_positions import passes
 from recbole_cl.model.contract import ContinualModel, StageTrainer
 from recbole_cl.model.small_llama import add_lora, factors, lora_layers, small_llama, token_loss, train_only
-from recbole_cl.registry import models
+from recbole_cl.registry import Registry, encoders, models, tokenisers
 from recbole_cl.strategy.context import Pass, StageContext
 from recbole_cl.stream.batch import TARGETS
 
@@ -52,6 +52,7 @@ class PESO(ContinualModel, SequentialRecommender):
     """
 
     capabilities = ("continual_lora",)
+    components: ClassVar[dict[str, Registry]] = {"tokeniser": tokenisers, "text_encoder": encoders}
     trains_all_positions = True
     scores_untrained_items = True
     own_metrics: ClassVar[dict[str, bool]] = {"nll": False}

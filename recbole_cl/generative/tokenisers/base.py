@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
 
 from recbole_cl.errors import DataError
+
+
+def faiss() -> Any:
+    """Returns the package faiss, which brings threads and BLAS of its own along and tells at length how it was found."""
+    logging.getLogger("faiss.loader").setLevel(logging.WARNING)
+    import faiss as package
+
+    return package
 
 
 class Tokeniser:

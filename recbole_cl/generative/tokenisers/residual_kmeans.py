@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from recbole_cl.generative.tokenisers.base import Tokeniser, residual_distances
+from recbole_cl.generative.tokenisers.base import Tokeniser, faiss, residual_distances
 from recbole_cl.registry import tokenisers
 
 
@@ -21,12 +21,10 @@ class ResidualKMeans(Tokeniser):
     books: np.ndarray
 
     def fit(self, vectors: np.ndarray) -> None:
-        import faiss  # it brings threads and BLAS of its own along
-
         left = self.require(vectors).copy()
         books = []
         for level in range(self.levels):
-            means = faiss.Kmeans(
+            means = faiss().Kmeans(
                 left.shape[1],
                 self.size,
                 niter=int(self.parameters["iterations"]),
