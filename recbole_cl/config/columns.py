@@ -122,7 +122,8 @@ def open_log(final: dict[str, Any], dataset: str, warnings: list[str]) -> LogFil
             f"the first line of {file.name} is {separator.join(header)[:80]!r}; it must name each column and its type, "
             f"separated by property 'field_separator' {separator!r}, as in 'user_id:token'"
         )
-    check_header(file, final)
+    if file.is_file():
+        check_header(file, final)
     return LogFiles(dataset, folder, column_names(header))
 
 

@@ -15,7 +15,7 @@ import functools
 import hashlib
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -33,8 +33,10 @@ from recbole_cl.model.all_positions import passes
 from recbole_cl.model.contract import ContinualModel, StageTrainer
 from recbole_cl.model.small_llama import add_lora, factors, lora_layers, small_llama, token_loss, train_only
 from recbole_cl.registry import Registry, encoders, models, tokenisers
-from recbole_cl.strategy.context import Pass, StageContext
 from recbole_cl.stream.batch import TARGETS
+
+if TYPE_CHECKING:
+    from recbole_cl.strategy.context import Pass, StageContext
 
 PAD, START, SPECIAL = 0, 1, 4
 """Padding, the token before a history, and how many tokens stand before the codes."""

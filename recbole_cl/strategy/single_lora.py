@@ -13,5 +13,6 @@ class SingleLoRA(Strategy):
     prefix = "single_lora"
     neutral = {}
     needs = frozenset({"continual_lora"})
+    base_is_finetune = True
     kind = "adapter"
     excludes = frozenset({"adapter"})

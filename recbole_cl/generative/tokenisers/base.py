@@ -12,7 +12,7 @@ from recbole_cl.errors import DataError
 
 
 def faiss() -> Any:
-    """Returns the package faiss, which brings threads and BLAS of its own along and tells at length how it was found."""
+    """Returns the package faiss, which brings threads and BLAS of its own along and tells at length where it is."""
     logging.getLogger("faiss.loader").setLevel(logging.WARNING)
     import faiss as package
 

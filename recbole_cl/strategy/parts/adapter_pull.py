@@ -40,6 +40,7 @@ class AdapterPull(Strategy):
     """
 
     needs = frozenset({"continual_lora"})
+    base_is_finetune = True
     kind = "adapter"
     excludes = frozenset({"adapter"})
 
