@@ -16,6 +16,7 @@ from torch import nn
 
 from recbole_cl.errors import ConfigError
 from recbole_cl.generative.lora import Factors
+from recbole_cl.model.capabilities import capabilities
 from recbole_cl.rng import torch_generator
 from recbole_cl.strategy.base import Strategy, require
 from recbole_cl.strategy.composite import PARTS
@@ -61,12 +62,16 @@ class Cumulative(Strategy):
         """Forgets what was computed from the past."""
 
     def scaling(self, ctx: StageContext) -> float:
-        """Returns LoRA's alpha / r."""
+        """Returns LoRA's alpha / r; 1 for a model without."""
+        if not self.needs <= capabilities(ctx.model):
+            return 1.0
         return float(ctx.config["lora_alpha"]) / float(ctx.config["lora_rank"])
 
     # -- hooks ----------------------------------------------------------------------------------------------------
 
     def prepare_model(self, ctx: StageContext) -> None:
+        if not self.needs <= capabilities(ctx.model):
+            return  # refused by name right after
         for name, layer in ctx.model.adapted_layers().items():
             base = layer.base_layer
             base.forward = functools.partial(self._forward, name, base, type(base).forward)
