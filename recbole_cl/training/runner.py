@@ -43,6 +43,7 @@ from recbole_cl.training.peak_memory import peak_megabytes, reset_peak
 from recbole_cl.training.resume import newest, side_stores
 from recbole_cl.training.run_state import RunState
 from recbole_cl.training.stage_models import StageModels, build_model
+from recbole_cl.training.store import imported_columns, keep_stream
 from recbole_cl.tree import clone_tree, tree_hash
 
 LOGGER = logging.getLogger("recbole_cl")
@@ -72,6 +73,7 @@ class Runner:
         self.strategy = Composite(with_trainable(config, asked))
         self.folder = run_folder(config)
         self._number = 0  # of the newest checkpoint
+        self._store: str | None = None  # name of what is kept of the log
 
     # -- what the run has found out -------------------------------------------------------------------------------
 
@@ -132,6 +134,7 @@ class Runner:
         stream = build_stream(self.config)
         self.begin(stream)
         self._data = stream.fingerprint()
+        self._keep(stream)
         saved = self._load() if self.config["resume"] else None
         first = 0 if saved is None else saved["stage"] + (saved["phase"] == "done")
         for index in range(first, len(stream)):
@@ -381,6 +384,7 @@ class Runner:
         state = {
             "config": settings(self.config),
             "data": self._data,
+            "store": self._store,
             "stage": ctx.index,
             "phase": phase,
             "model": owned_state(ctx.model),
@@ -397,10 +401,26 @@ class Runner:
             if self.state.main:
                 checkpoint.save(self.folder / "checkpoints", self._number, state, int(self.config["checkpoint_keep"]))
 
+    def _keep(self, stream: Stream) -> None:
+        """Keeps what the run is trained over in its folder, so that it can be loaded without its log."""
+        if self.config["saved"] is False:
+            return
+        with distributed.current().together():
+            if self.state.main:
+                try:
+                    self._store = keep_stream(self.folder, stream, imported_columns(self.config))
+                except TypeError as error:  # a dataset class of another package
+                    self.journal.warn(f"{error}; the run cannot be loaded without its log")
+
     def _load(self) -> dict[str, Any] | None:
         saved, self._number = newest(self.folder, self.config, self._data, self.journal.warn)
-        if saved is None:
-            return None
+        if saved is not None:
+            self.adopt(saved)
+            LOGGER.info("resuming at stage %d from checkpoint %d", saved["stage"] + 1, self._number)
+        return saved
+
+    def adopt(self, saved: dict[str, Any]) -> None:
+        """Takes over where a checkpoint stands: what was found out and learnt; after a whole stage, its model, too."""
         self.journal.load_state_dict(saved["journal"])
         self.state.models.previous, self.state.moments = saved["previous"], saved["carried"]
         self.known.load_state_dict(saved["known"])
@@ -411,5 +431,3 @@ class Runner:
             load_owned_state(ctx.model, saved["model"])
             self.strategy.load_state_dict(saved["strategy"])
             self.model = ctx.model
-        LOGGER.info("resuming at stage %d from checkpoint %d", index + 1, self._number)
-        return saved
