@@ -40,7 +40,8 @@ def who_and_what(users: Any, histories: Any) -> tuple[list[Any] | None, list[lis
     who: list[Any] | None = None if users is None else listed(users)
     given: list[list[Any]] | None = None
     if isinstance(histories, Mapping):
-        who = list(histories) if who is None else who
+        if who is None:
+            who = list(histories)
         missing = [user for user in who if user not in histories]
         if missing:
             raise ConfigError(f"recommend: there is no history for the user {missing[0]!r}; give one for each")

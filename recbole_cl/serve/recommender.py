@@ -36,7 +36,7 @@ from recbole_cl.serve.ids import Ids, Vocabulary, token
 from recbole_cl.serve.requests import Request, RequestBatcher, excluded_pairs, seen_items
 from recbole_cl.serve.vectors import item_vectors, user_vectors
 from recbole_cl.strategy.base import overrides
-from recbole_cl.training.load import SavedRun, standing
+from recbole_cl.training.load import SavedRun
 from recbole_cl.tree import clone_tree
 
 
@@ -61,7 +61,7 @@ class Recommender:
         if not self._tasks:
             raise ConfigError(f"the tasks of the run in {saved.folder} rank no items; nothing can be recommended")
         self._stage = [stage for stage in stages if stage.task.kind != "classification"][-1]
-        own = standing(runner, int(saved.state["stage"]))
+        own = runner.standing(int(saved.state["stage"]))
         self._contexts = {stage.index: self.strategy.serving(own, stage) for stage in self._tasks.values()}
         self._contexts[self._stage.index] = self.strategy.serving(own, self._stage)
         self._adjusting = [s for s in self.strategy.members if overrides(s, "adjust_scores")]

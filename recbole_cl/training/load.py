@@ -11,7 +11,6 @@ from recbole.data.transform import construct_transform
 
 from recbole_cl.config.restore import RestoredConfig
 from recbole_cl.errors import CheckpointError
-from recbole_cl.strategy.context import StageContext
 from recbole_cl.stream.build import Stream
 from recbole_cl.training.runner import Runner
 from recbole_cl.training.store import read_stream
@@ -95,11 +94,3 @@ class SavedRun:
         runner.begin(self.stream if stream is None else stream)
         runner.adopt(self.state)
         return runner
-
-
-def standing(runner: Runner, stage: int) -> StageContext:
-    """Returns the context of the stage at which a runner stands, with its model and what that has trained on."""
-    view = runner.stream.view(stage, runner.config["graph"])
-    ctx = runner.state.models.context(stage, runner.model, view)
-    ctx.known = runner.known
-    return ctx

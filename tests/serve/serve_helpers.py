@@ -63,11 +63,10 @@ def ask(folder: str, out: str, ranked: str) -> None:
     """
     import recbole_cl
     from recbole_cl.evaluation.rows import build_rows
-    from recbole_cl.training.load import standing
 
     torch.set_num_threads(1)
     run = recbole_cl.load(folder)
-    told = answers(standing(run.saved.runner(), run.saved.state["stage"]))
+    told = answers(run.saved.runner().standing(run.saved.state["stage"]))
     stream, items, users = run.stream, run.ids.items, run.ids.users
     rows = build_rows(run.config, stream, stream.stages[-1], "test")
     k = int(np.load(ranked)["recommended"].shape[1])

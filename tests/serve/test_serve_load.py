@@ -19,7 +19,7 @@ from recbole_cl.config.restore import RestoredConfig
 from recbole_cl.errors import CheckpointError
 from recbole_cl.results.journal import settings
 from recbole_cl.testing.toy import write_planted_drift
-from recbole_cl.training.load import SavedRun, standing
+from recbole_cl.training.load import SavedRun
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     found: dict[str, Any] = {"root": root}
     for model in MODELS:
         runner, _ = run(log, root / "made" / model, model, **SETTINGS.get(model, {}))
-        ctx = standing(runner, len(runner.stream) - 1)
+        ctx = runner.standing(len(runner.stream) - 1)
         outcome = runner.evaluator.evaluate(ctx, runner.known, runner.stream.stages[-1])
         np.savez(root / f"{model}.npz", recommended=outcome.recommended, **answers(ctx))
         found[model] = {"folder": root / "moved" / model, "settings": settings(runner.config)}
