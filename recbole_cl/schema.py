@@ -208,6 +208,7 @@ SCHEMA: dict[str, Rule] = {
     "base_run": text().optional(),
     "checkpoint_steps": integer(1).optional(),
     "checkpoint_keep": integer(1),
+    "serve": boolean(),
     "text_cache": text().optional(),
     # RecBole's own keys whose default differs here
     "epochs": integer(1),

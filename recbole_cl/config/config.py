@@ -82,6 +82,7 @@ class CLConfig(Config):
             "checkpoint_keep",
             "checkpoint_dir",
             "saved",
+            "serve",
             "data_path",
             "text_cache",
             "config_files",

@@ -108,6 +108,17 @@ class ContinualModel:
         """Returns the owned state of the stage before with rows for the users and items that came since."""
         return state
 
+    def fit_state(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Returns a saved state as this model takes it: one over a shorter stream lacks what later stages have.
+
+        A saved run that is updated has a stage more than when it was saved. Models with a part for each stage complete
+        the state here by their own, fresh parts.
+
+        Args:
+            state: As :func:`recbole_cl.model.state.owned_state` gave it.
+        """
+        return state
+
     def grow_in_place(self, view: Any, users: tuple[int, int], items: tuple[int, int]) -> Growth:
         """Grows this very model to the next stage; a model that has this method lives on, and no new one is made.
 
@@ -204,6 +215,10 @@ class ContinualModel:
             Items ``[B, k]``, best first, 0 for an empty slot, and their scores ``[B, k]``, -inf there.
         """
         raise NotImplementedError(f"{type(self).__name__} ranks by the scores of all items")
+
+    def item_vectors(self) -> torch.Tensor:
+        """Returns a vector for each item, shape ``[n_items, d]``: what serving compares and exports."""
+        raise NotImplementedError(f"{type(self).__name__} tells no vectors of items")
 
     def measure(self, batch: Interaction) -> dict[str, torch.Tensor]:
         """Returns the metrics of ``own_metrics`` of each row, shape ``[B]`` each (a negative log likelihood)."""

@@ -289,7 +289,7 @@ def open_folder(folder: Path, resume: bool) -> None:
         probe.unlink()
         if resume:
             return
-        names = ("result.json", "records.csv", "report.html", "checkpoints")
+        names = ("result.json", "records.csv", "report.html", "checkpoints", "versions")
         old = [name for name in names if (folder / name).exists()]
         if not old:
             return

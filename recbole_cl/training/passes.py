@@ -184,7 +184,8 @@ class StagePass:
         if run.config["train_neg_sample_args"].get("dynamic", False):
             self.loader.get_model(ctx.model)
         self._save_between_steps()
-        given = plan.epochs if plan.epochs is not None else self._stage_epochs()
+        given = run.epochs.get((ctx.index, plan.name), plan.epochs)
+        given = given if given is not None else self._stage_epochs()
         epochs = int(getattr(self.trainer, "epochs", run.config["epochs"])) if given is None else given
         pace(self.trainer, run.config, epochs, self.loader)
         if resumed is None:

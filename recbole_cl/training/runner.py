@@ -11,7 +11,6 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,12 +37,15 @@ from recbole_cl.strategy.parts.part_tuning import refuse_new_beginnings, with_tr
 from recbole_cl.stream.build import Stream, build_stream
 from recbole_cl.stream.stage import Stage
 from recbole_cl.stream.vocabulary import grow_optimizer
+from recbole_cl.training.all_rows import refuse_serving, train_on_all_rows
+from recbole_cl.training.base_run import keep_base, take_base
 from recbole_cl.training.data_parallel import keep_alike
 from recbole_cl.training.passes import Progress, Save, StageStart, make_pass
 from recbole_cl.training.peak_memory import peak_megabytes, reset_peak
-from recbole_cl.training.resume import base_state, newest, side_stores
+from recbole_cl.training.resume import newest, side_stores
 from recbole_cl.training.run_state import RunState
 from recbole_cl.training.stage_models import StageModels, build_model
+from recbole_cl.training.store import imported_columns, keep_stream
 from recbole_cl.tree import clone_tree, tree_hash
 
 LOGGER = logging.getLogger("recbole_cl")
@@ -62,10 +64,12 @@ class Runner:
         strategy: The strategies, with their state.
         state: The run as far as it has come, once it has begun.
         folder: The run's folder.
+        only_trains: It scores and saves nothing: somebody else does with the model what is to be done.
     """
 
     model: Any = None
     state: RunState
+    only_trains = False
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -73,6 +77,8 @@ class Runner:
         self.strategy = Composite(with_trainable(config, asked))
         self.folder = run_folder(config)
         self._number = 0  # of the newest checkpoint
+        self.data = ""  # fingerprint of the stream
+        self.store: str | None = None  # name of what is kept of the log
 
     # -- what the run has found out -------------------------------------------------------------------------------
 
@@ -126,22 +132,26 @@ class Runner:
             return self._run()
 
     def _run(self) -> dict[str, Any]:
+        refuse_serving(self.config)
         LOGGER.info("loading %s", self.config["dataset"])
         if self.config["reproducibility"]:
             torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
         construct_transform(self.config)  # it names its fields in the configuration, where models read them
         stream = build_stream(self.config)
         self.begin(stream)
-        self._data = stream.fingerprint()
+        self.data = stream.fingerprint()
+        self._keep(stream)
         saved = self._load() if self.config["resume"] else None
         if saved is None and self.config["base_run"] is not None:
-            saved = self._take_base()
+            saved = take_base(self)
         first = 0 if saved is None else saved["stage"] + (saved["phase"] == "done")
         for index in range(first, len(stream)):
             inside = saved is not None and saved["phase"] == "train" and saved["stage"] == index
             self._stage(index, saved if inside else None)
         if first == len(stream) and saved is not None:
             LOGGER.info("nothing is left to do: the run in %s is complete", self.folder)
+        if self.config["serve"]:
+            train_on_all_rows(self)
         result: dict[str, Any] = {}
         with distributed.current().together():
             result = self._write() if self.state.main else self.journal.result(self.folder)
@@ -152,6 +162,18 @@ class Runner:
         models = StageModels(self.config, stream, self.strategy, self.build_model)
         self.state = RunState.begin(self.config, self.strategy, stream, models)
         return self.state
+
+    def standing(self, stage: int) -> StageContext:
+        """Returns the context of the stage at which the run stands, with its model and what that has trained on."""
+        ctx = self.state.models.context(stage, self.model, self.stream.view(stage, self.config["graph"]))
+        ctx.known = self.known
+        return ctx
+
+    def train_stages(self, first: int) -> StageContext:
+        """Trains the stages from one on; returns the last one's context. For whoever drives a run from outside."""
+        for index in range(first, len(self.stream)):
+            self._stage(index, None)
+        return self.standing(len(self.stream) - 1)
 
     def _write(self) -> dict[str, Any]:
         """Writes the results and the report of them; returns the result."""
@@ -204,12 +226,12 @@ class Runner:
         trained = time.perf_counter()
         seconds = offset + trained - begun
         self._evaluate_all(ctx)
-        scratch_seconds = self._scratch(index) if self.config["scratch"] else 0.0
+        scratch_seconds = self._scratch(index) if self.config["scratch"] and not self.only_trains else 0.0
         self.state.models.previous = {"stage": index, "model": clone_tree(owned_state(ctx.model))}
         self._note_costs(ctx, seconds, time.perf_counter() - trained, scratch_seconds)
         self._save(ctx, "done")
         if index == 0 and self.config["keep_base"]:
-            self._keep_base(ctx, at_end)
+            keep_base(self, ctx, at_end)
         LOGGER.info(
             "stage %d/%d done in %.1f s; %s",
             index + 1, len(self.stream), time.perf_counter() - started, self.journal.row(stage),
@@ -325,7 +347,7 @@ class Runner:
         quiet = None if self.config["show_progress"] and self.state.main else True  # None: no bar without a terminal
         words = f"stage {ctx.index + 1}/{len(self.stream)} evaluate"
         for stage in tqdm(self.stream.stages, desc=words, disable=quiet, leave=False):
-            if not stage.evaluable(ctx.index) or not self._wanted(ctx.index, stage.index):
+            if self.only_trains or not stage.evaluable(ctx.index) or not self._wanted(ctx.index, stage.index):
                 continue
             outcome = self.evaluator.evaluate(ctx, self.known, stage)
             mode = self.evaluator.mode("test") if stage.task.kind != "classification" else "labeled"
@@ -346,7 +368,7 @@ class Runner:
         """Scores an untrained model on the next stage: b[s] of forward transfer, which needs R[s-1, s]."""
         if self.config["fwt_reference"] != "untrained" or index + 1 >= len(self.stream):
             return
-        if not self._wanted(index, index + 1):
+        if self.only_trains or not self._wanted(index, index + 1):
             return
         if self.config["MODEL_TYPE"] == ModelType.TRADITIONAL:
             return  # a memory-based model has no untrained state
@@ -380,27 +402,18 @@ class Runner:
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
-    def _save(self, ctx: StageContext, phase: str, inside: Mapping[str, Any] | None = None) -> None:
-        """Writes a checkpoint.
+    def saved_state(self, ctx: StageContext, phase: str, inside: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Returns what a checkpoint holds.
 
         Args:
             ctx: The stage.
             phase: ``train`` or ``done``.
             inside: In a stage: where its training stands (``progress``, ``trainer``, ``stage_start``).
         """
-        if self.config["saved"] is False:  # unset counts as wanted: a run without checkpoints is asked for
-            return
-        self._number += 1
-        state = self._state(ctx, phase) | dict(inside or {})
-        with distributed.current().together():
-            if self.state.main:
-                checkpoint.save(self.folder / "checkpoints", self._number, state, int(self.config["checkpoint_keep"]))
-
-    def _state(self, ctx: StageContext, phase: str) -> dict[str, Any]:
-        """Returns everything that the rest of the run depends on."""
         return {
             "config": settings(self.config),
-            "data": self._data,
+            "data": self.data,
+            "store": self.store,
             "stage": ctx.index,
             "phase": phase,
             "model": owned_state(ctx.model),
@@ -411,49 +424,40 @@ class Runner:
             "carried": self.state.moments,
             "known": self.known.state_dict(),
             "journal": self.journal.state_dict(),
+            **(inside or {}),
         }
 
-    def _keep_base(self, ctx: StageContext, at_end: dict[str, Any]) -> None:
-        """Writes what another run needs to take the first stage over.
-
-        Args:
-            ctx: The first stage.
-            at_end: The random state as the strategies' ``end_stage`` began.
-        """
+    def _save(self, ctx: StageContext, phase: str, inside: Mapping[str, Any] | None = None) -> None:
+        """Writes a checkpoint."""
+        if self.config["saved"] is False or self.only_trains:  # unset counts as wanted
+            return
+        self._number += 1
+        state = self.saved_state(ctx, phase, inside)
         with distributed.current().together():
             if self.state.main:
-                checkpoint.save(self.folder / "base", 1, self._state(ctx, "done") | {"randomness": at_end}, 1)
+                checkpoint.save(self.folder / "checkpoints", self._number, state, int(self.config["checkpoint_keep"]))
 
-    def _take_base(self) -> dict[str, Any]:
-        """Takes the first stage over from another run; the strategies end it as if they had been there."""
-        folder = Path(self.config["base_run"]).expanduser()
-        base = base_state(folder, self.config, self._data, self.strategy)
-        self._take_up(base)
-        randomness = ModelRandomness(derive(self.config["seed"], 0))
-        ctx = self.state.models.fresh(0, self.stream.view(0, self.config["graph"]), randomness)
-        check_tasks(self.config, self.stream, ctx.model)
-        self.strategy.check(self.config, ctx.model)
-        load_owned_state(ctx.model, base["model"])
-        randomness.load_state_dict(base["randomness"])
-        ctx.known = self.known
-        with randomness.owned():
-            self.strategy.end_stage(ctx)
-        self.model = ctx.model
-        self._save(ctx, "done")
-        LOGGER.info("the first stage is that of the run in %s", folder)
-        return base
-
-    def _take_up(self, saved: Mapping[str, Any]) -> None:
-        """Puts back what a checkpoint knows beside models and strategies."""
-        self.journal.load_state_dict(saved["journal"])
-        self.state.models.previous, self.state.moments = saved["previous"], saved["carried"]
-        self.known.load_state_dict(saved["known"])
+    def _keep(self, stream: Stream) -> None:
+        """Keeps what the run is trained over in its folder, so that it can be loaded without its log."""
+        if self.config["saved"] is False:
+            return
+        with distributed.current().together():
+            if self.state.main:
+                try:
+                    self.store = keep_stream(self.folder, stream, imported_columns(self.config))
+                except TypeError as error:  # a dataset class of another package
+                    self.journal.warn(f"{error}; the run cannot be loaded without its log")
 
     def _load(self) -> dict[str, Any] | None:
-        saved, self._number = newest(self.folder, self.config, self._data, self.journal.warn)
-        if saved is None:
-            return None
-        self._take_up(saved)
+        saved, self._number = newest(self.folder, self.config, self.data, self.journal.warn)
+        if saved is not None:
+            self.adopt(saved)
+            LOGGER.info("resuming at stage %d from checkpoint %d", saved["stage"] + 1, self._number)
+        return saved
+
+    def adopt(self, saved: dict[str, Any]) -> None:
+        """Takes over where a checkpoint stands: what was found out and learnt; after a whole stage, its model, too."""
+        self.take_up(saved)
         index = saved["stage"]
         if saved["phase"] == "done":
             view = self.stream.view(index, self.config["graph"])
@@ -461,5 +465,9 @@ class Runner:
             load_owned_state(ctx.model, saved["model"])
             self.strategy.load_state_dict(saved["strategy"])
             self.model = ctx.model
-        LOGGER.info("resuming at stage %d from checkpoint %d", index + 1, self._number)
-        return saved
+
+    def take_up(self, saved: Mapping[str, Any]) -> None:
+        """Takes over what a checkpoint knows beside models and strategies."""
+        self.journal.load_state_dict(saved["journal"])
+        self.state.models.previous, self.state.moments = saved["previous"], saved["carried"]
+        self.known.load_state_dict(saved["known"])
