@@ -49,7 +49,8 @@ def who_and_what(users: Any, histories: Any) -> tuple[list[Any] | None, list[lis
     elif histories is not None:
         given = [listed(history) for history in histories]
     if given is None and who and all(is_list(one) for one in who):
-        who, given = None, [listed(history) for history in who]
+        given = [listed(history) for history in who]
+        who = None
     if who is not None and given is not None and len(who) != len(given):
         raise ConfigError(f"recommend: {len(who)} users but {len(given)} histories; give one for each")
     return who, given
