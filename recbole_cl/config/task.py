@@ -77,6 +77,8 @@ def check_negatives(final: Mapping[str, Any], model_class: type) -> None:
         ConfigError: If ``train_neg_sample_args`` asks for none.
     """
     none, kind = final["train_neg_sample_args"]["distribution"] == "none", final["MODEL_INPUT_TYPE"]
+    if final["MODEL_TYPE"] == ModelType.SEQUENTIAL and final.get("loss_type") == "CE":
+        return  # SINE says PAIRWISE, and compares with all items under this loss
     if none and kind == InputType.PAIRWISE and reads(model_class, "NEG_ITEM_ID"):
         raise ConfigError(
             f"property 'train_neg_sample_args' is None, but model {model_class.__name__!r} compares each item with a "
