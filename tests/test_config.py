@@ -943,6 +943,6 @@ def test_what_a_resumed_run_may_change_changes_no_number() -> None:
         numbers
         | (
             set(schema.SCHEMA)
-            - {"resume", "output_dir", "checkpoint_steps", "checkpoint_keep", "data_path", "text_cache"}
+            - {"resume", "output_dir", "checkpoint_steps", "checkpoint_keep", "data_path", "text_cache", "serve"}
         )
     )

@@ -77,8 +77,9 @@ def check_negatives(final: Mapping[str, Any], model_class: type) -> None:
         ConfigError: If ``train_neg_sample_args`` asks for none.
     """
     none, kind = final["train_neg_sample_args"]["distribution"] == "none", final["MODEL_INPUT_TYPE"]
-    compares = kind == InputType.PAIRWISE and final.get("loss_type") != "CE" and reads(model_class, "NEG_ITEM_ID")
-    if none and compares:
+    if final["MODEL_TYPE"] == ModelType.SEQUENTIAL and final.get("loss_type") == "CE":
+        return  # SINE says PAIRWISE, and compares with all items under this loss
+    if none and kind == InputType.PAIRWISE and reads(model_class, "NEG_ITEM_ID"):
         raise ConfigError(
             f"property 'train_neg_sample_args' is None, but model {model_class.__name__!r} compares each item with a "
             f"negative; set train_neg_sample_args: {{distribution: uniform, sample_num: 1}}"
