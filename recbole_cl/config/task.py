@@ -76,8 +76,9 @@ def check_negatives(final: Mapping[str, Any], model_class: type) -> None:
     Raises:
         ConfigError: If ``train_neg_sample_args`` asks for none.
     """
-    none, kind = final["train_neg_sample_args"]["distribution"] == "none", final["MODEL_INPUT_TYPE"]
-    if none and kind == InputType.PAIRWISE and reads(model_class, "NEG_ITEM_ID"):
+    # SINE is pairwise by type, but not under CE.
+    pairwise = final["MODEL_INPUT_TYPE"] == InputType.PAIRWISE and final.get("loss_type") != "CE"
+    if pairwise and final["train_neg_sample_args"]["distribution"] == "none" and reads(model_class, "NEG_ITEM_ID"):
         raise ConfigError(
             f"property 'train_neg_sample_args' is None, but model {model_class.__name__!r} compares each item with a "
             f"negative; set train_neg_sample_args: {{distribution: uniform, sample_num: 1}}"
