@@ -40,17 +40,15 @@ def who_and_what(users: Any, histories: Any) -> tuple[list[Any] | None, list[lis
     who: list[Any] | None = None if users is None else listed(users)
     given: list[list[Any]] | None = None
     if isinstance(histories, Mapping):
-        if who is None:
-            who = list(histories)
-        missing = [user for user in who if user not in histories]
+        asked: list[Any] = list(histories) if who is None else who
+        missing = [user for user in asked if user not in histories]
         if missing:
             raise ConfigError(f"recommend: there is no history for the user {missing[0]!r}; give one for each")
-        given = [listed(histories[user]) for user in who or []]
+        who, given = asked, [listed(histories[user]) for user in asked]
     elif histories is not None:
         given = [listed(history) for history in histories]
     if given is None and who and all(is_list(one) for one in who):
-        given = [listed(history) for history in who]
-        who = None
+        given, who = [listed(history) for history in who], None
     if who is not None and given is not None and len(who) != len(given):
         raise ConfigError(f"recommend: {len(who)} users but {len(given)} histories; give one for each")
     return who, given

@@ -17,9 +17,12 @@ from task_helpers import write_task_log
 import recbole_cl
 from recbole_cl.config import CLConfig
 from recbole_cl.errors import ConfigError
+from recbole_cl.model.state import owned_state
 from recbole_cl.serve import Recommender
+from recbole_cl.serve.ids import token
 from recbole_cl.testing.toy import write_planted_drift
 from recbole_cl.training.runner import Runner
+from recbole_cl.tree import tree_hash
 
 
 @pytest.fixture(scope="module")
@@ -119,8 +122,6 @@ def test_forms_of_users(bpr: Recommender) -> None:
 
 
 def test_numbers_are_tokens_as_the_log_writes_them() -> None:
-    from recbole_cl.serve.ids import token
-
     assert [token(value) for value in (7, np.int64(7), 7.0, "7", 7.5, None, float("nan"))] == ["7"] * 4 + [
         "7.5",
         "",
@@ -284,9 +285,6 @@ def test_tasks_are_asked_by_name(folder: Path) -> None:
 
 
 def test_asking_changes_nothing(sasrec: Recommender) -> None:
-    from recbole_cl.model.state import owned_state
-    from recbole_cl.tree import tree_hash
-
     before, state = tree_hash(owned_state(sasrec.model)), torch.get_rng_state()
     sasrec.recommend("u1")
     sasrec.score([("u1", "i1")])
