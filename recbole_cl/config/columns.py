@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from recbole_cl.config.blocks import HEADER
 from recbole_cl.config.datasets import find_dataset
 from recbole_cl.errors import ConfigError, nearest
 
@@ -115,13 +116,14 @@ def open_log(final: dict[str, Any], dataset: str, warnings: list[str]) -> LogFil
         warnings.append(f"{dataset}.inter is not in data_path {asked!r}; {folder} is read instead")
     final["data_path"] = str(folder)
     file, separator = folder / f"{dataset}.inter", final["field_separator"]
-    header = read_header(file, final)
+    header = read_header(file, final) if file.is_file() else list(HEADER)  # blocks: written as they are loaded
     if any(not word.partition(":")[2] for word in header):
         raise ConfigError(
             f"the first line of {file.name} is {separator.join(header)[:80]!r}; it must name each column and its type, "
             f"separated by property 'field_separator' {separator!r}, as in 'user_id:token'"
         )
-    check_header(file, final)
+    if file.is_file():
+        check_header(file, final)
     return LogFiles(dataset, folder, column_names(header))
 
 

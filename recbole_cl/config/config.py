@@ -198,8 +198,10 @@ class CLConfig(Config):
         return model_class.__name__, model_class, str(self._asked("dataset", dataset, EXAMPLE))
 
     def _find_components(self) -> None:
-        """Resolves scheduler and strategies, before their defaults are loaded."""
-        scheduler = self.external_config_dict.get("scheduler", self._overall["scheduler"])
+        """Resolves scheduler and strategies, before their defaults are loaded; a dataset may have a scheduler, too."""
+        own = properties_dir() / "dataset" / f"{self.dataset}.yaml"
+        usual = {**self._overall, **(read_properties(own) if own.is_file() else {})}
+        scheduler = self.external_config_dict.get("scheduler", usual["scheduler"])
         schema.SCHEMA["scheduler"].check("scheduler", scheduler)
         self._scheduler = schedulers.name_of(scheduler)
         self.scheduler_class: type = schedulers.get(scheduler)

@@ -6,6 +6,7 @@ import os
 import re
 from pathlib import Path
 
+from recbole_cl.config.blocks import block_files
 from recbole_cl.config.files import RECBOLE
 from recbole_cl.errors import ConfigError, nearest
 
@@ -18,6 +19,11 @@ def _roots() -> list[Path]:
     return [*([Path(variable).expanduser()] if variable else []), Path("dataset")]
 
 
+def _holds(folder: Path, dataset: str) -> bool:
+    """Tells whether a folder holds a log: an interaction file, or blocks in a folder of its own."""
+    return (folder / f"{dataset}.inter").is_file() or (folder.name == dataset and bool(block_files(folder)))
+
+
 def list_datasets(data_path: str | None = None) -> list[str]:
     """Returns the names of the datasets that can be found: ml-100k and those in the search folders.
 
@@ -27,12 +33,12 @@ def list_datasets(data_path: str | None = None) -> list[str]:
     found = {EXAMPLE}
     for root in [*([Path(data_path).expanduser()] if data_path else []), *_roots()]:
         if root.is_dir():
-            found.update(folder.name for folder in root.iterdir() if (folder / f"{folder.name}.inter").is_file())
+            found.update(folder.name for folder in root.iterdir() if _holds(folder, folder.name))
     return sorted(found, key=str.lower)
 
 
 def find_dataset(dataset: str, data_path: str | None = None) -> Path:
-    """Returns the folder that holds ``<dataset>.inter``. Nothing is ever downloaded.
+    """Returns the folder that holds ``<dataset>.inter``, or blocks. Nothing is ever downloaded.
 
     Args:
         dataset: Name of the dataset.
@@ -52,7 +58,7 @@ def find_dataset(dataset: str, data_path: str | None = None) -> Path:
         folders.append(RECBOLE / "dataset_example" / EXAMPLE)
     folders += [root / dataset for root in _roots()]
     for folder in folders:
-        if (folder / f"{dataset}.inter").is_file():
+        if _holds(folder, dataset):
             return folder.resolve()
     looked = ", ".join(str(folder) for folder in folders)
     raise ConfigError(

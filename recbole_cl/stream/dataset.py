@@ -8,6 +8,7 @@ constructor sees at a stage: the users and items known so far, the training inte
 from __future__ import annotations
 
 import copy
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from recbole.data.dataset import Dataset, KnowledgeBasedDataset, SequentialDatas
 from recbole.data.interaction import Interaction
 from recbole.utils import FeatureType
 
+from recbole_cl.config.blocks import write_interactions
 from recbole_cl.config.columns import ID_PROPERTIES, check_header
 from recbole_cl.errors import DataError, RecBoleCLError
 from recbole_cl.registry import schedulers
@@ -73,6 +75,15 @@ class StreamDatasetMixin(_Mixed):
 
     def _download(self) -> None:
         raise DataError(f"data_path: {self.dataset_path!r} does not exist; nothing is downloaded")
+
+    def _load_inter_feat(self, token: str, dataset_path: str) -> None:
+        """Loads the interactions; blocks are written as an interaction file first, which is gone afterwards."""
+        if (Path(dataset_path) / f"{token}.inter").is_file():
+            super()._load_inter_feat(token, dataset_path)
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            write_interactions(Path(dataset_path), Path(folder) / f"{token}.inter", self.config["field_separator"])
+            super()._load_inter_feat(token, folder)
 
     def _load_feat(self, filepath: str, source: Any) -> pd.DataFrame | None:
         check_header(Path(filepath), self.config.final_config_dict)

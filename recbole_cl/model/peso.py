@@ -1,0 +1,288 @@
+"""PESO's model: a causal language model over the codes of items, with one adapter that evolves (Yoo et al. 2026).
+
+::
+
+    history   <s> a3 b1 c7 d2  a5 b0 c7 d9  ...       each item is as many tokens as its semantic id has codes
+    answer    a1 -> b4 -> c0 -> d6                    beam search over the trie of the items that are allowed
+
+The base stage has two passes: all weights, then the adapter on the frozen base. Later stages train the adapter alone.
+Strategies that say how it is held reach it by :meth:`PESO.adapters` (the capability ``continual_lora``).
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+from recbole.data.interaction import Interaction
+from recbole.model.abstract_recommender import SequentialRecommender
+from torch import nn
+
+from recbole_cl.errors import ConfigError, DataError
+from recbole_cl.generative.beam import CodeTokens, beam_search, best_items, in_parts, sequence_scores
+from recbole_cl.generative.decoder import CopyingDecoder, TreeDecoder
+from recbole_cl.generative.index import SemanticIds, read_index
+from recbole_cl.generative.quality import quality
+from recbole_cl.generative.trie import Pairs, Trie
+from recbole_cl.model.all_positions import passes
+from recbole_cl.model.contract import ContinualModel, StageTrainer
+from recbole_cl.model.small_llama import add_lora, factors, lora_layers, small_llama, token_loss, train_only
+from recbole_cl.registry import Registry, encoders, models, tokenisers
+from recbole_cl.stream.batch import TARGETS
+
+if TYPE_CHECKING:
+    from recbole_cl.strategy.context import Pass, StageContext
+
+PAD, START, SPECIAL = 0, 1, 4
+"""Padding, the token before a history, and how many tokens stand before the codes."""
+TOKENS_AT_ONCE = {"cpu": 1 << 13, "cuda": 1 << 17}
+"""Tokens of prompts that are answered together."""
+
+
+@models.register()
+class PESO(ContinualModel, SequentialRecommender):
+    """A generative recommender whose items are sequences of codes.
+
+    Args:
+        config: The run's configuration.
+        dataset: RecBole's dataset at the stage.
+    """
+
+    capabilities = ("continual_lora",)
+    components: ClassVar[dict[str, Registry]] = {"tokeniser": tokenisers, "text_encoder": encoders}
+    trains_all_positions = True
+    scores_untrained_items = True
+    own_metrics: ClassVar[dict[str, bool]] = {"nll": False}
+    codes: torch.Tensor
+
+    def __init__(self, config: Any, dataset: Any) -> None:
+        super().__init__(config, dataset)
+        self.config = config
+        self.ids, self._source = _semantic_ids(config)
+        tokens = [str(token) for token in dataset.field2id_token[self.ITEM_ID][1 : self.n_items]]
+        rows = self.ids.of(tokens, repr(self._source["source"]))
+        codes = torch.from_numpy(np.r_[np.zeros((1, self.ids.levels), dtype=np.int64), rows])
+        self.register_buffer("codes", codes, persistent=False)
+        starts = SPECIAL + np.cumsum([0, *self.ids.sizes])
+        self.tokens = CodeTokens(tuple(starts[:-1].tolist()), self.ids.sizes, config["beam_normaliser"])
+        longest = 1 + self.ids.levels * (self.max_seq_length + 1)
+        self.llm = small_llama(config, int(starts[-1]), longest)
+        add_lora(
+            self.llm, config["lora_rank"], config["lora_alpha"], config["lora_dropout"], list(config["lora_targets"])
+        )
+        self._trie: tuple[torch.Tensor, Trie] | None = None
+
+    # -- for strategies -------------------------------------------------------------------------------------------
+
+    def adapters(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+        """Returns A ``[r, in]`` and B ``[out, r]`` of the adapter that is trained, by the adapted layer's name."""
+        return {name: factors(layer) for name, layer in lora_layers(self.llm).items()}
+
+    def adapted_layers(self) -> dict[str, nn.Module]:
+        """Returns the adapted layers themselves, by the same names."""
+        return lora_layers(self.llm)
+
+    # -- the contract ---------------------------------------------------------------------------------------------
+
+    def frozen_bases(self) -> dict[str, dict[str, Any]]:
+        """Returns the index of the items' codes: a checkpoint of other codes is refused. It has no tensors."""
+        return {"semantic_ids": {**self._source, "names": []}}
+
+    def plan_stage(self, ctx: StageContext, passes: list[Pass]) -> list[Pass]:
+        """Returns two passes for each that begins without a base: all weights, then the adapter."""
+        planned: list[Pass] = []
+        for plan in passes:
+            if plan.init != "fresh" and not plan.untrained and (ctx.index > 0 or plan is not passes[0]):
+                planned.append(plan)
+                continue
+            planned += [
+                replace(plan, name=f"{plan.name}/base", epochs=plan.epochs or self.config["base_epochs"]),
+                replace(
+                    plan,
+                    name=f"{plan.name}/adapter",
+                    init="previous",
+                    epochs=plan.epochs or self.config["adapter_epochs"],
+                    lr_scale=plan.lr_scale * self.config["adapter_lr_scale"],
+                ),
+            ]
+        return planned
+
+    def stage_trainer(self, ctx: StageContext, learning_rate: float) -> StageTrainer | None:
+        """Says what the pass trains; RecBole's trainer does it."""
+        train_only(self.llm, "base" if ctx.pass_.name.endswith("/base") else "adapter")
+        return None
+
+    def item_levels(self) -> dict[str, np.ndarray]:
+        """Returns the leaf of each item: items with the same codes are one."""
+        _, leaf = np.unique(self.codes[1:].cpu().numpy(), axis=0, return_inverse=True)
+        return {"code": np.r_[0, leaf.reshape(-1) + 1]}
+
+    def report(self) -> dict[str, Any]:
+        """Returns the quality of the semantic ids of the items that have a row."""
+        codes = self.codes[1:].cpu().numpy()
+        told = quality(codes, codes, self.ids.sizes)
+        after = told["after"]
+        numbers = {
+            "items with codes": told["items"],
+            "different semantic ids": after["unique"],
+            "items that share one": after["colliding"],
+            "largest leaf": after["largest"],
+            "entropy of semantic ids (bits)": told["entropy_bits"],
+        }
+        return {"numbers": numbers, "tables": {"codes of each level": told["levels"]}}
+
+    # -- training -------------------------------------------------------------------------------------------------
+
+    def spell(self, items: torch.Tensor) -> torch.Tensor:
+        """Returns the tokens of item ids ``[B, L]``, 0 for none, behind a first token, shape ``[B, 1 + L levels]``."""
+        spelt = self.tokens.of(self.codes[items]).masked_fill((items == 0).unsqueeze(-1), PAD)
+        return nn.functional.pad(spelt.flatten(1), (1, 0), value=START)
+
+    def calculate_loss(self, interaction: Interaction) -> torch.Tensor:
+        """Returns the mean cross-entropy over the tokens of all supervised items."""
+        losses = [part.flatten() for _, part in self._token_losses(interaction)]
+        return torch.cat(losses).mean()
+
+    def per_sample_loss(self, interaction: Interaction) -> torch.Tensor:
+        """Returns each row's mean over the tokens of its supervised items, shape ``[B]``."""
+        parts = self._token_losses(interaction)
+        row = torch.cat([rows for rows, _ in parts])
+        loss = torch.cat([part.mean(1) for _, part in parts])
+        total = loss.new_zeros(len(interaction)).index_add(0, row, loss)
+        count = loss.new_zeros(len(interaction)).index_add(0, row, torch.ones_like(loss))
+        return total / count.clamp(min=1)
+
+    def _token_losses(self, interaction: Interaction) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Returns row ``[n]`` and cross-entropies ``[n, levels]`` of the supervised items, similar lengths together."""
+        history, lengths = interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN].unsqueeze(1)
+        items = nn.functional.pad(history, (0, 1)).scatter(1, lengths, interaction[self.ITEM_ID].unsqueeze(1))
+        if TARGETS in interaction:
+            wanted = interaction[TARGETS] > 0
+        else:
+            wanted = torch.zeros_like(history, dtype=torch.bool).scatter(1, lengths - 1, True)
+        found = []
+        for rows, width in passes(wanted):
+            tokens = self.spell(items[rows, : width + 1])
+            hidden = self.llm.model(input_ids=tokens[:, :-1], use_cache=False).last_hidden_state
+            # The tokens of item j + 1, which a flag at j asks for, are answered where those of item j end.
+            flags = wanted[rows, :width]
+            levels = self.ids.levels
+            answers = hidden[:, levels:].unflatten(1, (width, levels))[flags]
+            asked = tokens[:, 1 + levels :].unflatten(1, (width, levels))[flags]
+            loss = token_loss(answers.flatten(0, 1), self.llm.lm_head, asked.flatten()).view(-1, levels)
+            found.append((rows[flags.nonzero()[:, 0]], loss))
+        return found
+
+    # -- answers --------------------------------------------------------------------------------------------------
+
+    def _prompts(self, interaction: Interaction) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns right-padded prompts ``[B, P]`` and their lengths ``[B]``."""
+        lengths = interaction[self.ITEM_SEQ_LEN]
+        width = int(lengths.max()) if len(lengths) else 1
+        return self.spell(interaction[self.ITEM_SEQ][:, :width]), 1 + self.ids.levels * lengths
+
+    def _parts(self, lengths: torch.Tensor, width: int = 1) -> list[torch.Tensor]:
+        """Returns rows that are answered together; ``width`` tokens a row come on top of the prompts."""
+        most = TOKENS_AT_ONCE.get(lengths.device.type, 1 << 13)
+        return [part.to(lengths.device) for part in in_parts(lengths + width, most)]
+
+    def _trie_of(self, allowed: torch.Tensor) -> Trie:
+        if self._trie is None or not torch.equal(self._trie[0], allowed):
+            self._trie = (allowed.clone(), Trie(self.codes, allowed, self.ids.sizes))
+        return self._trie[1]
+
+    @torch.no_grad()
+    def recommend(
+        self, batch: Interaction, k: int, allowed: torch.Tensor, excluded: Pairs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the items that a beam search over the allowed items' trie finds, and their log-probabilities."""
+        trie, decoder = self._trie_of(allowed), TreeDecoder if self.config["beam_tree"] else CopyingDecoder
+        prompts, lengths = self._prompts(batch)
+        items = torch.zeros((len(prompts), k), dtype=torch.int64, device=prompts.device)
+        scores = torch.full((len(prompts), k), -torch.inf, device=prompts.device)
+        width = max(k, self.config["beam_size"])
+        for rows in self._parts(lengths, width):
+            longest = int(lengths[rows].max())
+            theirs = _of_rows(excluded, rows, len(prompts))
+            asked = (prompts[rows, :longest], lengths[rows])
+            beams = beam_search(decoder(self.llm), self.tokens, trie, *asked, width, theirs)
+            items[rows], scores[rows] = best_items(beams, trie, k, theirs)
+        return items, scores
+
+    @torch.no_grad()
+    def scores(self, interaction: Interaction, items: torch.Tensor) -> torch.Tensor:
+        """Returns the log-probabilities of given items by teacher forcing, shape ``[B, C]``."""
+        prompts, lengths = self._prompts(interaction)
+        found = torch.empty(items.shape, device=items.device)
+        for rows in self._parts(lengths, items.size(1) * self.ids.levels):
+            longest = int(lengths[rows].max())
+            asked = (prompts[rows, :longest], lengths[rows])
+            found[rows] = sequence_scores(TreeDecoder(self.llm), self.tokens, *asked, self.codes[items[rows]])
+        return found
+
+    def predict(self, interaction: Interaction) -> torch.Tensor:
+        """Returns the log-probability of each row's item, shape ``[B]``."""
+        return self.scores(interaction, interaction[self.ITEM_ID].unsqueeze(1)).squeeze(1)
+
+    def full_sort_predict(self, interaction: Interaction) -> torch.Tensor:
+        """Returns the scores of the items that the beam search finds, -inf elsewhere, shape ``[B, n_items]``."""
+        device = self.codes.device
+        allowed = torch.ones(self.n_items, dtype=torch.bool, device=device)
+        allowed[0] = False
+        none = (torch.empty(0, dtype=torch.int64, device=device),) * 2
+        items, scores = self.recommend(interaction, max(self.config["topk"]), allowed, none)
+        everything = torch.full((len(items), self.n_items), -torch.inf, device=device)
+        everything.scatter_(1, items, scores)
+        everything[:, 0] = -torch.inf  # empty slots
+        return everything
+
+    def measure(self, batch: Interaction) -> dict[str, torch.Tensor]:
+        """Returns the negative log-likelihood of each target's codes, of all tokens, shape ``[B]``."""
+        return {"nll": -self.predict(batch)}
+
+
+def _of_rows(excluded: Pairs, rows: torch.Tensor, n: int) -> Pairs:
+    """Returns the pairs of some rows, which are numbered anew."""
+    row, item = excluded
+    place = torch.full((n,), -1, dtype=torch.int64, device=rows.device)
+    place[rows] = torch.arange(len(rows), device=rows.device)
+    number = place[row]
+    return number[number >= 0], item[number >= 0]
+
+
+def _semantic_ids(config: Any) -> tuple[SemanticIds, dict[str, str]]:
+    """Returns the run's semantic ids, and the name and hash of their file.
+
+    Raises:
+        ConfigError: If none are named or the file is nowhere.
+    """
+    asked, folder = config["semantic_ids"], Path(config["data_path"])
+    remedy = f"make one from the items' texts with 'recbole-cl semantic-ids --dataset={config['dataset']}'"
+    found = [Path(asked).expanduser(), folder / asked] if asked else sorted(folder.glob("index*.json"))
+    files = [path for path in found if path.is_file()]
+    if not asked and len(files) > 1:
+        raise ConfigError(
+            f"semantic_ids: the dataset's folder holds {', '.join(path.name for path in files)}; name one of them"
+        )
+    if not files:
+        told = "semantic_ids: there is no index*.json"
+        told = f"property 'semantic_ids' is {asked!r}, which is no file, neither here nor" if asked else told
+        raise ConfigError(f"{told} in the dataset's folder {str(folder)!r}; PESO reads items as codes: {remedy}")
+    file = files[0]
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise DataError(f"semantic_ids: cannot read {str(file)!r}: {error.strerror}") from error
+    digest = hashlib.sha256(content).hexdigest()
+    return _read(str(file), digest), {"source": file.name, "sha256": digest}
+
+
+@functools.lru_cache(maxsize=4)
+def _read(path: str, digest: str) -> SemanticIds:
+    """Returns what a file of this hash holds: a model is made anew at every stage."""
+    return read_index(path)
