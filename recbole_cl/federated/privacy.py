@@ -23,8 +23,8 @@ import numpy as np
 from recbole_cl.errors import ConfigError
 
 EXTRA = (
-    "the privacy accountant dp-accounting is not installed; pip install 'recbole-cl[federated]', or set the budget to "
-    ".inf, which adds no noise and protects nobody"
+    "the privacy accountant dp-accounting is not installed; pip install 'recbole-cl[federated]', or set "
+    "protofed_epsilon: ~, which adds no noise and protects nobody"
 )
 GRID = 1e-4
 """Width of the cells in which dp-accounting holds privacy losses; it rounds them up."""
@@ -175,7 +175,7 @@ def noise_multiplier(budget: float, delta: float, n_releases: int, sampling: flo
     if math.isinf(budget) or n_releases == 0:
         return 0.0
     if not budget > 0:
-        raise ConfigError(f"protofed_epsilon: {budget!r} is no number above 0; give a budget, or .inf for no noise")
+        raise ConfigError(f"protofed_epsilon: {budget!r} is no number above 0; give a budget, or ~ for no noise")
     low, high = 0.0, 1.0
     spent = functools.partial(_of_alike, n_releases=n_releases, sampling=sampling, delta=delta)
     while spent(high, grid=10 * GRID) > budget:
@@ -247,8 +247,8 @@ def pick_sizes(
     if not fitting:
         least = min(found, key=lambda sizes: sizes.noise_ratio)
         raise ConfigError(
-            f"protofed_epsilon: with {n_users:.0f} users a release and a noise multiplier of {multiplier:.3g}, the noise "
-            f"on each of {least.prototypes} prototypes of {least.width} numbers is {least.noise_ratio:.2g} times as "
+            f"protofed_epsilon: with {n_users:.0f} users a release and a noise multiplier of {multiplier:.3g}, the "
+            f"noise on each of {least.prototypes} prototypes of {least.width} numbers is {least.noise_ratio:.2g} times as "
             f"long as what it hides (at most {limit:g} by protofed_noise_limit): it would drown them. Give a larger "
             f"protofed_epsilon, fewer stages or rounds, more users, or protofed_static: True, which releases nothing"
         )

@@ -48,17 +48,17 @@ def make_plan(config: Any, stream: Any, aggregator: Aggregator) -> Plan:
     Raises:
         ConfigError: If the budget makes no sense, or noise would drown the prototypes.
     """
-    budget, delta = float(config["protofed_epsilon"]), float(config["protofed_delta"])
+    budget, delta = budget_of(config), float(config["protofed_delta"])
     sampling = float(config["protofed_participation"])
     if not budget > 0 or not 0 < delta < 1 or not 0 < sampling <= 1:
         raise ConfigError(
             f"protofed_epsilon {budget!r}, protofed_delta {delta!r}, protofed_participation {sampling!r}: the first is "
-            f"above 0 (.inf for no noise), the second between 0 and 1, the third above 0 and at most 1"
+            f"above 0 (~ for no noise), the second between 0 and 1, the third above 0 and at most 1"
         )
     if not aggregator.private and not math.isinf(budget):
         raise ConfigError(
             f"protofed_aggregator: {config['protofed_aggregator']} has no private form: {aggregator.why_not_private}; "
-            f"use DPFedKMeans, or protofed_epsilon: .inf"
+            f"use DPFedKMeans, or protofed_epsilon: ~"
         )
     static = bool(config["protofed_static"])
     n_releases = 0 if static else (len(stream) - 1) * int(config["protofed_rounds"]) * aggregator.steps
@@ -79,6 +79,12 @@ def make_plan(config: Any, stream: Any, aggregator: Aggregator) -> Plan:
     choices = ((int(k),) if k is not None else PROTOTYPES, (int(width),) if width is not None else WIDTHS)
     sizes = pick_sizes(effective, cost.noise_multiplier, radius, weight, limit, *choices)
     return Plan(mechanism, n_releases, n_users, sizes, True)
+
+
+def budget_of(config: Any) -> float:
+    """Returns the largest epsilon, infinite where there is no budget."""
+    given = config["protofed_epsilon"]
+    return math.inf if given is None else float(given)
 
 
 def users_of_a_slice(stream: Any) -> float:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from recbole_cl.model.protofed_plan import budget_of
+
 if TYPE_CHECKING:
     from recbole_cl.model.protofed_sp import ProtoFedSP
 
@@ -43,7 +45,7 @@ def told(model: ProtoFedSP) -> dict[str, Any]:
     spent = _spent(model)
     if spent is not None and math.isfinite(spent):
         numbers["epsilon"] = round(spent, 4)
-    budget = float(config["protofed_epsilon"])
+    budget = budget_of(config)
     rows = {
         "epsilon spent": "infinite: no noise, no privacy" if spent == math.inf else f"{spent or 0.0:.4g}",
         "budget": "none" if math.isinf(budget) else f"{budget:g}",

@@ -58,7 +58,9 @@ class ClientData:
         owner = np.repeat(np.arange(len(clients)), counts)
         inside = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         rows = self.ctx.batcher.window_rows(self.windows, self.order[np.repeat(first, counts) + inside])
-        sequence, targets = rows[self.model.ITEM_SEQ], rows[TARGETS]
+        sequence, after = self.model.readable(rows[self.model.ITEM_SEQ])
+        # Before an item without a row stands none that it could be a target of; what came after it is the next one.
+        targets = rows[TARGETS].gather(1, after) * (sequence > 0)
         targets = torch.where(self.model.seen[targets], targets, 0)
         supervised = targets > 0
         negatives = targets.new_zeros(*targets.shape, int(self.ctx.config["protofed_negatives"]))

@@ -24,11 +24,11 @@ from recbole_cl.federated.table import ClientTable
 from recbole_cl.model.all_positions import last_items
 from recbole_cl.model.contract import ContinualModel, StageTrainer
 from recbole_cl.model.fused import layer_outputs
-from recbole_cl.model.protofed_plan import make_plan
+from recbole_cl.model.protofed_plan import budget_of, make_plan
 from recbole_cl.model.protofed_report import told
 from recbole_cl.model.protofed_rounds import Rounds, SharedTraining
 from recbole_cl.model.sasrec import SASRec
-from recbole_cl.prompt.prefix import prompted_outputs
+from recbole_cl.prompt.prefix import prompted_outputs, without
 from recbole_cl.registry import Registry, aggregators, engines, models
 from recbole_cl.rng import derive, seeded
 from recbole_cl.strategy.context import Pass, StageContext
@@ -135,8 +135,7 @@ class ProtoFedSP(ContinualModel, SequentialRecommender):
 
     def ledger(self) -> Ledger:
         """Returns the ledger of the run's releases."""
-        budget, delta = float(self.config["protofed_epsilon"]), float(self.config["protofed_delta"])
-        return Ledger(self._ledger_path(), budget, delta)
+        return Ledger(self._ledger_path(), budget_of(self.config), float(self.config["protofed_delta"]))
 
     def _ledger_path(self) -> Path:
         given = self.config["protofed_ledger"]
@@ -250,9 +249,17 @@ class ProtoFedSP(ContinualModel, SequentialRecommender):
         lengths = (sequence > 0).sum(dim=1, keepdim=True).clamp(min=1)
         return self.backbone.item_embedding(sequence).sum(dim=1) / lengths
 
+    def readable(self, sequence: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns histories without the items that have no row, and where each item ended; see :func:`without`."""
+        dropped = ~self.seen.to(sequence.device)[sequence] if not self.scores_untrained_items else sequence < 0
+        return without(sequence, dropped)
+
     def represent(self, batch: Interaction) -> torch.Tensor:
         """Returns the representation of each history behind its user's composed prompt, shape ``[B, d]``."""
         sequence, lengths = batch[self.ITEM_SEQ], batch[self.ITEM_SEQ_LEN]
+        if self.phase != BACKBONE:
+            sequence, _ = self.readable(sequence)
+            lengths = (sequence > 0).sum(dim=1).clamp(min=1)
         sequence = sequence[:, : int(lengths.max())]
         if self.phase == BACKBONE:
             return self.backbone.outputs(sequence, last_items(lengths, sequence.size(1)))

@@ -52,3 +52,24 @@ def prompted_outputs(
         return layer(top, hidden, mask, at + tokens)
     wanted = torch.arange(tokens, tokens + length, device=hidden.device).expand(len(hidden), -1)
     return layer(top, hidden, mask, wanted)
+
+
+def without(sequence: torch.Tensor, dropped: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns sequences closed up over dropped items, and where each item that is left ended before the next began.
+
+    Args:
+        sequence: Item ids, right-padded with 0, shape ``[B, L]``.
+        dropped: Flags, shape ``[B, L]``.
+
+    Returns:
+        Item ids ``[B, L]``; and for each of them the place, in the given sequence, of the last item before the next one
+        that is left, ``[B, L]``: a target after that place comes next after this item.
+    """
+    length = sequence.size(1)
+    kept = (sequence > 0) & ~dropped
+    order = (~kept).byte().argsort(dim=1, stable=True)
+    left = torch.where(kept.gather(1, order), sequence.gather(1, order), 0)
+    ends = (sequence > 0).sum(dim=1, keepdim=True)
+    places = torch.where(kept.gather(1, order), order, ends)
+    following = torch.cat([places[:, 1:], ends], dim=1)
+    return left, (following - 1).clamp(0, length - 1)

@@ -1,4 +1,4 @@
-"""The default engine, the clients of a round as a few large batches in this process, and a plain loop to compare with."""
+"""The default engine, clients as a few large batches in this process, and a plain loop to compare it with."""
 
 from __future__ import annotations
 
