@@ -263,15 +263,6 @@ def versions() -> dict[str, str]:
     return found
 
 
-def run_folder(config: Any) -> Path:
-    """Returns the folder of a run: ``output_dir``, or one named after what is run."""
-    if config["output_dir"]:
-        return Path(config["output_dir"]).expanduser()
-    how = config.strategy_name + ("" if config["trainable"] == "all" else f"-{config['trainable']}")
-    parts = (config["model"], config["dataset"], how, config["scheduler"], f"seed{config['seed']}")
-    return Path("runs") / "-".join(map(str, parts))
-
-
 def open_folder(folder: Path, resume: bool) -> None:
     """Makes sure before any work that the folder can be written; what lies there from an earlier run is kept.
 

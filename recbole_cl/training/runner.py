@@ -20,6 +20,7 @@ from torch import nn
 from tqdm import tqdm
 
 from recbole_cl import checkpoint, distributed
+from recbole_cl.config.folder import run_folder
 from recbole_cl.errors import ConfigError
 from recbole_cl.evaluation.evaluator import Evaluator
 from recbole_cl.evaluation.known import Known
@@ -28,7 +29,7 @@ from recbole_cl.model.contract import contract, offers
 from recbole_cl.model.state import count_parameters, grow_model, load_owned_state, owned_state
 from recbole_cl.registry import strategies
 from recbole_cl.report import write_report
-from recbole_cl.results.journal import Journal, open_folder, run_folder, settings
+from recbole_cl.results.journal import Journal, open_folder, settings
 from recbole_cl.results.records import Records
 from recbole_cl.rng import ModelRandomness, derive
 from recbole_cl.strategy.composite import Composite
