@@ -184,7 +184,8 @@ class ContinualModel:
 
         Args:
             batcher: The :class:`~recbole_cl.stream.batch.Batcher` that made the rows.
-            rows: One row a target; ``_lo`` and ``_hi`` are the range of its history.
+            rows: One row a target (a window counts as its last); ``_lo`` and ``_hi`` are the range of its history.
+                Negatives come later, as copies of their positive's row: what depends on the item is looked up by id.
             targets: The targets.
             evaluation: Ids that the model has no rows for are 0.
         """

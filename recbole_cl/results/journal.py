@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import platform
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -104,6 +105,10 @@ class Journal:
         """Tells whether less of a metric, RecBole's or the model's own, is better."""
         bigger = self.config.own_metrics.get(metric)
         return smaller_is_better(metric) if bigger is None else not bigger
+
+    def worst(self, stage: Stage) -> float:
+        """Returns what every value of the stage's primary metric is better than."""
+        return -math.inf if self.bigger(stage) else math.inf
 
     def record(self, outcome: Outcome, t: int, stage: Stage, mode: str) -> None:
         """Adds cell (t, s), over all targets and by stratum, for items and for the coarser levels of them."""

@@ -8,14 +8,12 @@ resumed, the bits of one that was not.
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from recbole.data.transform import construct_transform
-from recbole.utils import ModelType
 from torch import nn
 from tqdm import tqdm
 
@@ -36,13 +34,14 @@ from recbole_cl.strategy.composite import Composite
 from recbole_cl.strategy.context import Pass, StageContext
 from recbole_cl.strategy.parts.part_tuning import refuse_new_beginnings, with_trainable
 from recbole_cl.stream.build import Stream, build_stream
-from recbole_cl.stream.stage import Stage
 from recbole_cl.stream.vocabulary import grow_optimizer
 from recbole_cl.training.all_rows import refuse_serving, train_on_all_rows
 from recbole_cl.training.base_run import keep_base, take_base
 from recbole_cl.training.data_parallel import keep_alike
-from recbole_cl.training.passes import Progress, Save, StageStart, make_pass
+from recbole_cl.training.passes import Save, make_pass
 from recbole_cl.training.peak_memory import peak_megabytes, reset_peak
+from recbole_cl.training.progress import Progress, StageStart
+from recbole_cl.training.references import score_scratch_model, score_untrained_model
 from recbole_cl.training.resume import newest, side_stores
 from recbole_cl.training.run_state import RunState
 from recbole_cl.training.stage_models import StageModels, build_model
@@ -195,7 +194,7 @@ class Runner:
         passes = self.strategy.plan_stage(ctx)
         passes = contract(ctx.model).plan_stage(ctx, passes)
         refuse_new_beginnings(ctx, self.strategy.members, passes)
-        worst = self._worst(stage)
+        worst = self.journal.worst(stage)
         progress = Progress(best_score=worst)
         if resumed is not None:
             progress = Progress.of(resumed["progress"])
@@ -227,7 +226,8 @@ class Runner:
         trained = time.perf_counter()
         seconds = offset + trained - begun
         self._evaluate_all(ctx)
-        scratch_seconds = self._scratch(index) if self.config["scratch"] and not self.only_trains else 0.0
+        scratch = self.config["scratch"] and not self.only_trains
+        scratch_seconds = score_scratch_model(self.state, index) if scratch else 0.0
         self.state.models.previous = {"stage": index, "model": clone_tree(owned_state(ctx.model))}
         self._note_costs(ctx, seconds, time.perf_counter() - trained, scratch_seconds)
         self._save(ctx, "done")
@@ -238,27 +238,17 @@ class Runner:
             index + 1, len(self.stream), time.perf_counter() - started, self.journal.row(stage),
         )  # fmt: skip
 
-    def _worst(self, stage: Stage) -> float:
-        """Returns what every validation score of a stage is better than."""
-        return -math.inf if self.journal.bigger(stage) else math.inf
-
     def _begin_stage(self, ctx: StageContext, resumed: dict[str, Any] | None) -> dict[str, Any]:
         """Prepares a stage; returns the state of model and strategies as it began."""
         if resumed is not None:
             start: dict[str, Any] = resumed["stage_start"]
             load_owned_state(ctx.model, start["model"])
             self.strategy.load_state_dict(clone_tree(start["strategy"]))
-        self._prepare_stage(ctx)
+        self.state.models.prepare_stage(ctx)
         if resumed is None:
             self.strategy.begin_stage(ctx)
             start = clone_tree({"model": owned_state(ctx.model), "strategy": self.strategy.state_dict()})
         return start
-
-    def _prepare_stage(self, ctx: StageContext) -> None:
-        """Lets the model do its work before a stage; what it draws is the same where that is done again."""
-        if offers(ctx.model, "prepare_stage"):
-            with ModelRandomness(derive(self.config["seed"], ctx.index, "prepare_stage")).owned():
-                ctx.model.prepare_stage(ctx)
 
     def _pass(
         self,
@@ -335,8 +325,9 @@ class Runner:
             if not growth.identity:
                 self.strategy.grow(growth)
                 self.state.moments = grow_optimizer(self.state.moments, growth)
-        if resumed is None:
-            self._reference(index, view)
+        wanted = resumed is None and not self.only_trains and index + 1 < len(self.stream)
+        if wanted and self._wanted(index, index + 1):
+            score_untrained_model(self.state, index, view)
         self.model = model
         return ctx, randomness, fresh
 
@@ -364,42 +355,6 @@ class Runner:
         if cells == "diagonal":
             return trained == tested
         return cells == "all" or trained == len(self.stream) - 1
-
-    def _reference(self, index: int, view: Any) -> None:
-        """Scores an untrained model on the next stage: b[s] of forward transfer, which needs R[s-1, s]."""
-        if self.config["fwt_reference"] != "untrained" or index + 1 >= len(self.stream):
-            return
-        if self.only_trains or not self._wanted(index, index + 1):
-            return
-        if self.config["MODEL_TYPE"] == ModelType.TRADITIONAL:
-            return  # a memory-based model has no untrained state
-        following = self.stream.stages[index + 1]
-        if not following.evaluable(index):
-            return
-        randomness = ModelRandomness(derive(self.config["seed"], index, "reference"))
-        ctx = self.state.models.fresh(index, view, randomness)
-        plain = Evaluator(self.config, self.stream, Composite([]))
-        known = Known.everything(self.stream.table, ctx.batcher.n_users, ctx.batcher.n_items)
-        self.journal.record_reference(plain.evaluate(ctx, known, following), following)
-
-    def _scratch(self, index: int) -> float:
-        """Trains a model on the stage alone and keeps its scores on the stage."""
-        begun = time.perf_counter()
-        alone = RunState.begin(self.config, Composite([]), self.stream)  # its curves are nobody's
-        view = self.stream.view(index, "stage")
-        randomness = ModelRandomness(derive(self.config["seed"], index, "scratch"))
-        ctx = alone.models.fresh(index, view, randomness)
-        self._prepare_stage(ctx)
-        start = StageStart({}, clone_tree({"model": owned_state(ctx.model), "strategy": {}}), randomness)
-        worst = self._worst(ctx.stage)
-        progress = Progress(best_score=worst)
-        plan = Pass("scratch", init="previous", data="stage", graph=self.config["graph"], untrained=True)
-        for number, each in enumerate(contract(ctx.model).plan_stage(ctx, [plan])):
-            progress = progress if number == 0 else progress.next_pass(number, worst)
-            ctx = make_pass(alone, ctx, each, progress, start).train()
-        if ctx.stage.evaluable(index):
-            self.journal.record_scratch(alone.evaluator.evaluate(ctx, alone.known, ctx.stage), ctx.stage)
-        return time.perf_counter() - begun
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
 

@@ -67,6 +67,12 @@ class StageModels:
             self.strategy.prepare_model(ctx)
         ctx.model.to(self.config["device"])
 
+    def prepare_stage(self, ctx: StageContext) -> None:
+        """Lets the model do its work before a stage; what it draws is the same where that is done again."""
+        if offers(ctx.model, "prepare_stage"):
+            with ModelRandomness(derive(self.config["seed"], ctx.index, "prepare_stage")).owned():
+                ctx.model.prepare_stage(ctx)
+
     def fresh(self, index: int, view: Any, randomness: ModelRandomness) -> StageContext:
         """Returns a stage's context with a new model, the strategies' structure in it."""
         ctx = self.context(index, self.build(view, randomness), view)
