@@ -220,7 +220,7 @@ def pace(trainer: PassTrainer, config: Any, epochs: int, loader: Any) -> None:
     asked = _asked(config)
     if not isinstance(trainer, HookedTrainer) or asked is None:
         return
-    base = get_trainer(config["MODEL_TYPE"], recbole_name(type(model))).__name__
+    base = get_trainer(config["MODEL_TYPE"], recbole_name(config.model_class)).__name__
     alternates = base == "KGTrainer" and None not in (config["train_rec_step"], config["train_kg_step"])
     if base not in ("Trainer", "KGTrainer") or alternates:
         raise ConfigError(
