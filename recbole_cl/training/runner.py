@@ -45,7 +45,7 @@ from recbole_cl.training.passes import Progress, Save, StageStart, make_pass
 from recbole_cl.training.peak_memory import peak_megabytes, reset_peak
 from recbole_cl.training.resume import newest, side_stores
 from recbole_cl.training.run_state import RunState
-from recbole_cl.training.stage_models import StageModels, build_model
+from recbole_cl.training.stage_models import StageModels, build_model, prepare_stage
 from recbole_cl.training.store import imported_columns, keep_stream
 from recbole_cl.tree import clone_tree, tree_hash
 
@@ -248,17 +248,11 @@ class Runner:
             start: dict[str, Any] = resumed["stage_start"]
             load_owned_state(ctx.model, start["model"])
             self.strategy.load_state_dict(clone_tree(start["strategy"]))
-        self._prepare_stage(ctx)
+        prepare_stage(ctx)
         if resumed is None:
             self.strategy.begin_stage(ctx)
             start = clone_tree({"model": owned_state(ctx.model), "strategy": self.strategy.state_dict()})
         return start
-
-    def _prepare_stage(self, ctx: StageContext) -> None:
-        """Lets the model do its work before a stage; what it draws is the same where that is done again."""
-        if offers(ctx.model, "prepare_stage"):
-            with ModelRandomness(derive(self.config["seed"], ctx.index, "prepare_stage")).owned():
-                ctx.model.prepare_stage(ctx)
 
     def _pass(
         self,
@@ -378,6 +372,7 @@ class Runner:
             return
         randomness = ModelRandomness(derive(self.config["seed"], index, "reference"))
         ctx = self.state.models.fresh(index, view, randomness)
+        prepare_stage(ctx)
         plain = Evaluator(self.config, self.stream, Composite([]))
         known = Known.everything(self.stream.table, ctx.batcher.n_users, ctx.batcher.n_items)
         self.journal.record_reference(plain.evaluate(ctx, known, following), following)
@@ -389,7 +384,7 @@ class Runner:
         view = self.stream.view(index, "stage")
         randomness = ModelRandomness(derive(self.config["seed"], index, "scratch"))
         ctx = alone.models.fresh(index, view, randomness)
-        self._prepare_stage(ctx)
+        prepare_stage(ctx)
         start = StageStart({}, clone_tree({"model": owned_state(ctx.model), "strategy": {}}), randomness)
         worst = self._worst(ctx.stage)
         progress = Progress(best_score=worst)
