@@ -138,10 +138,11 @@ class ContinualModel:
     def prepare_stage(self, ctx: StageContext) -> None:
         """Does work before a stage is trained (calls of a language model, encodings), with old knowledge in place.
 
-        Runs again where a run is resumed inside the stage, on the state that it left the first time, so what is costly
-        belongs into a side store. What it draws comes from a random state of its own, the same each time. The model is
-        also made anew without it, as the previous one of a later stage or over another graph: what it made is then
-        there only where it is state, a parameter, a buffer or :meth:`owned_state`.
+        Runs again where a run is resumed inside the stage, on the state that it left the first time, where a pass
+        begins from new weights, and for the untrained model of ``fwt_reference``: what is costly belongs into a side
+        store, and done twice it must leave what it leaves done once. What it draws comes from a random state of its
+        own, the same each time. A model is also made anew without it, as the previous one of a later stage or over
+        another graph: what it made is then there only where it is state, a parameter, a buffer or :meth:`owned_state`.
         """
 
     def plan_stage(self, ctx: StageContext, passes: list[Pass]) -> list[Pass]:

@@ -22,6 +22,7 @@ from recbole_cl.stream.task_loader import TaskLoader
 from recbole_cl.training.data_parallel import keep_alike
 from recbole_cl.training.progress import Progress, StageStart
 from recbole_cl.training.run_state import RunState
+from recbole_cl.training.stage_models import prepare_stage
 from recbole_cl.training.stage_trainer import PassTrainer, pace, pass_trainer
 from recbole_cl.training.trainer import Watched
 from recbole_cl.tree import clone_tree
@@ -174,6 +175,7 @@ class StagePass:
                 load_owned_state(ctx.model, self.start.fresh)
             else:
                 load_owned_state(ctx.model, owned_state(run.models.fresh(ctx.index, ctx.view, self.randomness).model))
+            prepare_stage(ctx)
         elif init != "previous":
             raise ConfigError(f"Pass.init: {init!r} is none of previous, stage_start, fresh")
         clear_caches(ctx.model)

@@ -17,6 +17,7 @@ from recbole_cl.strategy.context import Pass
 from recbole_cl.training.passes import make_pass
 from recbole_cl.training.progress import Progress, StageStart
 from recbole_cl.training.run_state import RunState
+from recbole_cl.training.stage_models import prepare_stage
 from recbole_cl.tree import clone_tree
 
 
@@ -34,6 +35,7 @@ def score_untrained_model(run: RunState, index: int, view: Any) -> None:
     if config["MODEL_TYPE"] == ModelType.TRADITIONAL:
         return  # a memory-based model has no untrained state
     ctx = run.models.fresh(index, view, ModelRandomness(derive(config["seed"], index, "reference")))
+    prepare_stage(ctx)
     plain = Evaluator(config, run.stream, Composite([]))
     known = Known.everything(run.stream.table, ctx.batcher.n_users, ctx.batcher.n_items)
     run.journal.record_reference(plain.evaluate(ctx, known, following), following)
@@ -53,7 +55,7 @@ def score_scratch_model(run: RunState, index: int) -> float:
     alone = RunState.begin(config, Composite([]), run.stream)  # its curves are nobody's
     randomness = ModelRandomness(derive(config["seed"], index, "scratch"))
     ctx = alone.models.fresh(index, run.stream.view(index, "stage"), randomness)
-    alone.models.prepare_stage(ctx)
+    prepare_stage(ctx)
     start = StageStart({}, clone_tree({"model": owned_state(ctx.model), "strategy": {}}), randomness)
     worst = run.journal.worst(ctx.stage)
     progress = Progress(best_score=worst)

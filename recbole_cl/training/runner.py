@@ -44,7 +44,7 @@ from recbole_cl.training.progress import Progress, StageStart
 from recbole_cl.training.references import score_scratch_model, score_untrained_model
 from recbole_cl.training.resume import newest, side_stores
 from recbole_cl.training.run_state import RunState
-from recbole_cl.training.stage_models import StageModels, build_model
+from recbole_cl.training.stage_models import StageModels, build_model, prepare_stage
 from recbole_cl.training.store import imported_columns, keep_stream
 from recbole_cl.tree import clone_tree, tree_hash
 
@@ -244,7 +244,7 @@ class Runner:
             start: dict[str, Any] = resumed["stage_start"]
             load_owned_state(ctx.model, start["model"])
             self.strategy.load_state_dict(clone_tree(start["strategy"]))
-        self.state.models.prepare_stage(ctx)
+        prepare_stage(ctx)
         if resumed is None:
             self.strategy.begin_stage(ctx)
             start = clone_tree({"model": owned_state(ctx.model), "strategy": self.strategy.state_dict()})
