@@ -261,7 +261,8 @@ def test_a_command_is_one_class(
     """It is listed, it runs, and whether it takes properties is what it says."""
     assert cli.main(["--help"]) == 0
     listed = re.findall(r"^    (\w+) ", capsys.readouterr().out, re.MULTILINE)
-    assert listed == ["run", "parity", "study", "greet", "list", "report"]
+    served = ["import", "update", "recommend", "versions", "rollback"]
+    assert listed == ["run", "parity", "study", "greet", "list", "report", *served]
     assert cli.main(["greet", "--loud"]) == 0
     assert capsys.readouterr().out == "True []\n"
     assert cli.main(["greet", "--epochs=3"]) == 2

@@ -15,7 +15,7 @@ import torch
 import yaml
 from run_helpers import script
 
-from recbole_cl import registry, schema
+from recbole_cl import cli, registry, schema
 from recbole_cl.commands.list import KINDS
 from recbole_cl.config import CLConfig, list_models, parse_value, read_properties
 from recbole_cl.config.keys import library_keys
@@ -182,6 +182,10 @@ def test_commands_name_what_exists() -> None:
             assert read_plan(words[2], "laptop").cells, told
             options = {word.partition("=")[0] for word in words[3:]}
             assert options <= {"--preset", "--output_dir", "--jobs", "--threads", "--only_table"}, told
+        elif words[:1] == ["recbole-cl"] and words[1] in ("import", "update", "recommend", "versions", "rollback"):
+            table = cli._table()  # tests/serve/test_serve_page.py runs them
+            _, rest = cli._parsers(table)[0].parse_known_args(words[1:])
+            assert table[words[1]].takes_properties or not rest, told
         elif words[0] == "recbole-cl":
             assert words[1] in ("list", "report") and (words[1] == "report" or words[2] in KINDS), told
         for word in words:
