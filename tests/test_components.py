@@ -104,7 +104,7 @@ def test_a_strategy_names_its_parts(parts: Any) -> None:
         ({"farm_cows_and_sheep": 3}, r"unknown property 'farm_cows_and_sheep' of the engine 'farm'.* has farm_hands"),
         ({"model_engine": "fram"}, r"model_engine: unknown engine 'fram'; did you mean 'farm'\? Known: farm$"),
         ({"model_engine": 5}, r"'model_engine' is 5; it must be the name of a component \(engine\)"),
-        ({"model_tokeniser": "/"}, r"unknown tokeniser '/'. Known: Cut$"),
+        ({"model_tokeniser": "/"}, r"unknown tokeniser '/'. Known: Cut, residual_"),
     ],
 )
 def test_what_a_part_refuses(parts: Any, given: dict[str, Any], message: str) -> None:

@@ -25,14 +25,15 @@ def product(factors: Factors) -> torch.Tensor:
     return b @ a
 
 
-def direction(factors: Factors) -> torch.Tensor:
-    """Returns ``B^ A^``, each factor divided by its Frobenius norm; zero where one of them is.
+def direction_factors(factors: Factors) -> Factors:
+    """Returns A^ and B^, each factor divided by its Frobenius norm; zeros where one of them is zero.
 
     A factor that is zero has no direction (B of an adapter that was never trained): nothing is added for it.
     """
     a, b = factors
-    scale = a.norm() * b.norm()
-    return torch.zeros_like(b @ a) if scale == 0 else (b @ a) / scale
+    if not a.norm() * b.norm():
+        return torch.zeros_like(a), torch.zeros_like(b)
+    return a / a.norm(), b / b.norm()
 
 
 def sum_of_directions(past: Sequence[Factors], weights: torch.Tensor | None = None) -> torch.Tensor:
@@ -42,7 +43,7 @@ def sum_of_directions(past: Sequence[Factors], weights: torch.Tensor | None = No
         past: Adapters, at least one.
         weights: Shape ``[len(past)]``; 1 by default.
     """
-    directions = torch.stack([direction(factors) for factors in past])
+    directions = torch.stack([product(direction_factors(factors)) for factors in past])
     return directions.sum(0) if weights is None else torch.einsum("i,ioj->oj", weights, directions)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from recbole_cl.registry import strategies
 from recbole_cl.strategy.base import Strategy
+from recbole_cl.strategy.composite import PARTS
 
 
 @strategies.register()
@@ -14,5 +15,4 @@ class SingleLoRA(Strategy):
     neutral = {}
     needs = frozenset({"continual_lora"})
     base_is_finetune = True
-    kind = "adapter"
-    excludes = frozenset({"adapter"})
+    kind = PARTS

@@ -14,6 +14,7 @@ from torch import nn
 
 from recbole_cl.generative.proximal import Groups, Pull
 from recbole_cl.strategy.base import Strategy, require
+from recbole_cl.strategy.composite import PARTS
 from recbole_cl.strategy.context import StageContext
 from recbole_cl.strategy.parts.checks import check_strength
 
@@ -41,8 +42,7 @@ class AdapterPull(Strategy):
 
     needs = frozenset({"continual_lora"})
     base_is_finetune = True
-    kind = "adapter"
-    excludes = frozenset({"adapter"})
+    kind = PARTS
 
     def __init__(self, parameters: Mapping[str, Any] | None = None) -> None:
         super().__init__(parameters)
