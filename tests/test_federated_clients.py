@@ -41,6 +41,7 @@ from recbole_cl.federated.prompts import (
 from recbole_cl.federated.server import Mechanism, bytes_of_round, server_round
 from recbole_cl.federated.table import ClientTable
 from recbole_cl.federated.uploads import Upload, accept
+from recbole_cl.prompt.prefix import without
 
 WIDTH, TOKENS, ITEMS = 16, 3, 30
 
@@ -112,6 +113,20 @@ def test_losses_by_hand(kind: str) -> None:
             losses.append(-math.log(math.exp(plus) / sum(math.exp(x) for x in (plus, *minus))))
     found = recommendation_losses(outputs, table, examples, kind)
     assert found.tolist() == pytest.approx([sum(losses) / 3, 0.0, 0.0], rel=1e-4)
+
+
+def test_histories_without_some_items() -> None:
+    """Against a loop: what is left, and for each the last place before the next one that is left."""
+    rng = np.random.default_rng(5)
+    lengths = rng.integers(0, 9, size=200)
+    sequence = rng.integers(1, 20, size=(200, 8)) * (np.arange(8) < lengths[:, None])
+    dropped = np.isin(sequence, [3, 5, 7, 11, 13, 17, 19])
+    left, after = (x.numpy() for x in without(torch.from_numpy(sequence), torch.from_numpy(dropped)))
+    for row, length in enumerate(lengths):
+        kept = [place for place in range(length) if not dropped[row, place]]
+        assert left[row].tolist() == [sequence[row, place] for place in kept] + [0] * (8 - len(kept))
+        ends = [following - 1 for following in [*kept[1:], length]] if kept else []
+        assert after[row, : len(kept)].tolist() == ends
 
 
 # -- the batch and the loop -----------------------------------------------------------------------------------------
