@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from recbole_cl.federated.aggregators.base import nearest, revive, separate
 from recbole_cl.federated.aggregators.fed_k_means import DPFedKMeans
+from recbole_cl.federated.aggregators.geometric_median import GeometricMedian, geometric_median
 from recbole_cl.federated.client import (
     FIELDS,
     Examples,
@@ -41,6 +42,7 @@ from recbole_cl.federated.prompts import (
 from recbole_cl.federated.server import Mechanism, bytes_of_round, server_round
 from recbole_cl.federated.table import ClientTable
 from recbole_cl.federated.uploads import Upload, accept
+from recbole_cl.prompt.prefix import without
 
 WIDTH, TOKENS, ITEMS = 16, 3, 30
 
@@ -112,6 +114,20 @@ def test_losses_by_hand(kind: str) -> None:
             losses.append(-math.log(math.exp(plus) / sum(math.exp(x) for x in (plus, *minus))))
     found = recommendation_losses(outputs, table, examples, kind)
     assert found.tolist() == pytest.approx([sum(losses) / 3, 0.0, 0.0], rel=1e-4)
+
+
+def test_histories_without_some_items() -> None:
+    """Against a loop: what is left, and for each the last place before the next one that is left."""
+    rng = np.random.default_rng(5)
+    lengths = rng.integers(0, 9, size=200)
+    sequence = rng.integers(1, 20, size=(200, 8)) * (np.arange(8) < lengths[:, None])
+    dropped = np.isin(sequence, [3, 5, 7, 11, 13, 17, 19])
+    left, after = (x.numpy() for x in without(torch.from_numpy(sequence), torch.from_numpy(dropped)))
+    for row, length in enumerate(lengths):
+        kept = [place for place in range(length) if not dropped[row, place]]
+        assert left[row].tolist() == [sequence[row, place] for place in kept] + [0] * (8 - len(kept))
+        ends = [following - 1 for following in [*kept[1:], length]] if kept else []
+        assert after[row, : len(kept)].tolist() == ends
 
 
 # -- the batch and the loop -----------------------------------------------------------------------------------------
@@ -387,6 +403,24 @@ def test_local_noise_is_that_of_so_many_clients(tmp_path: Path) -> None:
         assert found.noise == pytest.approx(noise * math.sqrt(2) * math.sqrt(n))
     spread = np.array(sums).std(axis=0)
     np.testing.assert_allclose(spread, noise * math.sqrt(2 * n), rtol=0.2)
+
+
+def test_steps_find_the_geometric_median(tmp_path: Path) -> None:
+    """Without noise they settle near Weiszfeld's; a fifth of the users far away moves it less than the mean."""
+    rng = np.random.default_rng(4)
+    vectors = np.r_[rng.normal(size=(80, 2)) * 0.1 + [0.4, 0.0], np.tile([-0.6, 0.7], (20, 1))]
+    aggregator = GeometricMedian({"steps": 60, "rate": 0.05, "floor": 1.0, "separation": 0.0})
+    ledger = Ledger(tmp_path / "ledger.jsonl", np.inf, 1e-5)
+    given = (vectors, np.array([[0.0, 0.0]]), Mechanism(Release(0.0), bits=0), ledger, "r")
+    found = server_round(aggregator, *given, lambda name: np.random.default_rng(0)).prototypes
+    weiszfeld = geometric_median(vectors)
+    assert np.linalg.norm(found[0] - weiszfeld) < 0.02
+    sums = [np.linalg.norm(vectors - at, axis=1).sum() for at in (weiszfeld, weiszfeld + 0.01, weiszfeld - 0.01)]
+    assert sums[0] == min(sums), "the reference is no minimum"
+    assert np.linalg.norm(found[0] - [0.4, 0.0]) < np.linalg.norm(vectors.mean(0) - [0.4, 0.0]) / 3
+    assert len(ledger.charges()) == 60, "each step is a release"
+    far = aggregator.vectors(np.array([[1e9, 0.0], [0.0, 0.0]]), np.array([0, 0]), np.zeros((1, 2)), 1.0)
+    np.testing.assert_allclose(far, [[1.0, 0.0], [0.0, 0.0]])
 
 
 def test_prototypes_are_kept_apart_and_begun_anew() -> None:

@@ -26,8 +26,8 @@ class Settings:
     """How clients learn; names and defaults are those of the properties ``protofed_...``."""
 
     steps: int = 3
-    short_rate: float = 5e-3
-    long_rate: float = 1e-3
+    short_rate: float = 1.0
+    long_rate: float = 1.0
     sparsity: float = 1e-4
     most: int = 4
     temperature: float = 0.07
