@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from recbole_cl.llm.catalogue import is_title
 from recbole_cl.llm.clients.base import Answer, LLMClient, Request
 from recbole_cl.llm.texts import clauses, tokens
 from recbole_cl.registry import llm_clients
@@ -62,7 +63,7 @@ class Offline(LLMClient):
         for behaviour in behaviours:
             words: set[str] = set()
             named = {k: v for k, v in behaviour.items() if k != "liked"}
-            titles = {k: v for k, v in named.items() if k == "title" or k.endswith("_title")}
+            titles = {k: v for k, v in named.items() if is_title(k)}
             for name, values in (
                 named if len(named) == len(titles) else {k: named[k] for k in named.keys() - titles}
             ).items():
