@@ -22,12 +22,12 @@ from recbole_cl.federated.prompts import alignment, plasticity, short_step, stab
 from recbole_cl.federated.server import bytes_of_round, server_round
 from recbole_cl.federated.uploads import unfit
 from recbole_cl.rng import numpy_generator
-from recbole_cl.strategy.context import StageContext
 from recbole_cl.stream.batch import TARGETS
 from recbole_cl.stream.sampler import NegativeSampler
 
 if TYPE_CHECKING:
     from recbole_cl.model.protofed_sp import ProtoFedSP
+    from recbole_cl.strategy.context import StageContext
 
 
 class ClientData:

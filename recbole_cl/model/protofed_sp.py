@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -31,9 +31,11 @@ from recbole_cl.model.sasrec import SASRec
 from recbole_cl.prompt.prefix import prompted_outputs, without
 from recbole_cl.registry import Registry, aggregators, engines, models
 from recbole_cl.rng import derive, seeded
-from recbole_cl.strategy.context import Pass, StageContext
 from recbole_cl.stream.stage import Targets
 from recbole_cl.stream.vocabulary import Growth
+
+if TYPE_CHECKING:
+    from recbole_cl.strategy.context import Pass, StageContext
 
 CHOICES = {
     "protofed_new_items": ("cold", "mean"),
