@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import shutil
@@ -17,8 +18,9 @@ from task_helpers import SETTINGS as TASK_SETTINGS
 from task_helpers import write_task_log
 
 import recbole_cl
+from recbole_cl import checkpoint
 from recbole_cl.config import CLConfig
-from recbole_cl.errors import CheckpointError, ConfigError, DataError
+from recbole_cl.errors import CheckpointError, ConfigError, DataError, OutputError
 from recbole_cl.model.state import owned_state
 from recbole_cl.serve.update import Update, judged, update
 from recbole_cl.stream.build import build_stream
@@ -369,6 +371,27 @@ def test_a_killed_update_leaves_a_champion(log: PlantedDrift, base: Path, tmp_pa
             assert not [p for p in (folder / "store").iterdir() if p.name.startswith(".")]
         shutil.rmtree(folder)
     assert seen == sorted(seen) and seen[0] == 1, "old until the rename, new from there on"
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_a_full_disk_leaves_the_champion(
+    log: PlantedDrift, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    """The disk is full while the store, or the version, is written."""
+    whole, calls = checkpoint.save_file, []
+
+    def full(tensors: Any, path: str) -> None:
+        calls.append(path)
+        if len(calls) == at:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        whole(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(OutputError, match="the disk is full"):
+        updated(folder, log, tmp_path / "n.csv", 0)
+    assert recbole_cl.load(folder).position.version == 0
+    assert updated(folder, log, tmp_path / "n.csv", 0).champion == 1
+    assert not [path for path in (folder / "store").iterdir() if path.name.startswith(".")]
 
 
 def test_an_update_is_json(log: PlantedDrift, folder: Path, tmp_path: Path) -> None:
