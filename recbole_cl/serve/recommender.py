@@ -148,7 +148,7 @@ class Recommender:
         left_out = self._excluded(excluded, names, len(requests), strange)
         if not self.config.repeatable_items if filter_seen is None else filter_seen:
             left_out = [
-                np.union1d(mine, seen_items(self.stream.table, request))
+                np.concatenate([mine, seen_items(self.stream.table, request)])
                 for mine, request in zip(left_out, requests, strict=True)
             ]
         why = [self._why_not(ctx, request) for request in requests]
