@@ -90,4 +90,5 @@ def grow_span(span: torch.Tensor | None, covariance: torch.Tensor, share: float)
     needed = int((held + values[order].cumsum(0) < share * total).sum()) + 1
     new = vectors[:, order[:needed]]
     joined = new if span is None else torch.cat([span, new], dim=1)
-    return torch.linalg.qr(joined).Q
+    # Rows behind each other, as a checkpoint gives them back: products of other strides have other last bits.
+    return torch.linalg.qr(joined).Q.contiguous()
