@@ -241,10 +241,10 @@ class ProtoFedSP(ContinualModel, SequentialRecommender):
 
     # -- answers ----------------------------------------------------------------------------------------------------
 
-    def outputs(self, sequence: torch.Tensor, prompts: torch.Tensor, at: torch.Tensor | None = None) -> torch.Tensor:
-        """Returns the frozen backbone's outputs behind prompts, ``[W, L, d]``, or ``[W, M, d]`` at some positions."""
+    def outputs(self, sequence: torch.Tensor, prompts: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        """Returns the frozen backbone's outputs behind prompts at flagged positions, row by row, ``[n, d]``."""
         embedded = self.backbone._embed(sequence)
-        return prompted_outputs(self.backbone.trm_encoder.layer, embedded, prompts, layer_outputs, at)
+        return prompted_outputs(self.backbone.trm_encoder.layer, embedded, prompts, layer_outputs, wanted)
 
     def queries_of(self, sequence: torch.Tensor) -> torch.Tensor:
         """Returns q of histories: the mean embedding of their items, shape ``[B, d]``."""
@@ -268,7 +268,7 @@ class ProtoFedSP(ContinualModel, SequentialRecommender):
         prompts, query = self._prompts_of(batch[self.USER_ID]), self.queries_of(sequence)
         now = observe(prompts, query, self.settings.window)
         given = composed(self.shared, now, query, self.settings)
-        return self.outputs(sequence, given, (lengths - 1).unsqueeze(1)).squeeze(1)
+        return self.outputs(sequence, given, last_items(lengths, sequence.size(1)))
 
     def _prompts_of(self, users: torch.Tensor) -> Prompts:
         found = self.clients.get(users)
