@@ -17,6 +17,7 @@ from recbole_cl.federated.aggregators.fed_k_means import DPFedKMeans
 from recbole_cl.federated.aggregators.geometric_median import GeometricMedian, geometric_median
 from recbole_cl.federated.client import (
     FIELDS,
+    Behind,
     Examples,
     Prompts,
     Settings,
@@ -158,12 +159,14 @@ class World:
         query = torch.randn(n, WIDTH).to(dtype)
         self.examples = Examples(torch.tensor(owner), sequence, targets, negatives, query)
 
-    def outputs(self, sequence: torch.Tensor, prompts: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    def outputs(self, sequence: torch.Tensor) -> Behind:
         """A causal mean of what came before and of the prompt, through a nonlinearity, at flagged positions."""
-        embedded = self.table[sequence]
-        count = torch.arange(1, sequence.size(1) + 1).view(1, -1, 1)
-        mixed = embedded.cumsum(1) / count + prompts.mean(1, keepdim=True) * prompts[:, :1]
-        return torch.tanh(mixed @ self.mix)[wanted]
+        means = self.table[sequence].cumsum(1) / torch.arange(1, sequence.size(1) + 1).view(1, -1, 1)
+
+        def behind(prompts: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+            return torch.tanh((means + prompts.mean(1, keepdim=True) * prompts[:, :1]) @ self.mix)[wanted]
+
+        return behind
 
     def new(self) -> Prompts:
         found = Prompts.new(len(self.examples), TOKENS, WIDTH)
@@ -210,7 +213,7 @@ def test_a_step_follows_finite_differences() -> None:
 
     def objective(prompts: Prompts, aligned: bool) -> torch.Tensor:
         given = composed(world.shared, prompts, world.examples.query, settings)
-        outputs = world.outputs(world.examples.sequence, given[world.examples.client], world.examples.targets > 0)
+        outputs = world.outputs(world.examples.sequence)(given[world.examples.client], world.examples.targets > 0)
         loss = recommendation_losses(outputs, world.table, world.examples, "BCE")
         z = world.shared.encode_prompt(prompts.long)
         terms = alignment(z, world.shared.prototypes, settings.align_sharpness, settings.align_temperature)

@@ -17,8 +17,10 @@ from recbole_cl.federated.prompts import SharedParts, alignment, mixed, plastici
 
 LOSSES = ("BCE", "BPR", "CE")
 
-Outputs = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""``outputs(sequence [W, L], prompts [W, Lp, d], wanted [W, L])``: at flagged positions, row by row, ``[n, d]``."""
+Behind = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""``behind(prompts [W, Lp, d], wanted [W, L])``: the outputs at flagged positions, row by row, ``[n, d]``."""
+Outputs = Callable[[torch.Tensor], Behind]
+"""``outputs(sequence [W, L])``: the frozen backbone over histories, whatever stands before them."""
 
 
 @dataclass(frozen=True)
@@ -207,13 +209,14 @@ def client_step(
         alpha = plasticity(prompts.drift, shared.slope, shared.offset).view(-1, 1, 1)
         weight = stability(prompts.usual, settings.stability, settings.stability_decay)
         prototypes = shared.prototypes.detach()
+    behind = outputs(examples.sequence)
     first = torch.zeros(len(prompts))
     for number in range(settings.steps):
         with torch.no_grad():
             prompt = _own(shared, prompts, settings) + given
         prompt.requires_grad_(True)
         losses = recommendation_losses(
-            outputs(examples.sequence, prompt[examples.client], examples.targets > 0), table, examples, settings.loss
+            behind(prompt[examples.client], examples.targets > 0), table, examples, settings.loss
         )
         (gradient,) = torch.autograd.grad(losses.sum(), prompt)
         if number == 0:

@@ -17,6 +17,8 @@ MASKED = -10000.0
 
 Layer = Callable[..., torch.Tensor]
 """``layer(part, hidden, mask, at)``: the outputs of one transformer layer, at some positions or at all."""
+First = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""``first(prompts, mask)``: the outputs ``[B, P + L, d]`` of the lowest layer, which has seen the histories before."""
 
 
 def prefix_mask(tokens: int, length: int, device: torch.device) -> torch.Tensor:
@@ -28,7 +30,12 @@ def prefix_mask(tokens: int, length: int, device: torch.device) -> torch.Tensor:
 
 
 def prompted_outputs(
-    layers: Any, embedded: torch.Tensor, prompts: torch.Tensor, layer: Layer, wanted: torch.Tensor
+    layers: Any,
+    embedded: torch.Tensor,
+    prompts: torch.Tensor,
+    layer: Layer,
+    wanted: torch.Tensor,
+    first: First | None = None,
 ) -> torch.Tensor:
     """Returns the outputs behind prompts; the top layer is asked for few positions alone.
 
@@ -38,14 +45,18 @@ def prompted_outputs(
         prompts: The tokens of each row, shape ``[B, P, d]``.
         layer: Computes a layer.
         wanted: Flags of the positions of the histories whose outputs are wanted, shape ``[B, L]``.
+        first: Computes the lowest of several layers, where its part of the histories is kept.
 
     Returns:
         Shape ``[n, d]``, row by row.
     """
     tokens, length = prompts.size(1), embedded.size(1)
-    hidden = torch.cat([prompts, embedded], dim=1)
-    mask = prefix_mask(tokens, length, hidden.device)
+    mask = prefix_mask(tokens, length, prompts.device)
     *lower, top = layers
+    if first is not None and lower:
+        hidden, lower = first(prompts, mask), lower[1:]
+    else:
+        hidden = torch.cat([prompts, embedded], dim=1)
     for part in lower:
         hidden = layer(part, hidden, mask, None)
     counts = wanted.sum(dim=1)

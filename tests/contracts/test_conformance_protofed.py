@@ -27,9 +27,9 @@ class ProtoFedSP(protofed_sp.ProtoFedSP):
 
     places: ClassVar[list[tuple[int, str]]] = []
 
-    def outputs(self, *given: Any) -> torch.Tensor:
+    def outputs(self, sequence: torch.Tensor) -> Any:
         self._tick("clients")
-        return super().outputs(*given)
+        return super().outputs(sequence)
 
     def calculate_loss(self, batch: Any) -> torch.Tensor:
         self._tick("backbone")
@@ -46,7 +46,7 @@ class ProtoFedSP(protofed_sp.ProtoFedSP):
 SETTINGS = {
     "hidden_size": 16,
     "inner_size": 16,
-    "n_layers": 1,
+    "n_layers": 2,
     "n_heads": 2,
     "epochs": 3,
     "eval_args": {"mode": {"valid": "uni20", "test": "uni20"}},
@@ -224,7 +224,7 @@ def test_prompts_are_those_of_the_oracle(whole: Walk) -> None:
     finally:
         prompt.stand_before(encoder, active=False)
     for wanted in (sequence > 0, torch.tensor([[0, 0, 0, 1, 0, 0], [1, 0, 0, 0, 0, 0]], dtype=torch.bool)):
-        found = protofed_sp.ProtoFedSP.outputs(model, sequence, tokens.expand(2, -1, -1), wanted)
+        found = protofed_sp.ProtoFedSP.outputs(model, sequence)(tokens.expand(2, -1, -1), wanted)
         torch.testing.assert_close(found, expected[wanted], rtol=1e-5, atol=1e-6)
 
 
