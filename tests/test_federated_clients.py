@@ -1,4 +1,4 @@
-"""Clients on batched arrays: steps against closed forms, the batch against a plain loop, uploads, and a server's round."""
+"""Clients on batched arrays: steps against closed forms, the batch against a plain loop; uploads, a server's round."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from recbole_cl.federated.aggregators.fed_k_means import DPFedKMeans
 from recbole_cl.federated.aggregators.geometric_median import GeometricMedian, geometric_median
 from recbole_cl.federated.client import (
     FIELDS,
+    Behind,
     Examples,
     Prompts,
     Settings,
@@ -112,7 +113,7 @@ def test_losses_by_hand(kind: str) -> None:
             losses.append(-sum(math.log(1 / (1 + math.exp(m - plus))) for m in minus))
         else:
             losses.append(-math.log(math.exp(plus) / sum(math.exp(x) for x in (plus, *minus))))
-    found = recommendation_losses(outputs, table, examples, kind)
+    found = recommendation_losses(outputs[targets > 0], table, examples, kind)
     assert found.tolist() == pytest.approx([sum(losses) / 3, 0.0, 0.0], rel=1e-4)
 
 
@@ -158,11 +159,14 @@ class World:
         query = torch.randn(n, WIDTH).to(dtype)
         self.examples = Examples(torch.tensor(owner), sequence, targets, negatives, query)
 
-    def outputs(self, sequence: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:
-        """A causal mean of what came before and of the prompt, through a nonlinearity."""
-        embedded = self.table[sequence]
-        count = torch.arange(1, sequence.size(1) + 1).view(1, -1, 1)
-        return torch.tanh((embedded.cumsum(1) / count + prompts.mean(1, keepdim=True) * prompts[:, :1]) @ self.mix)
+    def outputs(self, sequence: torch.Tensor) -> Behind:
+        """A causal mean of what came before and of the prompt, through a nonlinearity, at flagged positions."""
+        means = self.table[sequence].cumsum(1) / torch.arange(1, sequence.size(1) + 1).view(1, -1, 1)
+
+        def behind(prompts: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+            return torch.tanh((means + prompts.mean(1, keepdim=True) * prompts[:, :1]) @ self.mix)[wanted]
+
+        return behind
 
     def new(self) -> Prompts:
         found = Prompts.new(len(self.examples), TOKENS, WIDTH)
@@ -209,7 +213,7 @@ def test_a_step_follows_finite_differences() -> None:
 
     def objective(prompts: Prompts, aligned: bool) -> torch.Tensor:
         given = composed(world.shared, prompts, world.examples.query, settings)
-        outputs = world.outputs(world.examples.sequence, given[world.examples.client])
+        outputs = world.outputs(world.examples.sequence)(given[world.examples.client], world.examples.targets > 0)
         loss = recommendation_losses(outputs, world.table, world.examples, "BCE")
         z = world.shared.encode_prompt(prompts.long)
         terms = alignment(z, world.shared.prototypes, settings.align_sharpness, settings.align_temperature)
@@ -275,6 +279,10 @@ def test_the_table_keeps_only_who_was_trained() -> None:
     again = ClientTable(TOKENS, WIDTH)
     again.load_state_dict(table.state_dict())
     assert torch.equal(again.get(torch.tensor([30, 9])).long, found.long[[0, 2]])
+    again.put(torch.tensor([50]), first.of(torch.tensor([0])))
+    assert len(table) == 3 and torch.equal(
+        again.get(torch.tensor([50, 4])).long, torch.stack([first.long[0], second.long[0]])
+    )
     again.end_slice()
     assert not again.get(torch.tensor([30])).short.any() and table.get(torch.tensor([30])).short.all()
 
@@ -390,7 +398,7 @@ def test_no_users_at_all_is_a_round(tmp_path: Path) -> None:
 def test_local_noise_is_that_of_so_many_clients(tmp_path: Path) -> None:
     """The root of n times the noise of one, and told so."""
     n, noise = 400, 2.0
-    vectors = np.zeros((n, 3)) + [0.5, 0.0, 0.0]
+    vectors = np.tile([0.5, 0.0, 0.0], (n, 1))
     mechanism = Mechanism(Release(noise), trust="local", bits=0)
     sums = []
     for seed in range(200):

@@ -1,7 +1,7 @@
 """An audit: an attack that guesses whether one user took part, and what it proves about epsilon.
 
-A mechanism that is (epsilon, delta)-private bounds every test of two neighbouring inputs: the chance of a right guess is
-at most ``exp(epsilon)`` times that of a false one, plus delta. So guesses on many trials prove a *lower* bound on
+A mechanism that is (epsilon, delta)-private bounds every test of two neighbouring inputs: the chance of a right guess
+is at most ``exp(epsilon)`` times that of a false one, plus delta. So guesses on many trials prove a *lower* bound on
 epsilon, by exact (Clopper-Pearson) intervals on both chances. It never shows that a mechanism is private; it shows that
 one is not, or that its epsilon is no larger than claimed as far as this attack sees.
 """
@@ -21,8 +21,8 @@ Trials = Callable[[bool, int, np.random.Generator], np.ndarray]
 def proven_epsilon(trials: Trials, delta: float, n: int, seed: int, chance: float = 1e-4) -> float:
     """Returns an epsilon that the mechanism has at least, up to a chance of being wrong; 0 if nothing is proven.
 
-    Half of the trials choose the guess: the projection on the difference of the means over the spread, or how far it is from nothing at
-    all, and its threshold. The other half, which had no part in the choice, prove the bound.
+    Half of the trials choose the guess and its threshold: the projection on the difference of the means over the
+    spread, or how far it is from nothing at all. The other half, which had no part in the choice, prove the bound.
 
     Args:
         trials: The mechanism on two neighbouring inputs.

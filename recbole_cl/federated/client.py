@@ -17,8 +17,10 @@ from recbole_cl.federated.prompts import SharedParts, alignment, mixed, plastici
 
 LOSSES = ("BCE", "BPR", "CE")
 
-Outputs = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""``outputs(sequence [W, L], prompts [W, Lp, d])`` at all positions, shape ``[W, L, d]``."""
+Behind = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""``behind(prompts [W, Lp, d], wanted [W, L])``: the outputs at flagged positions, row by row, ``[n, d]``."""
+Outputs = Callable[[torch.Tensor], Behind]
+"""``outputs(sequence [W, L])``: the frozen backbone over histories, whatever stands before them."""
 
 
 @dataclass(frozen=True)
@@ -63,18 +65,23 @@ class Examples:
     def __len__(self) -> int:
         return len(self.query)
 
-    def part(self, first: int, last: int) -> Examples:
-        """Returns the clients ``first`` to ``last - 1``, as narrow as their rows allow."""
-        begin, end = torch.searchsorted(self.client, torch.tensor([first, last], device=self.client.device)).tolist()
-        sequence = self.sequence[begin:end]
-        width = max(int((sequence > 0).sum(1).max()), 1) if end > begin else 1
+    def of(self, clients: torch.Tensor) -> Examples:
+        """Returns some clients, in their order, as narrow as their rows allow."""
+        counts = torch.bincount(self.client, minlength=len(self))
+        first, taken = counts.cumsum(0) - counts, counts[clients]
+        owner = torch.repeat_interleave(torch.arange(len(clients), device=clients.device), taken)
+        inside = torch.arange(len(owner), device=clients.device) - (taken.cumsum(0) - taken)[owner]
+        rows = first[clients][owner] + inside
+        sequence = self.sequence[rows]
+        width = max(int((sequence > 0).sum(1).max()), 1) if len(rows) else 1
         return Examples(
-            self.client[begin:end] - first,
-            sequence[:, :width],
-            self.targets[begin:end, :width],
-            self.negatives[begin:end, :width],
-            self.query[first:last],
+            owner, sequence[:, :width], self.targets[rows, :width], self.negatives[rows, :width], self.query[clients]
         )
+
+    def lengths(self) -> torch.Tensor:
+        """Returns the longest row of each client, int64 ``[C]``."""
+        longest = (self.sequence > 0).sum(1)
+        return longest.new_zeros(len(self)).scatter_reduce(0, self.client, longest, "amax")
 
 
 @dataclass(frozen=True)
@@ -113,9 +120,9 @@ class Prompts:
             torch.zeros(n, dtype=torch.int64, device=device),
         )
 
-    def part(self, first: int, last: int) -> Prompts:
-        """Returns the clients ``first`` to ``last - 1``."""
-        return Prompts(*(getattr(self, name)[first:last] for name in FIELDS))
+    def of(self, clients: torch.Tensor) -> Prompts:
+        """Returns some clients, in their order."""
+        return Prompts(*(getattr(self, name)[clients] for name in FIELDS))
 
     @classmethod
     def join(cls, parts: list[Prompts]) -> Prompts:
@@ -156,17 +163,16 @@ def _own(shared: SharedParts, prompts: Prompts, settings: Settings) -> torch.Ten
     return own + alpha * prompts.short if settings.short else own
 
 
-def recommendation_losses(outputs: torch.Tensor, table: torch.Tensor, examples: Examples, kind: str) -> torch.Tensor:
+def recommendation_losses(hidden: torch.Tensor, table: torch.Tensor, examples: Examples, kind: str) -> torch.Tensor:
     """Returns the mean loss of each client's targets (eq. 12 or 13), shape ``[C]``; 0 for a client without any.
 
     Args:
-        outputs: Shape ``[W, L, d]``.
+        hidden: Outputs at the targets, row by row, shape ``[n, d]``.
         table: Embeddings of the items, shape ``[n_items, d]``.
         examples: The targets.
         kind: One of :data:`LOSSES`; ``CE`` is a softmax over the target and its negatives.
     """
     supervised = examples.targets > 0
-    hidden = outputs[supervised]
     owner = examples.client.unsqueeze(1).expand_as(supervised)[supervised]
     positive = (hidden * table[examples.targets[supervised]]).sum(-1)
     negative = (table[examples.negatives[supervised]] @ hidden.unsqueeze(-1)).squeeze(-1)
@@ -203,13 +209,14 @@ def client_step(
         alpha = plasticity(prompts.drift, shared.slope, shared.offset).view(-1, 1, 1)
         weight = stability(prompts.usual, settings.stability, settings.stability_decay)
         prototypes = shared.prototypes.detach()
+    behind = outputs(examples.sequence)
     first = torch.zeros(len(prompts))
     for number in range(settings.steps):
         with torch.no_grad():
             prompt = _own(shared, prompts, settings) + given
         prompt.requires_grad_(True)
         losses = recommendation_losses(
-            outputs(examples.sequence, prompt[examples.client]), table, examples, settings.loss
+            behind(prompt[examples.client], examples.targets > 0), table, examples, settings.loss
         )
         (gradient,) = torch.autograd.grad(losses.sum(), prompt)
         if number == 0:

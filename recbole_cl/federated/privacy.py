@@ -248,8 +248,8 @@ def pick_sizes(
         least = min(found, key=lambda sizes: sizes.noise_ratio)
         raise ConfigError(
             f"protofed_epsilon: with {n_users:.0f} users a release and a noise multiplier of {multiplier:.3g}, the "
-            f"noise on each of {least.prototypes} prototypes of {least.width} numbers is {least.noise_ratio:.2g} times as "
-            f"long as what it hides (at most {limit:g} by protofed_noise_limit): it would drown them. Give a larger "
+            f"noise on each of {least.prototypes} prototypes of {least.width} numbers is {least.noise_ratio:.2g} times "
+            f"as long as what it hides (at most {limit:g} by protofed_noise_limit): it would drown them. Give a larger "
             f"protofed_epsilon, fewer stages or rounds, more users, or protofed_static: True, which releases nothing"
         )
     return max(fitting, key=lambda s: (min(s.prototypes, s.width), s.prototypes * s.width, s.prototypes))

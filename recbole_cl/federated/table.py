@@ -22,10 +22,15 @@ class ClientTable:
         self.tokens, self.width = tokens, width
         self._row = torch.full((1,), -1, dtype=torch.int64)  # of each user, -1 for one without
         self.users = torch.zeros(0, dtype=torch.int64)
-        self.prompts = Prompts.new(0, tokens, width)
+        self._room = Prompts.new(0, tokens, width)  # with space for clients to come
 
     def __len__(self) -> int:
         return len(self.users)
+
+    @property
+    def prompts(self) -> Prompts:
+        """The rows, in the order in which their clients came; they are written to when :meth:`put` is called."""
+        return Prompts(*(getattr(self._room, name)[: len(self.users)] for name in FIELDS))
 
     def rows(self, users: torch.Tensor) -> torch.Tensor:
         """Returns the row of each user, -1 for one without, shape ``[n]``."""
@@ -35,17 +40,13 @@ class ClientTable:
     def get(self, users: torch.Tensor) -> Prompts:
         """Returns the prompts of users, in their order."""
         rows = self.rows(users.cpu())
-        new = Prompts.new(len(rows), self.tokens, self.width)
-        have = rows >= 0
-        if not have.any():
-            return new
-        found = {name: getattr(new, name).clone() for name in FIELDS}
-        for name, column in found.items():
-            column[have] = getattr(self.prompts, name)[rows[have]]
-        return Prompts(**found)
+        found, have = Prompts.new(len(rows), self.tokens, self.width), rows >= 0
+        for name in FIELDS:
+            getattr(found, name)[have] = getattr(self._room, name)[rows[have]]
+        return found
 
     def put(self, users: torch.Tensor, prompts: Prompts) -> None:
-        """Keeps the prompts of users, each of whom stands there once."""
+        """Keeps the prompts of users, each of whom stands there once; rows are written in place."""
         users = users.cpu()
         new = users[self.rows(users) < 0]
         if len(new):
@@ -54,17 +55,17 @@ class ClientTable:
             row[: len(self._row)] = self._row
             row[new] = torch.arange(len(self.users), len(self.users) + len(new))
             self._row, self.users = row, torch.cat([self.users, new])
-            self.prompts = Prompts.join([self.prompts, Prompts.new(len(new), self.tokens, self.width)])
+            if len(self.users) > len(self._room):
+                more = max(len(self.users), len(self._room) * 5 // 4) - len(self._room)
+                self._room = Prompts.join([self._room, Prompts.new(more, self.tokens, self.width)])
         rows = self.rows(users)
-        columns = {name: getattr(self.prompts, name).clone() for name in FIELDS}
-        for name, column in columns.items():
+        for name in FIELDS:
+            column = getattr(self._room, name)
             column[rows] = getattr(prompts, name).detach().to(column)
-        self.prompts = Prompts(**columns)
 
     def end_slice(self) -> None:
         """Lets all short prompts begin anew."""
-        kept = {name: getattr(self.prompts, name) for name in FIELDS}
-        self.prompts = Prompts(**{**kept, "short": torch.zeros_like(self.prompts.short)})
+        self._room.short.zero_()
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the rows."""
@@ -73,6 +74,6 @@ class ClientTable:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Puts the rows back."""
         self.users = state["users"].clone()
-        self.prompts = Prompts(**{name: state[name].clone() for name in FIELDS})
+        self._room = Prompts(**{name: state[name].clone() for name in FIELDS})
         self._row = torch.full((int(self.users.max()) + 1 if len(self.users) else 1,), -1, dtype=torch.int64)
         self._row[self.users] = torch.arange(len(self.users))

@@ -126,7 +126,7 @@ class SharedTraining:
         prompt = routed(shared, examples.query, settings)
         prompt = prompt + long if settings.long else prompt
         prompt = prompt + alpha * short if settings.short else prompt
-        outputs = model.outputs(examples.sequence, prompt[examples.client])
+        outputs = model.outputs(examples.sequence)(prompt[examples.client], examples.targets > 0)
         table = model.backbone.item_embedding.weight
         losses = recommendation_losses(outputs, table, examples, settings.loss)
         weight = stability(prompts.usual, settings.stability, settings.stability_decay)

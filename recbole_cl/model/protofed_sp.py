@@ -16,14 +16,14 @@ from recbole.model.abstract_recommender import SequentialRecommender
 from recbole_cl.config.folder import run_folder
 from recbole_cl.config.models import get_model_class
 from recbole_cl.errors import CheckpointError, ConfigError, nearest
-from recbole_cl.federated.client import LOSSES, Prompts, Settings, composed, observe
+from recbole_cl.federated.client import LOSSES, Behind, Prompts, Settings, composed, observe
 from recbole_cl.federated.ledger import Ledger
 from recbole_cl.federated.prompts import SharedParts
 from recbole_cl.federated.server import TRUST
 from recbole_cl.federated.table import ClientTable
 from recbole_cl.model.all_positions import last_items
 from recbole_cl.model.contract import ContinualModel, StageTrainer
-from recbole_cl.model.fused import layer_outputs
+from recbole_cl.model.fused import layer_outputs, layer_outputs_behind, projections
 from recbole_cl.model.protofed_plan import budget_of, make_plan
 from recbole_cl.model.protofed_report import told
 from recbole_cl.model.protofed_rounds import Rounds, SharedTraining
@@ -241,10 +241,18 @@ class ProtoFedSP(ContinualModel, SequentialRecommender):
 
     # -- answers ----------------------------------------------------------------------------------------------------
 
-    def outputs(self, sequence: torch.Tensor, prompts: torch.Tensor, at: torch.Tensor | None = None) -> torch.Tensor:
-        """Returns the frozen backbone's outputs behind prompts, ``[W, L, d]``, or ``[W, M, d]`` at some positions."""
-        embedded = self.backbone._embed(sequence)
-        return prompted_outputs(self.backbone.trm_encoder.layer, embedded, prompts, layer_outputs, at)
+    def outputs(self, sequence: torch.Tensor) -> Behind:
+        """Returns what gives the frozen backbone's outputs behind prompts; histories are looked up once."""
+        layers, embedded = self.backbone.trm_encoder.layer, self.backbone._embed(sequence)
+        kept = projections(layers[0], embedded)
+
+        def first(prompts: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            return layer_outputs_behind(layers[0], prompts, embedded, kept, mask)
+
+        def behind(prompts: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+            return prompted_outputs(layers, embedded, prompts, layer_outputs, wanted, first)
+
+        return behind
 
     def queries_of(self, sequence: torch.Tensor) -> torch.Tensor:
         """Returns q of histories: the mean embedding of their items, shape ``[B, d]``."""
@@ -268,7 +276,7 @@ class ProtoFedSP(ContinualModel, SequentialRecommender):
         prompts, query = self._prompts_of(batch[self.USER_ID]), self.queries_of(sequence)
         now = observe(prompts, query, self.settings.window)
         given = composed(self.shared, now, query, self.settings)
-        return self.outputs(sequence, given, (lengths - 1).unsqueeze(1)).squeeze(1)
+        return self.outputs(sequence)(given, last_items(lengths, sequence.size(1)))
 
     def _prompts_of(self, users: torch.Tensor) -> Prompts:
         found = self.clients.get(users)

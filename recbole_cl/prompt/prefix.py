@@ -17,6 +17,8 @@ MASKED = -10000.0
 
 Layer = Callable[..., torch.Tensor]
 """``layer(part, hidden, mask, at)``: the outputs of one transformer layer, at some positions or at all."""
+First = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""``first(prompts, mask)``: the outputs ``[B, P + L, d]`` of the lowest layer, which has seen the histories before."""
 
 
 def prefix_mask(tokens: int, length: int, device: torch.device) -> torch.Tensor:
@@ -28,30 +30,39 @@ def prefix_mask(tokens: int, length: int, device: torch.device) -> torch.Tensor:
 
 
 def prompted_outputs(
-    layers: Any, embedded: torch.Tensor, prompts: torch.Tensor, layer: Layer, at: torch.Tensor | None = None
+    layers: Any,
+    embedded: torch.Tensor,
+    prompts: torch.Tensor,
+    layer: Layer,
+    wanted: torch.Tensor,
+    first: First | None = None,
 ) -> torch.Tensor:
-    """Returns the outputs behind prompts.
+    """Returns the outputs behind prompts; the top layer is asked for few positions alone.
 
     Args:
         layers: The transformer's layers.
         embedded: Embedded histories, right-padded, shape ``[B, L, d]``.
         prompts: The tokens of each row, shape ``[B, P, d]``.
         layer: Computes a layer.
-        at: Positions of the histories whose outputs are wanted, shape ``[B, M]``; ``None`` for all.
+        wanted: Flags of the positions of the histories whose outputs are wanted, shape ``[B, L]``.
+        first: Computes the lowest of several layers, where its part of the histories is kept.
 
     Returns:
-        Shape ``[B, M, d]``, or ``[B, L, d]``.
+        Shape ``[n, d]``, row by row.
     """
     tokens, length = prompts.size(1), embedded.size(1)
-    hidden = torch.cat([prompts, embedded], dim=1)
-    mask = prefix_mask(tokens, length, hidden.device)
+    mask = prefix_mask(tokens, length, prompts.device)
     *lower, top = layers
+    if first is not None and lower:
+        hidden, lower = first(prompts, mask), lower[1:]
+    else:
+        hidden = torch.cat([prompts, embedded], dim=1)
     for part in lower:
         hidden = layer(part, hidden, mask, None)
-    if at is not None:
-        return layer(top, hidden, mask, at + tokens)
-    wanted = torch.arange(tokens, tokens + length, device=hidden.device).expand(len(hidden), -1)
-    return layer(top, hidden, mask, wanted)
+    counts = wanted.sum(dim=1)
+    at = wanted.byte().argsort(dim=1, descending=True, stable=True)[:, : max(int(counts.max()), 1)]
+    filled = torch.arange(at.size(1), device=at.device) < counts.unsqueeze(1)
+    return layer(top, hidden, mask, at + tokens)[filled]
 
 
 def without(sequence: torch.Tensor, dropped: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,8 +13,8 @@ class GeometricMedian(Aggregator):
     """The point with the least sum of distances to its users, by steps along the mean of unit vectors to them.
 
     Weiszfeld's iteration weighs users by one over their distance, which no clipping bounds well. The unit vectors are
-    its gradient and of length 1 whatever a user sends, so a step is as private as one of k-means; a round takes several,
-    all of which are charged.
+    its gradient and of length 1 whatever a user sends, so a step is as private as one of k-means; a round takes
+    several, and all are charged.
     """
 
     prefix = "median"

@@ -28,16 +28,17 @@ class InProcess(Engine):
         examples: Examples,
         settings: Settings,
     ) -> tuple[Prompts, torch.Tensor]:
+        if not len(prompts):
+            return prompts, torch.zeros(0)
+        # Clients whose rows are of like length share a batch: there is little padding, and each result is put back.
+        order = examples.lengths().argsort(stable=True)
         parts, losses = [], []
-        size = int(self.params["clients"])
-        for first in range(0, len(prompts), size):
-            last = min(first + size, len(prompts))
-            part, loss = client_step(
-                outputs, table, shared, prompts.part(first, last), examples.part(first, last), settings
-            )
+        for chosen in order.split(int(self.params["clients"])):
+            part, loss = client_step(outputs, table, shared, prompts.of(chosen), examples.of(chosen), settings)
             parts.append(part)
             losses.append(loss)
-        return (Prompts.join(parts), torch.cat(losses)) if parts else (prompts, torch.zeros(0))
+        back = order.argsort()
+        return Prompts.join(parts).of(back), torch.cat(losses)[back]
 
 
 @engines.register("loop")
