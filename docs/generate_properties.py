@@ -69,6 +69,8 @@ def page() -> str:
         *folder("strategy", "Strategies", "Parameters of a strategy have its prefix: `--ewc_lambda=10`."),
         *folder("stream", "Schedulers", "What a scheduler sets differently from the general defaults."),
         *folder("encoder", "Text encoders", "Where a model names an encoder: `--minilm_batch_size=64`."),
+        *folder("aggregator", "Aggregators", "Where `protofed_aggregator` names it: `--kmeans_momentum=0.3`."),
+        *folder("engine", "Engines", "Where `protofed_engine` names it."),
         *folder("model", "Models", "What a model sets or adds; the properties of RecBole's models are RecBole's."),
     ]
     return "\n".join(parts).rstrip() + "\n"

@@ -15,13 +15,17 @@ except PackageNotFoundError:  # a checkout that was not installed
 # Before any of RecBole's modules is imported: some read removed numpy names while they load.
 compat.apply()
 
-__all__ = ["__version__", "run_recbole_cl"]
+__all__ = ["__version__", "load", "run_recbole_cl"]
 
 
 def __getattr__(name: str) -> Any:
-    """Loads ``run_recbole_cl`` when it is first asked for, so that importing the package does not import torch."""
+    """Loads functions when they are first asked for, so that importing the package does not import torch."""
     if name == "run_recbole_cl":
         from recbole_cl.quick_start import run_recbole_cl
 
         return run_recbole_cl
+    if name == "load":
+        from recbole_cl.serve import load
+
+        return load
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,6 +7,7 @@ Exit codes: 0 done, 2 what was asked for makes no sense (one line says what and 
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 import traceback
@@ -44,7 +45,35 @@ def _parsers(table: Mapping[str, Command]) -> tuple[_Parser, dict[str, _Parser]]
             name, help=command.summary, description=command.description or None, allow_abbrev=False
         )
         command.arguments(own[name])
+        own[name].add_argument(
+            "--import",
+            dest="imports",
+            action="append",
+            default=[],
+            metavar="MODULE",
+            help="a module to import first, from the current folder too: what it registers answers to its name",
+        )
     return parser, own
+
+
+def _import(modules: Sequence[str]) -> None:
+    """Imports modules of the current folder, so that the models, strategies and the like in them answer to their names.
+
+    Raises:
+        ConfigError: If there is no such module.
+    """
+    for name in modules:
+        if (folder := os.getcwd()) not in sys.path:
+            sys.path.insert(0, folder)
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+                raise
+            raise ConfigError(
+                f"--import={name}: there is no module {error.name!r} in {folder} or on the Python path; give the name "
+                f"of the file without .py"
+            ) from error
 
 
 def _joined(arguments: Sequence[str], parser: _Parser) -> list[str]:
@@ -100,6 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rank()
         command, options, properties = _asked(arguments)
         goes_on_by = command.goes_on_by
+        _import(options.imports)
         command.run(options, properties)
         if sys.stdout is not None:
             sys.stdout.flush()  # here, not at exit: a reader that has gone away (| head) is no error

@@ -1,12 +1,15 @@
 """What a property may be: types, choices and ranges, told in the words that an error message needs.
 
 :data:`SCHEMA` has one rule for every key of ``properties/overall.yaml`` (a test holds the two together),
-:data:`RECBOLE_SCHEMA` for RecBole's common numbers, which RecBole itself passes on unchecked. Properties of
-strategies, schedulers and models are checked against the ``# (type)`` comment of their line by :func:`check_declared`.
+:data:`RECBOLE_SCHEMA` for RecBole's common properties and :data:`MODEL_SCHEMA` for those of models and parts, which
+RecBole itself passes on unchecked. Properties of strategies, schedulers and models are checked against the
+``# (type)`` comment of their line by :func:`check_declared`. What one property may be stands here and nowhere else,
+which is why this file is long.
 """
 
 from __future__ import annotations
 
+import codecs
 import itertools
 import math
 import re
@@ -67,9 +70,13 @@ def time_value(value: Any) -> float | None:
     return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
 
 
-def integer(low: int) -> Rule:
-    """An int of at least ``low``."""
-    return Rule(f"an integer of at least {low}", lambda v: is_integer(v) and v >= low)
+LARGEST = 2**31 - 1
+"""Of sizes and counts: what the arrays behind them can hold at all."""
+
+
+def integer(low: int, high: int = LARGEST) -> Rule:
+    """An int of at least ``low`` and at most ``high``."""
+    return Rule(f"an integer of at least {low} and at most {high}", lambda v: is_integer(v) and low <= v <= high)
 
 
 def positive() -> Rule:
@@ -90,6 +97,83 @@ def share() -> Rule:
 def rate() -> Rule:
     """A number of at least 0 and below 1."""
     return Rule("a number of at least 0 and below 1", lambda v: is_number(v) and 0 <= v < 1)
+
+
+def fraction(whole: bool = True) -> Rule:
+    """A number from 0 to 1; with ``whole`` 1 as well."""
+    end = "1" if whole else "1, 1 excluded"
+    return Rule(f"a number from 0 to {end}", lambda v: is_number(v) and (0 <= v < 1 or (whole and v == 1)))
+
+
+def many(rule: Rule, *, or_one: bool = False) -> Rule:
+    """A list whose values have a rule; with ``or_one`` also one such value."""
+    words = f"a list, each of its values {rule.allowed}"
+    return Rule(
+        f"{rule.allowed}, or {words}" if or_one else words,
+        lambda v: (isinstance(v, list | tuple) and all(map(rule.accepts, v))) or (or_one and rule.accepts(v)),
+    )
+
+
+def path() -> Rule:
+    """A text that can be a path here."""
+
+    def accepts(value: Any) -> bool:
+        if not isinstance(value, str) or not value or "\0" in value:
+            return False
+        try:
+            Path(value).expanduser()
+        except RuntimeError:  # ~nosuch
+            return False
+        return True
+
+    return Rule(
+        "a text that can be a path here, without the character NUL and without the home (~) of an unknown user", accepts
+    )
+
+
+def _encoding(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and codecs.lookup(value)._is_text_encoding  # type: ignore[attr-defined]
+    except (LookupError, ValueError):
+        return False
+
+
+_INTERVAL = re.compile(r"\s*[\[(]\s*[^,;\s]+\s*,\s*[^,;\s]+\s*[\])]\s*")
+
+
+def _interval(value: Any) -> bool:
+    """Tells whether a value is one of RecBole's texts of intervals, as ``[5,inf)``, several apart by ``;``."""
+    if not isinstance(value, str):
+        return False
+    for part in value.split(";"):
+        if not _INTERVAL.fullmatch(part):
+            return False
+        try:
+            low, high = (float(end) for end in part.strip()[1:-1].split(","))
+        except ValueError:
+            return False
+        if not low <= high:
+            return False
+    return True
+
+
+def _columns(value: Any) -> bool:
+    return value == "*" or (isinstance(value, list | tuple) and all(isinstance(v, str) and v for v in value))
+
+
+def _clipping(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and {"max_norm"} <= value.keys() <= {"max_norm", "norm_type", "error_if_nonfinite", "foreach"}
+        and is_number(value["max_norm"])
+        and value["max_norm"] > 0
+        and _norm(value.get("norm_type", 2))
+        and all(value.get(key) in (None, True, False) for key in ("error_if_nonfinite", "foreach"))
+    )
+
+
+def _norm(value: Any) -> bool:
+    return value == math.inf or (is_number(value) and value > 0)
 
 
 def boolean() -> Rule:
@@ -202,13 +286,14 @@ SCHEMA: dict[str, Rule] = {
     "parity": choice("recbole").optional(),
     "head_ratio": share(),
     # Where it is kept
-    "output_dir": text().optional(),
+    "output_dir": path().optional(),
     "resume": boolean(),
     "keep_base": boolean(),
     "base_run": text().optional(),
     "checkpoint_steps": integer(1).optional(),
     "checkpoint_keep": integer(1),
-    "text_cache": text().optional(),
+    "serve": boolean(),
+    "text_cache": path().optional(),
     # RecBole's own keys whose default differs here
     "epochs": integer(1),
     "stopping_step": integer(0),
@@ -218,12 +303,12 @@ SCHEMA: dict[str, Rule] = {
         lambda v: _one_or_many(v, lambda x: isinstance(x, str) and x != ""),
     ),
     "topk": Rule(
-        "an integer of at least 1 or a list of such integers",
-        lambda v: _one_or_many(v, lambda x: is_integer(x) and x > 0),
+        "an integer of at least 1 and at most 10000 or a list of such integers",
+        lambda v: _one_or_many(v, lambda x: is_integer(x) and 0 < x <= 10_000),
     ),
-    "metric_decimal_place": integer(0),
+    "metric_decimal_place": integer(0, 300),
     "MAX_ITEM_LIST_LENGTH": integer(1),
-    "data_path": text().optional(),
+    "data_path": path().optional(),
     "use_gpu": boolean(),
 }
 
@@ -236,9 +321,7 @@ RECBOLE_SCHEMA: dict[str, Rule] = {
     "learning_rate": positive(),
     "weight_decay": non_negative(),
     "worker": integer(0),
-    "loss_decimal_place": integer(0),
-    "embedding_size": integer(1),
-    "hidden_size": integer(1),
+    "loss_decimal_place": integer(0, 300),
     "show_progress": boolean(),
     "reproducibility": boolean(),
     "shuffle": boolean(),
@@ -246,14 +329,89 @@ RECBOLE_SCHEMA: dict[str, Rule] = {
     "state": choice("debug", "info", "warning", "error", "critical", any_case=True).optional(),
     # RecBole trains with Adam, after a warning, where it does not know the name.
     "learner": choice("adam", "adamw", "sgd", "adagrad", "rmsprop", "sparse_adam", any_case=True),
-    "clip_grad_norm": Rule("a dict of arguments of clip_grad_norm_", lambda v: isinstance(v, dict)).optional(),
+    "clip_grad_norm": Rule(
+        "a dict with max_norm, a number above 0, and norm_type where it is not 2, such as {max_norm: 5}", _clipping
+    ).optional(),
     "eval_args": Rule("a dict", lambda v: isinstance(v, dict)),
-    "load_col": Rule("a dict of lists of columns", lambda v: isinstance(v, dict)).optional(),
+    "load_col": Rule(
+        "a dict of lists of columns, such as {inter: [user_id, item_id, timestamp]}, or of '*' for all of a file",
+        lambda v: isinstance(v, dict) and all(isinstance(k, str) for k in v) and all(map(_columns, v.values())),
+    ).optional(),
+    "unload_col": Rule(
+        "a dict of lists of columns, such as {inter: [rating]}",
+        lambda v: isinstance(v, dict) and all(isinstance(k, str) for k in v) and all(map(_columns, v.values())),
+    ).optional(),
+    "val_interval": Rule(
+        "a dict of column to interval, such as {rating: '[3,inf)'}, or to a list of values",
+        lambda v: (
+            isinstance(v, dict)
+            and all(isinstance(k, str) for k in v)
+            and all(_interval(x) or isinstance(x, list | tuple) for x in v.values())
+        ),
+    ).optional(),
+    "user_inter_num_interval": Rule("an interval, such as '[5,inf)'", _interval).optional(),
+    "item_inter_num_interval": Rule("an interval, such as '[5,inf)'", _interval).optional(),
+    "encoding": Rule(
+        "the name of an encoding of texts, such as utf-8, utf-8-sig (with a mark at its start), utf-16 or latin-1",
+        _encoding,
+    ).optional(),
+    "field_separator": Rule(
+        "a text without an end of line", lambda v: isinstance(v, str) and v.strip("\r\n") == v != ""
+    ),
+    "seq_separator": Rule("a text without an end of line", lambda v: isinstance(v, str) and v.strip("\r\n") == v != ""),
+    "transform": choice(
+        "mask_itemseq", "inverse_itemseq", "crop_itemseq", "reorder_itemseq", "user_defined"
+    ).optional(),
+    "loss_type": text(),
+    "checkpoint_dir": path(),
     "threshold": Rule(
         "a dict of one column and its number, such as {rating: 4}",
         lambda v: isinstance(v, dict) and len(v) == 1 and all(is_number(x) for x in v.values()),
     ).optional(),
 }
+
+_SIZE, _DEPTH = integer(1, 1_000_000), integer(1, 10_000)
+_STRENGTH = many(non_negative(), or_one=True)
+MODEL_SCHEMA: dict[str, Rule] = {
+    key: rule
+    for rule, keys in (
+        (
+            _SIZE,
+            "embedding_size hidden_size inner_size attention_size hidden_dimension latent_dimension "
+            "gcn_output_dim low_rank rank kg_embedding_size mf_embedding_size mlp_embedding_size "
+            "ui_embedding_size item_embedding_size user_embedding_size neigh_embedding_size interest_size "
+            "prototype_size num_conv_kernel n_memory n_factors "
+            "minilm_batch_size random_width sentence_transformers_batch_size",
+        ),
+        (
+            _DEPTH,
+            "n_layers num_layers n_heads num_heads block_num cross_layer_num context_hops n_hop n_hops n_iterations "
+            "depth expert_num k_interests mmoe_experts pcl_heads",
+        ),
+        (
+            fraction(whole=False),
+            "hidden_dropout_prob attn_dropout_prob dropout_prob drop_ratio dropout mess_dropout mess_dropout_rate "
+            "message_dropout node_dropout node_dropout_rate item_dropout sess_dropout",
+        ),
+        (many(fraction(whole=False)), "dropout_probs"),
+        (fraction(), "mask_ratio corruption_ratio tau_ratio"),
+        (positive(), "initializer_range layer_norm_eps ssl_tau ssl_temp tau temperature soft_mask_scale"),
+        (
+            _STRENGTH,
+            "reg_weight reg_weight_1 reg_weight_2 reg_weights kg_weight ssl_weight ssl_reg lmd lmd_sem proto_reg "
+            "sim_regularity pcl_lambda",
+        ),
+        (integer(0), "pcl_memory_mb"),
+        (
+            many(_SIZE),
+            "mlp_hidden_size hidden_size_list layers cin_layer_size encoder_hidden_size cnn_channels "
+            "item_hidden_size_list user_hidden_size_list",
+        ),
+        (choice("gelu", "relu", "swish", "tanh", "sigmoid"), "hidden_act"),
+    )
+    for key in keys.split()
+}
+"""Properties of RecBole's models and of ours that mean the same wherever they stand."""
 
 
 def check(values: Mapping[str, Any]) -> None:
@@ -265,10 +423,16 @@ def check(values: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: If one breaks its rule, or two contradict each other.
     """
-    for rules in (SCHEMA, RECBOLE_SCHEMA):
+    for rules in (SCHEMA, RECBOLE_SCHEMA, MODEL_SCHEMA):
         for key, rule in rules.items():
             if key in values:
                 rule.check(key, values[key])
+    heads, width = values.get("n_heads"), values.get("hidden_size")
+    if heads is not None and width is not None and width % heads:
+        raise ConfigError(
+            f"property 'n_heads' is {heads}, which does not divide property 'hidden_size' {width}: each head has an "
+            f"equal part of it; change one of them"
+        )
     stride, window = values.get("window_stride"), values.get("window")
     if stride is not None and stride > (window or values.get("MAX_ITEM_LIST_LENGTH", stride)):
         raise ConfigError(

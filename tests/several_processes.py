@@ -100,8 +100,8 @@ class Sampling(BPR):
 class OwnTrainer(BPR):
     """It trains its stages by itself."""
 
-    def stage_trainer(self, ctx: StageContext, learning_rate: float) -> None:
-        return None
+    def stage_trainer(self, ctx: StageContext, learning_rate: float) -> Any:
+        return self  # refused before it is asked for anything
 
 
 MODELS = {model.__name__: model for model in (Last, Drifting, Failing, Blind, Sampling, OwnTrainer)}

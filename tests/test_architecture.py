@@ -119,3 +119,16 @@ def later():
 """
     assert imports(source, known) == {"recbole_cl.c", "recbole_cl.a"}
     assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == ["b", "c"]
+
+
+def test_the_walks_name_what_is_there() -> None:
+    """Each function that a row of the two walks names stands in the file that it names it in."""
+    rows = [line for line in PAGE.read_text().splitlines() if re.match(r"\| \d+ \|", line)]
+    assert len(rows) > 20
+    for row in rows:
+        found = re.findall(r"`(recbole_cl/[\w/.]+\.py)`: ((?:`\w+`(?:, | or )?)+)", row)
+        assert found, row
+        for path, names in found:
+            source = (ROOT / path).read_text(encoding="utf-8")
+            for name in re.findall(r"`(\w+)`", names):
+                assert re.search(rf"(?:def|class) {name}\b", source), f"{path} has no {name}"

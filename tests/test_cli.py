@@ -261,7 +261,8 @@ def test_a_command_is_one_class(
     """It is listed, it runs, and whether it takes properties is what it says."""
     assert cli.main(["--help"]) == 0
     listed = re.findall(r"^    (\w+) ", capsys.readouterr().out, re.MULTILINE)
-    assert listed == ["run", "parity", "study", "greet", "list", "report"]
+    served = ["import", "update", "recommend", "versions", "rollback"]
+    assert listed == ["run", "parity", "study", "greet", "list", "report", *served]
     assert cli.main(["greet", "--loud"]) == 0
     assert capsys.readouterr().out == "True []\n"
     assert cli.main(["greet", "--epochs=3"]) == 2
@@ -349,3 +350,39 @@ def test_an_environment_that_makes_no_sense(
     assert cli.main(["list", "metrics"]) == 2
     error = capsys.readouterr().err
     assert "the environment variable" in error and "must be a number" in error and error.count("\n") == 1
+
+
+# -- modules of the current folder --------------------------------------------------------------------------------
+
+
+def test_import_registers_what_a_module_of_the_current_folder_has(tmp_path: Path) -> None:
+    """The module is imported before names are looked up, by any command."""
+    (tmp_path / "mine.py").write_text(
+        textwrap.dedent(
+            """
+            from recbole_cl.registry import strategies
+            from recbole_cl.strategy.base import Strategy
+
+            @strategies.register()
+            class MineAlone(Strategy):
+                "Does nothing, by a name of its own."
+            """
+        )
+    )
+    for words in (["--import=mine"], ["--import", "mine"]):
+        told = command("list", "strategies", *words, cwd=tmp_path)
+        assert told.returncode == 0, told.stderr
+        assert re.search(r"^MineAlone +Does nothing", told.stdout, re.M)
+    assert "MineAlone" not in command("list", "strategies", cwd=tmp_path).stdout
+    told = command("run", "--import=mine", "--strategy=MineAlon", cwd=tmp_path)
+    assert told.returncode == 2 and "did you mean 'MineAlone'" in told.stderr
+
+
+def test_import_tells_what_is_not_there(tmp_path: Path) -> None:
+    """A name that is no module is told in one line; what fails inside a module is the module's own error."""
+    told = command("list", "strategies", "--import=nowhere", cwd=tmp_path)
+    assert told.returncode == 2 and len(told.stderr.splitlines()) == 1
+    assert "--import=nowhere: there is no module 'nowhere'" in told.stderr
+    (tmp_path / "broken.py").write_text("import nothing_of_this_name\n")
+    told = command("list", "strategies", "--import=broken", cwd=tmp_path)
+    assert told.returncode == 1 and "No module named 'nothing_of_this_name'" in told.stderr

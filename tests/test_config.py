@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,39 @@ def test_read_properties(tmp_path: Path) -> None:
             read_properties(file)
     with pytest.raises(ConfigError, match=r"cannot read the config file .*missing\.yaml"):
         read_properties(tmp_path / "missing.yaml")
+
+
+def bomb(depth: int) -> str:
+    """Nested anchors: ten of the line above in each line."""
+    lines = ["a0: &a0 [x]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, depth))]
+    return "\n".join(lines) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("epochs: 3\nseed: 1\nepochs: 4\n", r"the key 'epochs' stands twice, first in line 1; keep one.* line 3"),
+        ("eval_args: {mode: full, mode: uni100}\n", r"the key 'mode' stands twice"),
+        ("a: &a [*a]\n", "an anchor holds itself"),
+        ("a: &a {b: {c: *a}}\n", "an anchor holds itself"),
+        (bomb(30), r"its anchors, written out, make \d+ values"),
+    ],
+)
+def test_yaml_that_makes_no_sense(content: str, words: str, tmp_path: Path) -> None:
+    """Told at once, with the line."""
+    file = tmp_path / "odd.yaml"
+    file.write_text(content)
+    begun = time.perf_counter()
+    with pytest.raises(ConfigError, match=words):
+        read_properties(file)
+    assert time.perf_counter() - begun < 5.0
+    assert parse_value("{a: 1, a: 2}") == "{a: 1, a: 2}", "no mapping, so it is refused where one is asked for"
+
+
+def test_yaml_anchors_that_make_sense(tmp_path: Path) -> None:
+    file = tmp_path / "anchors.yaml"
+    file.write_text("a: &a {x: 1, y: 2}\nb: {<<: *a, y: 3}\nc: [*a, *a]\n")
+    assert read_properties(file) == {"a": {"x": 1, "y": 2}, "b": {"x": 1, "y": 3}, "c": [{"x": 1, "y": 2}] * 2}
 
 
 def test_yaml_loaders_of_others_are_left_alone() -> None:
@@ -538,6 +572,50 @@ BAD = [
     ("eval_args", "full", "a dict"),
     ("threshold", {"rating": "high"}, "dict"),
     ("use_gpu", "maybe", "True or False"),
+    # numbers without sense
+    ("epochs", 10**18, "at most 2147483647"),
+    ("train_batch_size", 10**18, "at most 2147483647"),
+    ("hidden_size", 10**18, "at most 1000000"),
+    ("topk", 10**6, "at most 10000"),
+    ("metric_decimal_place", 10**9, "at most 300"),
+    ("n_layers", -1, "integer of at least 1"),
+    ("n_heads", 0, "integer of at least 1"),
+    ("inner_size", 2.5, "integer of at least 1"),
+    ("hidden_dropout_prob", float("nan"), "from 0 to 1, 1 excluded"),
+    ("attn_dropout_prob", 1.0, "from 0 to 1, 1 excluded"),
+    ("dropout_prob", -0.1, "from 0 to 1, 1 excluded"),
+    ("dropout_probs", [0.2, 1.2], "a list, each of its values a number from 0 to 1"),
+    ("initializer_range", 0, "above 0"),
+    ("layer_norm_eps", -1, "above 0"),
+    ("reg_weight", [0.1, -1], "at least 0"),
+    ("mlp_hidden_size", [64, 0], "integer of at least 1"),
+    ("mlp_hidden_size", 64, "a list"),
+    ("hidden_act", "geluu", "did you mean 'gelu'"),
+    # how a log is read
+    ("load_col", {"inter": "user_id"}, "a dict of lists of columns"),
+    ("load_col", {"inter": None}, "a dict of lists of columns"),
+    ("load_col", ["user_id"], "a dict of lists of columns"),
+    ("unload_col", {"inter": 3}, "a dict of lists of columns"),
+    ("encoding", "utf-88", "such as utf-8, utf-8-sig"),
+    ("encoding", "base64", "such as utf-8, utf-8-sig"),
+    ("field_separator", "", "a text without an end of line"),
+    ("field_separator", "\n", "a text without an end of line"),
+    ("seq_separator", 5, "a text without an end of line"),
+    ("val_interval", "[1,2]", "such as {rating: '[3,inf)'}"),
+    ("val_interval", {"rating": "[3"}, "such as {rating: '[3,inf)'}"),
+    ("val_interval", {"rating": "[5,3]"}, "such as {rating: '[3,inf)'}"),
+    ("user_inter_num_interval", "[5", "an interval, such as '[5,inf)'"),
+    ("item_inter_num_interval", "5", "an interval, such as '[5,inf)'"),
+    ("clip_grad_norm", 5, "such as {max_norm: 5}"),
+    ("clip_grad_norm", {"max": 5}, "such as {max_norm: 5}"),
+    ("clip_grad_norm", {"max_norm": -1}, "such as {max_norm: 5}"),
+    ("clip_grad_norm", {"max_norm": 5, "norm_type": "two"}, "such as {max_norm: 5}"),
+    ("transform", "mask_itemsec", "did you mean 'mask_itemseq'"),
+    # where it is kept
+    ("output_dir", "a\0b", "without the character NUL"),
+    ("output_dir", "~nosuchperson/x", "without the home (~) of an unknown user"),
+    ("data_path", "a\0b", "without the character NUL"),
+    ("text_cache", "~nosuchperson/x", "without the home (~) of an unknown user"),
 ]
 
 
@@ -562,11 +640,46 @@ def test_values_within_their_range_are_accepted() -> None:
         learner="AdamW",
         state=None,
         stage_ratios=[1, 0, 0],
+        hidden_dropout_prob=0,
+        reg_weight=[0, 1e-3],
+        mlp_hidden_size=[],
+        load_col={"inter": ["user_id", "item_id", "timestamp"], "item": "*"},
+        encoding="latin-1",
+        val_interval={"rating": "[3,inf);(0,1]", "item_id": ["1", "2"]},
+        user_inter_num_interval="[5,inf)",
+        clip_grad_norm={"max_norm": 5, "norm_type": float("inf")},
+        output_dir="~/somewhere",
     )
 
 
+def test_defaults_of_all_models_are_within_their_ranges() -> None:
+    """RecBole's, as they are, and ours."""
+    rules = {**schema.RECBOLE_SCHEMA, **schema.MODEL_SCHEMA}
+    seen = set()
+    for file in [*(RECBOLE / "properties").rglob("*.yaml"), *properties_dir().rglob("*.yaml")]:
+        if file.parent.name in ("study", "tasks", "hyper"):
+            continue
+        for key, value in read_properties(file).items():
+            if key in rules:
+                rules[key].check(f"{file.name}: {key}", value)
+                seen.add(key)
+    assert set(schema.MODEL_SCHEMA) <= seen, "a rule that no file uses is a slip"
+
+
+def test_heads_divide_the_width() -> None:
+    with pytest.raises(ConfigError, match=r"'n_heads' is 3, which does not divide property 'hidden_size' 64"):
+        make("SASRec", n_heads=3)
+
+
+def test_a_loss_without_an_input_is_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r"loss_type: 'BCE' is none of BPR, CE; did you mean 'CE'\? The model 'SASRec'"
+    ):
+        make("SASRec", loss_type="BCE")
+
+
 def test_every_key_of_the_schema_refuses_an_object() -> None:
-    for key, rule in {**schema.SCHEMA, **schema.RECBOLE_SCHEMA}.items():
+    for key, rule in {**schema.SCHEMA, **schema.RECBOLE_SCHEMA, **schema.MODEL_SCHEMA}.items():
         with pytest.raises(ConfigError, match=f"property '{key}'"):
             rule.check(key, 3j)
 
@@ -628,6 +741,24 @@ def test_where_a_dataset_is_looked_for(tmp_path: Path, monkeypatch: pytest.Monke
     for name in ("../shop", "a/b", "..", ""):
         with pytest.raises(ConfigError, match=r"is not a name|no dataset"):
             find_dataset(name)
+
+
+@pytest.mark.parametrize(
+    ("written", "words"),
+    [
+        ("utf-8-sig", r"begins with a byte order mark.*set encoding: utf-8-sig"),
+        ("utf-16", r"set encoding to what it is written in, such as utf-16"),
+        ("latin-1", r"set encoding to what it is written in, such as latin-1"),
+    ],
+)
+def test_a_log_in_another_encoding_names_one_to_try(written: str, words: str, tmp_path: Path) -> None:
+    header = "user_id:token\titem_id:token\ttimestamp:float\tcaf\u00e9:token"
+    folder = write_log(tmp_path, header=header)
+    (folder / "shop.inter").write_text(f"{header}\n1\t1\t1\t1\n", encoding=written)
+    with pytest.raises(ConfigError, match=words):
+        make(dataset="shop", data_path=str(tmp_path))
+    config = make(dataset="shop", data_path=str(tmp_path), encoding=written)
+    assert config.log_files.columns[-1] == "caf\u00e9"
 
 
 def test_columns_that_a_stream_needs_are_loaded(tmp_path: Path) -> None:
@@ -812,6 +943,6 @@ def test_what_a_resumed_run_may_change_changes_no_number() -> None:
         numbers
         | (
             set(schema.SCHEMA)
-            - {"resume", "output_dir", "checkpoint_steps", "checkpoint_keep", "data_path", "text_cache"}
+            - {"resume", "output_dir", "checkpoint_steps", "checkpoint_keep", "data_path", "text_cache", "serve"}
         )
     )

@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import re
 import shlex
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from run_helpers import script
 
-from recbole_cl import registry, schema
+from recbole_cl import cli, registry, schema
 from recbole_cl.commands.list import KINDS
 from recbole_cl.config import CLConfig, list_models, parse_value, read_properties
 from recbole_cl.config.keys import library_keys
-from recbole_cl.registry import Registry, schedulers, strategies
+from recbole_cl.registry import Registry, models, schedulers, strategies
 from recbole_cl.results.matrix import SUMMARIES
 from recbole_cl.stream.build import build_stream
 from recbole_cl.study import read_plan
 from recbole_cl.testing.contract import SMALL
+from recbole_cl.testing.model_contract import ModelContract
 from recbole_cl.testing.toy import PlantedDrift, write_planted_drift
 from recbole_cl.training.runner import Runner
 
@@ -79,7 +84,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> PlantedDrift:
 @pytest.fixture
 def lent(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a page registers is forgotten afterwards."""
-    for members in (strategies, schedulers):
+    for members in (strategies, schedulers, models):
         members.names()
         for name in ("_members", "_names"):
             monkeypatch.setattr(members, name, dict(getattr(members, name)))
@@ -118,6 +123,37 @@ def test_the_scheduler_of_the_page_cuts(toy: PlantedDrift) -> None:
     given = {**SMALL, **toy.settings(), "scheduler": "Months", "boundaries": None}
     stream = build_stream(CLConfig(model="BPR", dataset=toy.name, config_dict=given))
     assert [stage.name for stage in stream.stages] == ["1970-01"]  # three times eleven days and a half, from 1 January
+
+
+@pytest.mark.usefixtures("lent")
+def test_the_model_of_the_page_meets_the_contract(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = DOCS / "write_a_model.md"
+    code, _, joined = (body for body in blocks(page, "python"))
+    inside = [line for line in code[code.index("    def __init__") :].splitlines() if line.strip()]
+    assert len(inside) <= 44, "small enough to be read at once"
+    space: dict[str, Any] = {"__name__": "write_a_model"}
+    monkeypatch.setitem(sys.modules, "write_a_model", ModuleType("write_a_model"))
+    exec(compile(code, page.name, "exec"), space)
+    monkeypatch.setitem(sys.modules, "my_package", ModuleType("my_package"))
+    monkeypatch.setitem(sys.modules, "my_package.pop_text", ModuleType("my_package.pop_text"))
+    exec(compile(joined, page.name, "exec"), space)
+    contract = space["TestPopText"]
+    runs = contract.runs_in(tmp_path)
+    for name in [name for name in vars(ModelContract) if name.startswith("test_")]:
+        more = [tmp_path / "state"] if name == "test_its_state_round_trips" else []
+        with contextlib.suppress(pytest.skip.Exception):
+            getattr(contract(), name)(runs, *more)
+    # Counts by hand: half of what they were, and the stage's own.
+    stages, model = runs.whole.stream.stages, runs.whole.model
+    by_hand = np.zeros(model.n_items)
+    for stage in stages:
+        by_hand = by_hand / 2 + np.bincount(stage.train.label, minlength=model.n_items)
+    assert np.array_equal(model.count, by_hand)
+    told = [entry["numbers"]["items"] for entry in runs.whole.journal.reports]
+    assert told == [stage.n_items - 1 for stage in stages]
+    anew = runs.runner("anew", strategy="FullRetrain")
+    anew.run()
+    assert np.array_equal(anew.model.count, by_hand), "new weights are prepared as the old ones were"
 
 
 def test_the_summary_of_the_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
@@ -168,20 +204,25 @@ def test_commands_name_what_exists() -> None:
         told = f"{page.name}: {' '.join(words)}"
         if words[0].endswith(("recbole-cl", "python")) and ("run_recbole_cl.py" in words or words[1] == "run"):
             seen += 1
+            imports = any(word.startswith("--import=") for word in words)  # a page's own model or strategy
             for word in words[2:]:
                 key, equals, value = word.removeprefix("--").partition("=")
                 assert word.startswith("--") and equals, told
-                assert key in known, f"{told}: {key}"
+                assert key in known or key == "import", f"{told}: {key}"
                 if key == "scheduler":
                     assert value in schedulers, told
                 if key == "model":
-                    assert value in list_models(), told
+                    assert imports or value in list_models(), told
                 if key == "strategy":
                     assert all(name in strategies for name in re.findall(r"\w+", value)), told
         elif words[:2] == ["recbole-cl", "study"]:
             assert read_plan(words[2], "laptop").cells, told
             options = {word.partition("=")[0] for word in words[3:]}
             assert options <= {"--preset", "--output_dir", "--jobs", "--threads", "--only_table"}, told
+        elif words[:1] == ["recbole-cl"] and words[1] in ("import", "update", "recommend", "versions", "rollback"):
+            table = cli._table()  # tests/serve/test_serve_page.py runs them
+            _, rest = cli._parsers(table)[0].parse_known_args(words[1:])
+            assert table[words[1]].takes_properties or not rest, told
         elif words[0] == "recbole-cl":
             assert words[1] in ("list", "report") and (words[1] == "report" or words[2] in KINDS), told
         for word in words:

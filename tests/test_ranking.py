@@ -127,9 +127,9 @@ def test_all_ways_give_the_same_scores(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(ranking, "SCORES_IN_CACHE", 100)
     config = configure(toy(tmp_path), tmp_path / "run", "SASRec")
     runner = Runner(config)
-    runner.stream = build_stream(config)
+    runner.begin(build_stream(config))
     view, targets = runner.stream.view(1), runner.stream.stages[1].test
-    ctx = runner._context(1, runner.build_model(view, ModelRandomness(3)).eval(), view)
+    ctx = runner.state.models.context(1, runner.build_model(view, ModelRandomness(3)).eval(), view)
     batch = ctx.batcher.rows(targets, evaluation=True)
     every = torch.arange(ctx.batcher.n_items).expand(len(targets), -1)
     with torch.no_grad():

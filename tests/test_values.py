@@ -175,9 +175,10 @@ def test_no_split_is_built_at_once(tmp_path: Path, model: str, mode: str, monkey
     """At most eval_batch_size rows are built at a time; the scores have the bits of a split built at once."""
     config = asked(model, labelled(tmp_path), eval_args={"mode": mode}, output_dir=str(tmp_path / "run"))
     runner = Runner(config)
-    runner.stream = stream = build_stream(config)
+    stream = build_stream(config)
+    runner.begin(stream)
     view = stream.view(1)
-    ctx = runner._context(1, runner.build_model(view, ModelRandomness(3)).eval(), view)
+    ctx = runner.state.models.context(1, runner.build_model(view, ModelRandomness(3)).eval(), view)
     known = Known.nothing(stream.table)
     for stage in stream.stages[:2]:
         known.learn(stream.table, stage.train, model == "DIN", None)
@@ -271,7 +272,7 @@ def test_an_earlier_item_among_the_candidates_is_ranked(tmp_path: Path) -> None:
     given = {"eval_args": {"mode": "uni10"}, "candidates_exclude": "target", "topk": [30], "valid_metric": "NDCG@30"}
     runner, _ = run(toy(tmp_path), tmp_path / "run", "BPR", epochs=1, candidates="all", **given)
     stage = runner.stream.stages[2]
-    ctx = runner._context(2, runner.model, runner.stream.view(2))
+    ctx = runner.state.models.context(2, runner.model, runner.stream.view(2))
     known = Known.everything(runner.stream.table, stage.n_users, stage.n_items)
     outcome = runner.evaluator.evaluate(ctx, known, stage)
     rows, table, earlier = runner.evaluator._rows_of(stage, "test"), runner.stream.table, 0

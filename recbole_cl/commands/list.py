@@ -23,6 +23,7 @@ from recbole_cl.registry import (
     llm_clients,
     models,
     schedulers,
+    strata,
     strategies,
     tokenisers,
 )
@@ -113,6 +114,7 @@ KINDS: dict[str, Callable[[], dict[str, str]]] = {
     "datasets": _datasets,
     "metrics": _metrics,
     "studies": _studies,
+    "strata": lambda: described(strata),
     "encoders": lambda: described(encoders),
     "clients": lambda: described(llm_clients),
     "tokenisers": lambda: described(tokenisers),

@@ -37,7 +37,13 @@ from recbole_cl.config.models import check_class, get_model_class
 from recbole_cl.config.parity import settle
 from recbole_cl.config.strata import make_strata
 from recbole_cl.config.strategies import asked_strategies, refuse_contradictions, settle_parameters
-from recbole_cl.config.task import check_negatives, rank_without_labels, settle_negatives, settle_repeats
+from recbole_cl.config.task import (
+    check_negatives,
+    rank_without_labels,
+    settle_loss,
+    settle_negatives,
+    settle_repeats,
+)
 from recbole_cl.config.values import INTERVALS, Loader, parse_arguments, parse_property, plain, read_properties
 from recbole_cl.errors import ConfigError
 from recbole_cl.registry import schedulers, strategies
@@ -73,25 +79,11 @@ class CLConfig(Config):
     # items from generators of their own.
     RESUME_MAY_CHANGE: frozenset[str] = frozenset(
         {
-            "resume",
-            "output_dir",
-            "show_progress",
-            "state",
-            "gpu_id",
-            "checkpoint_steps",
-            "checkpoint_keep",
-            "checkpoint_dir",
-            "saved",
-            "data_path",
-            "text_cache",
-            "config_files",
-            "log_wandb",
-            "wandb_project",
-            "save_dataset",
-            "save_dataloaders",
-            "loss_decimal_place",
+            "resume", "output_dir", "show_progress", "state", "gpu_id", "checkpoint_steps", "checkpoint_keep",
+            "checkpoint_dir", "saved", "serve", "data_path", "text_cache", "config_files", "log_wandb", "wandb_project",
+            "save_dataset", "save_dataloaders", "loss_decimal_place",
         }
-    )
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -329,6 +321,7 @@ class CLConfig(Config):
     def _settle_task(self) -> None:
         """Fits negative samples and evaluation to the model's loss and to what the log holds."""
         final = self.final_config_dict
+        settle_loss(final, self.model, self.model_class)
         settle_negatives(final, self.model, self._above_quick_start)
         labelled = final.get("threshold") is not None or final["LABEL_FIELD"] in loaded_columns(final, self.log_files)
         if final["MODEL_TYPE"] == ModelType.CONTEXT and not labelled:

@@ -9,7 +9,7 @@ from typing import Any
 from recbole.utils import InputType, ModelType
 
 from recbole_cl.config.models import reads
-from recbole_cl.errors import ConfigError
+from recbole_cl.errors import ConfigError, nearest
 
 
 def settle_repeats(final: dict[str, Any]) -> bool:
@@ -28,6 +28,21 @@ def settle_repeats(final: dict[str, Any]) -> bool:
     repeatable = sequential if choice == "auto" else choice
     final["repeatable"] = True if sequential else repeatable
     return repeatable
+
+
+def settle_loss(final: Mapping[str, Any], model: str, model_class: type) -> None:
+    """Checks the loss of a model whose input follows from it.
+
+    Raises:
+        ConfigError: If RecBole knows no input for the loss.
+    """
+    given = final.get("loss_type")
+    if not hasattr(model_class, "input_type") and given not in ("BPR", "CE"):
+        hint = nearest(str(given), ("BPR", "CE")) or "."
+        raise ConfigError(
+            f"loss_type: {given!r} is none of BPR, CE{hint} The model {model!r} compares a target with a negative, or "
+            f"with all items"
+        )
 
 
 def settle_negatives(final: dict[str, Any], model: str, asked: Collection[str]) -> None:
@@ -62,6 +77,8 @@ def check_negatives(final: Mapping[str, Any], model_class: type) -> None:
         ConfigError: If ``train_neg_sample_args`` asks for none.
     """
     none, kind = final["train_neg_sample_args"]["distribution"] == "none", final["MODEL_INPUT_TYPE"]
+    if final["MODEL_TYPE"] == ModelType.SEQUENTIAL and final.get("loss_type") == "CE":
+        return  # SINE says PAIRWISE, and compares with all items under this loss
     if none and kind == InputType.PAIRWISE and reads(model_class, "NEG_ITEM_ID"):
         raise ConfigError(
             f"property 'train_neg_sample_args' is None, but model {model_class.__name__!r} compares each item with a "

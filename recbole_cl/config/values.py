@@ -35,11 +35,53 @@ _TEXTS = (
     "checkpoint_dir",
     "period_field",
 )
-# Keys that the program or RecBole itself sets or reads without declaring a default anywhere.
 
 
 class Loader(yaml.SafeLoader):
-    """Safe YAML as RecBole's users write it: 1e-4 is a float, None is none, dates stay text."""
+    """Safe YAML as RecBole's users write it: 1e-4 is a float, None is none, dates stay text.
+
+    A key that stands twice in a mapping is refused, and so are anchors that hold themselves or that, written out, make
+    a short text a huge one.
+    """
+
+    def get_single_node(self) -> Any:
+        node = super().get_single_node()
+        if node is not None:
+            distinct: dict[int, int] = {}
+            written_out = _written_out(node, distinct, set())
+            if written_out > 10_000 + 10 * len(distinct):
+                raise _refusal(f"its anchors, written out, make {written_out} values of {len(distinct)}", node)
+        return node
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        if isinstance(node, yaml.MappingNode):
+            own: dict[Any, Any] = {}
+            for key, _ in node.value:
+                if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                    if (key.tag, key.value) in own:
+                        first = own[key.tag, key.value].line + 1
+                        raise _refusal(f"the key {key.value!r} stands twice, first in line {first}; keep one", key)
+                    own[key.tag, key.value] = key.start_mark
+        return super().construct_mapping(node, deep)
+
+
+def _refusal(words: str, node: Any) -> yaml.YAMLError:
+    return yaml.constructor.ConstructorError(None, None, words, node.start_mark)
+
+
+def _written_out(node: Any, distinct: dict[int, int], inside: set[int]) -> int:
+    """Returns how many values a node is without anchors, each distinct one looked at once."""
+    if id(node) in inside:
+        raise _refusal("an anchor holds itself", node)
+    if id(node) not in distinct:
+        parts: list[Any] = []
+        if isinstance(node, yaml.SequenceNode):
+            parts = node.value
+        elif isinstance(node, yaml.MappingNode):
+            parts = [part for pair in node.value for part in pair]
+        size = 1 + sum(_written_out(part, distinct, inside | {id(node)}) for part in parts)
+        distinct[id(node)] = size
+    return distinct[id(node)]
 
 
 def _resolvers() -> dict[str, list[tuple[str, re.Pattern[str]]]]:

@@ -108,6 +108,17 @@ class ContinualModel:
         """Returns the owned state of the stage before with rows for the users and items that came since."""
         return state
 
+    def fit_state(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Returns a saved state as this model takes it: one over a shorter stream lacks what later stages have.
+
+        A saved run that is updated has a stage more than when it was saved. Models with a part for each stage complete
+        the state here by their own, fresh parts.
+
+        Args:
+            state: As :func:`recbole_cl.model.state.owned_state` gave it.
+        """
+        return state
+
     def grow_in_place(self, view: Any, users: tuple[int, int], items: tuple[int, int]) -> Growth:
         """Grows this very model to the next stage; a model that has this method lives on, and no new one is made.
 
@@ -127,10 +138,11 @@ class ContinualModel:
     def prepare_stage(self, ctx: StageContext) -> None:
         """Does work before a stage is trained (calls of a language model, encodings), with old knowledge in place.
 
-        Runs again where a run is resumed inside the stage, on the state that it left the first time, so what is costly
-        belongs into a side store. What it draws comes from a random state of its own, the same each time. The model is
-        also made anew without it, as the previous one of a later stage or over another graph: what it made is then
-        there only where it is state, a parameter, a buffer or :meth:`owned_state`.
+        Runs again where a run is resumed inside the stage, on the state that it left the first time, where a pass
+        begins from new weights, and for the untrained model of ``fwt_reference``: what is costly belongs into a side
+        store, and done twice it must leave what it leaves done once. What it draws comes from a random state of its
+        own, the same each time. A model is also made anew without it, as the previous one of a later stage or over
+        another graph: what it made is then there only where it is state, a parameter, a buffer or :meth:`owned_state`.
         """
 
     def plan_stage(self, ctx: StageContext, passes: list[Pass]) -> list[Pass]:
@@ -173,7 +185,8 @@ class ContinualModel:
 
         Args:
             batcher: The :class:`~recbole_cl.stream.batch.Batcher` that made the rows.
-            rows: One row a target; ``_lo`` and ``_hi`` are the range of its history.
+            rows: One row a target (a window counts as its last); ``_lo`` and ``_hi`` are the range of its history.
+                Negatives come later, as copies of their positive's row: what depends on the item is looked up by id.
             targets: The targets.
             evaluation: Ids that the model has no rows for are 0.
         """
@@ -204,6 +217,10 @@ class ContinualModel:
             Items ``[B, k]``, best first, 0 for an empty slot, and their scores ``[B, k]``, -inf there.
         """
         raise NotImplementedError(f"{type(self).__name__} ranks by the scores of all items")
+
+    def item_vectors(self) -> torch.Tensor:
+        """Returns a vector for each item, shape ``[n_items, d]``: what serving compares and exports."""
+        raise NotImplementedError(f"{type(self).__name__} tells no vectors of items")
 
     def measure(self, batch: Interaction) -> dict[str, torch.Tensor]:
         """Returns the metrics of ``own_metrics`` of each row, shape ``[B]`` each (a negative log likelihood)."""

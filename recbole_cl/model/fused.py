@@ -100,6 +100,42 @@ def layer_outputs(layer: Any, hidden: torch.Tensor, mask: torch.Tensor, at: torc
     return after_attention(layer, mixed.transpose(1, 2).flatten(2), asked)
 
 
+def projections(layer: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns queries, keys and values of a plain layer for its inputs, shape ``[B, L, d]`` each."""
+    attention = layer.multi_head_attention
+    return attention.query(hidden), attention.key(hidden), attention.value(hidden)
+
+
+def layer_outputs_behind(
+    layer: Any,
+    prefix: torch.Tensor,
+    hidden: torch.Tensor,
+    kept: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    mask: torch.Tensor,
+) -> torch.Tensor:
+    """Returns the outputs of a plain layer in eval mode, for a prefix before inputs whose projections are known.
+
+    Where the prefix alone is trained, nothing of the rest is computed or differentiated twice.
+
+    Args:
+        layer: RecBole's layer.
+        prefix: Shape ``[B, P, d]``.
+        hidden: Inputs behind it, shape ``[B, L, d]``.
+        kept: What :func:`projections` gives for them.
+        mask: Added to the attention scores, shape ``[P + L, P + L]``.
+
+    Returns:
+        Shape ``[B, P + L, d]``.
+    """
+    heads = layer.multi_head_attention.num_attention_heads
+    query, key, value = (
+        torch.cat([new, old], dim=1).unflatten(-1, (heads, -1)).transpose(1, 2)
+        for new, old in zip(projections(layer, prefix), kept, strict=True)
+    )
+    mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    return after_attention(layer, mixed.transpose(1, 2).flatten(2), torch.cat([prefix, hidden], dim=1))
+
+
 def after_attention(layer: Any, mixed: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
     """Returns the outputs of a plain transformer layer, given what its heads have mixed.
 

@@ -75,6 +75,7 @@ def load_owned_state(model: Any, state: Mapping[str, Any]) -> None:
                 f"checkpoint: it was trained on {_base_name(told)} under {prefix!r}, this run has {_base_name(have)}; "
                 f"give it that base, or start anew in another output_dir"
             )
+    state = contract(model).fit_state(state)
     missing = model.load_state_dict(state["tensors"], strict=False)
     theirs = base_names(model)
     lost = [k for k in missing.missing_keys if k not in theirs]

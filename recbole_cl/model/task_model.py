@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -133,6 +133,20 @@ class TaskModel(ContinualModel, SequentialRecommender):
         """
         kinds = chosen(self.config, classifier, ADAPTERS[1:]), chosen(self.config, next_item, ADAPTERS)
         return TaskHeads(self.tasks, self.width, *kinds, self.n_items if self.config[item_bias] else 0)
+
+    def fit_state(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Completes the state of a model over a shorter stream: heads, prompts and rows of the tasks that came since.
+
+        A tensor with fewer rows than this model's is one with a row for each task; what it has stands first.
+        """
+        tensors, before = dict(state["tensors"]), self.stage + 1
+        for name, fresh in self.state_dict().items():
+            saved = tensors.get(name)
+            if saved is None:
+                tensors[name] = fresh.clone()
+            elif len(fresh.shape) and len(saved) == before < len(fresh) == len(self.tasks):
+                tensors[name] = torch.cat([saved, fresh[before:].to(saved)])
+        return {**state, "tensors": tensors}
 
     # -- what a subclass writes -----------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from html import escape
 from typing import Any
 
-from recbole_cl.report import figures, text
+from recbole_cl.report import figures, reports, text
 from recbole_cl.report.skeleton import document, table
 from recbole_cl.results.strata import STRATA
 
@@ -78,6 +78,7 @@ class _Page:
             ("disparity", "Exposure disparity", self.disparity()),
             ("costs", "Costs", self.costs()),
             ("terms", "Loss terms", self.terms()),
+            *([("reports", "Reports", told)] if (told := reports.section(self.result, self.figure)) else []),
             ("warnings", f"Warnings ({len(self.result.get('warnings') or ())})", self.warnings()),
             ("configuration", "Configuration", self.configuration()),
             ("versions", "Versions", self.versions()),

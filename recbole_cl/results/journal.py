@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import platform
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -104,6 +105,10 @@ class Journal:
         """Tells whether less of a metric, RecBole's or the model's own, is better."""
         bigger = self.config.own_metrics.get(metric)
         return smaller_is_better(metric) if bigger is None else not bigger
+
+    def worst(self, stage: Stage) -> float:
+        """Returns what every value of the stage's primary metric is better than."""
+        return -math.inf if self.bigger(stage) else math.inf
 
     def record(self, outcome: Outcome, t: int, stage: Stage, mode: str) -> None:
         """Adds cell (t, s), over all targets and by stratum, for items and for the coarser levels of them."""
@@ -263,15 +268,6 @@ def versions() -> dict[str, str]:
     return found
 
 
-def run_folder(config: Any) -> Path:
-    """Returns the folder of a run: ``output_dir``, or one named after what is run."""
-    if config["output_dir"]:
-        return Path(config["output_dir"]).expanduser()
-    how = config.strategy_name + ("" if config["trainable"] == "all" else f"-{config['trainable']}")
-    parts = (config["model"], config["dataset"], how, config["scheduler"], f"seed{config['seed']}")
-    return Path("runs") / "-".join(map(str, parts))
-
-
 def open_folder(folder: Path, resume: bool) -> None:
     """Makes sure before any work that the folder can be written; what lies there from an earlier run is kept.
 
@@ -289,7 +285,7 @@ def open_folder(folder: Path, resume: bool) -> None:
         probe.unlink()
         if resume:
             return
-        names = ("result.json", "records.csv", "report.html", "checkpoints")
+        names = ("result.json", "records.csv", "report.html", "checkpoints", "versions")
         old = [name for name in names if (folder / name).exists()]
         if not old:
             return

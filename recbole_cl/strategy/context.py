@@ -131,11 +131,11 @@ class StageContext:
             trained_on.load_state_dict(known)
         return replace(self, model=model, view=view, batcher=batcher, known=trained_on)
 
-    def log(self, name: str, value: float | torch.Tensor) -> None:
-        """Adds a value to this epoch's mean of ``name`` in the curves."""
+    def log(self, name: str, value: float | torch.Tensor, weight: float = 1.0) -> None:
+        """Adds a value to this epoch's mean of ``name`` in the curves; ``weight`` is a batch's share of its step."""
         entry = self.terms.setdefault(name, [0.0, 0.0])
-        entry[0] += float(value)
-        entry[1] += 1.0
+        entry[0] += weight * float(value)
+        entry[1] += weight
 
     def rows(self, targets: Targets) -> Interaction:
         """Returns rows for targets, without negatives."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 from recbole.utils import ModelType, early_stopping
@@ -21,7 +20,9 @@ from recbole_cl.stream.loader import make_loader
 from recbole_cl.stream.stage import Targets
 from recbole_cl.stream.task_loader import TaskLoader
 from recbole_cl.training.data_parallel import keep_alike
+from recbole_cl.training.progress import Progress, StageStart
 from recbole_cl.training.run_state import RunState
+from recbole_cl.training.stage_models import prepare_stage
 from recbole_cl.training.stage_trainer import PassTrainer, pace, pass_trainer
 from recbole_cl.training.trainer import Watched
 from recbole_cl.tree import clone_tree
@@ -31,58 +32,8 @@ LOGGER = logging.getLogger("recbole_cl")
 LEAST_SCORE = 1e-4
 """What a task's metric counts at least in the mean over tasks: one that is still zero must not hide the others."""
 
-Save = Callable[[StageContext, "Progress", dict[str, Any]], None]
+Save = Callable[[StageContext, Progress, dict[str, Any]], None]
 """Writes a checkpoint inside a pass: the stage, where the pass stands, what its trainer and its draws need."""
-
-
-@dataclass
-class Progress:
-    """Where a stage's training stands; part of every checkpoint."""
-
-    number: int = 0  # of the pass
-    epoch: int = 0  # epochs of the pass that are complete
-    stopped: bool = False
-    best_score: float = -math.inf
-    waited: int = 0
-    best: dict[str, Any] | None = None
-    best_targets: int | None = None
-    targets: int = 0  # training targets seen in this stage
-    seconds: float = 0.0
-    step: int = 0
-    epoch_start: int = 0  # step at which the running epoch began
-    partial_loss: Any = None  # loss of the batches of an unfinished epoch
-    terms: dict[str, list[float]] = field(default_factory=dict)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns everything in it."""
-        return dict(self.__dict__)
-
-    @classmethod
-    def of(cls, state: dict[str, Any]) -> Progress:
-        """Returns the progress with a given state."""
-        progress = cls(**state)
-        if isinstance(progress.partial_loss, list):
-            progress.partial_loss = tuple(progress.partial_loss)
-        return progress
-
-    def next_pass(self, number: int, worst: float) -> Progress:
-        """Returns the progress of the pass after this one."""
-        return Progress(number, best_score=worst, targets=self.targets, seconds=self.seconds)
-
-
-@dataclass
-class StageStart:
-    """What a stage's passes begin from.
-
-    Attributes:
-        fresh: Initial weights of the stage's model, empty where it lives on from the stage before.
-        state: Model and strategies as the stage began.
-        randomness: The random state that the stage's training draws from.
-    """
-
-    fresh: dict[str, Any]
-    state: dict[str, Any]
-    randomness: ModelRandomness
 
 
 class StagePass:
@@ -184,7 +135,8 @@ class StagePass:
         if run.config["train_neg_sample_args"].get("dynamic", False):
             self.loader.get_model(ctx.model)
         self._save_between_steps()
-        given = plan.epochs if plan.epochs is not None else self._stage_epochs()
+        given = run.epochs.get((ctx.index, plan.name), plan.epochs)
+        given = given if given is not None else self._stage_epochs()
         epochs = int(getattr(self.trainer, "epochs", run.config["epochs"])) if given is None else given
         pace(self.trainer, run.config, epochs, self.loader)
         if resumed is None:
@@ -223,6 +175,7 @@ class StagePass:
                 load_owned_state(ctx.model, self.start.fresh)
             else:
                 load_owned_state(ctx.model, owned_state(run.models.fresh(ctx.index, ctx.view, self.randomness).model))
+            prepare_stage(ctx)
         elif init != "previous":
             raise ConfigError(f"Pass.init: {init!r} is none of previous, stage_start, fresh")
         clear_caches(ctx.model)

@@ -10,7 +10,6 @@ from typing import Any
 from recbole_cl import checkpoint, distributed
 from recbole_cl.errors import CheckpointError, ConfigError
 from recbole_cl.model.contract import contract
-from recbole_cl.registry import strategies
 from recbole_cl.results.journal import settings
 from recbole_cl.strategy.composite import Composite
 
@@ -68,51 +67,6 @@ def refuse_changes(state: dict[str, Any], config: Any, data: Any) -> None:
             "resume: the log of interactions has changed since the checkpoint; restore it, or start anew in "
             "another output_dir"
         )
-
-
-def base_state(folder: Path, config: Any, data: Any, strategy: Composite) -> dict[str, Any]:
-    """Returns the first stage of another run, to be taken over.
-
-    Args:
-        folder: The other run's folder.
-        config: This run's configuration.
-        data: Fingerprint of this run's stream.
-        strategy: This run's strategies.
-
-    Raises:
-        ConfigError: If a strategy does something in the first stage.
-        CheckpointError: If there is none, or it was made with other settings or another log.
-    """
-    acting = [s.name for s in strategy.members if not s.base_is_finetune]
-    if acting:
-        raise ConfigError(
-            f"property 'base_run' is {str(folder)!r}, but the strategy {acting[0]} takes part in the first stage; "
-            f"leave base_run out"
-        )
-    state, _, warnings = checkpoint.newest(folder / "base")
-    if state is None:
-        reason = f": {warnings[0]}" if warnings else "; run it with keep_base: True"
-        raise CheckpointError(f"property 'base_run' is {str(folder)!r}, which keeps no first stage{reason}")
-    now, then = settings(config), state["config"]
-    prefixes = [strategies.get(name).prefix for told in (now, then) for name, _ in told["strategy"]]
-    own = tuple(f"{prefix}_" for prefix in prefixes if prefix)
-    free = {*config.RESUME_MAY_CHANGE, "strategy", "base_run", "keep_base", "device"}
-    changed = [
-        key
-        for key in sorted({*now, *then})
-        if key not in free and not key.startswith(own) and now.get(key) != then.get(key)
-    ]
-    if changed:
-        raise CheckpointError(
-            f"property 'base_run': the run in {str(folder)!r} was made with other settings ({changed[0]} was "
-            f"{then.get(changed[0])!r}, is {now.get(changed[0])!r}); give it those, or leave base_run out"
-        )
-    if state["data"] != data:
-        raise CheckpointError(
-            f"property 'base_run': the run in {str(folder)!r} was made of another log, or of one that has changed "
-            f"since; make it anew, or leave base_run out"
-        )
-    return state
 
 
 def side_stores(model: Any, strategy: Composite) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +28,8 @@ class RunState:
         evaluator: Scores a model.
         known: What the model has trained on.
         moments: The optimiser's state as the last pass left it, by parameter name.
+        epochs: How many epochs each pass trains, by stage and name, where another run has found that out; it is not
+            validated then.
     """
 
     config: Any
@@ -37,6 +40,7 @@ class RunState:
     evaluator: Evaluator
     known: Known
     moments: dict[str, Any] = field(default_factory=dict)
+    epochs: Mapping[tuple[int, str], int] = field(default_factory=dict)
 
     @classmethod
     def begin(cls, config: Any, strategy: Composite, stream: Stream, models: StageModels | None = None) -> RunState:

@@ -8,19 +8,17 @@ resumed, the bits of one that was not.
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from recbole.data.transform import construct_transform
-from recbole.utils import ModelType
 from torch import nn
 from tqdm import tqdm
 
 from recbole_cl import checkpoint, distributed
+from recbole_cl.config.folder import run_folder
 from recbole_cl.errors import ConfigError
 from recbole_cl.evaluation.evaluator import Evaluator
 from recbole_cl.evaluation.known import Known
@@ -29,21 +27,25 @@ from recbole_cl.model.contract import contract, offers
 from recbole_cl.model.state import count_parameters, grow_model, load_owned_state, owned_state
 from recbole_cl.registry import strategies
 from recbole_cl.report import write_report
-from recbole_cl.results.journal import Journal, open_folder, run_folder, settings
+from recbole_cl.results.journal import Journal, open_folder, settings
 from recbole_cl.results.records import Records
 from recbole_cl.rng import ModelRandomness, derive
 from recbole_cl.strategy.composite import Composite
 from recbole_cl.strategy.context import Pass, StageContext
 from recbole_cl.strategy.parts.part_tuning import refuse_new_beginnings, with_trainable
 from recbole_cl.stream.build import Stream, build_stream
-from recbole_cl.stream.stage import Stage
 from recbole_cl.stream.vocabulary import grow_optimizer
+from recbole_cl.training.all_rows import refuse_serving, train_on_all_rows
+from recbole_cl.training.base_run import keep_base, take_base
 from recbole_cl.training.data_parallel import keep_alike
-from recbole_cl.training.passes import Progress, Save, StageStart, make_pass
+from recbole_cl.training.passes import Save, make_pass
 from recbole_cl.training.peak_memory import peak_megabytes, reset_peak
-from recbole_cl.training.resume import base_state, newest, side_stores
+from recbole_cl.training.progress import Progress, StageStart
+from recbole_cl.training.references import score_scratch_model, score_untrained_model
+from recbole_cl.training.resume import newest, side_stores
 from recbole_cl.training.run_state import RunState
-from recbole_cl.training.stage_models import StageModels, build_model
+from recbole_cl.training.stage_models import StageModels, build_model, prepare_stage
+from recbole_cl.training.store import imported_columns, keep_stream
 from recbole_cl.tree import clone_tree, tree_hash
 
 LOGGER = logging.getLogger("recbole_cl")
@@ -62,10 +64,12 @@ class Runner:
         strategy: The strategies, with their state.
         state: The run as far as it has come, once it has begun.
         folder: The run's folder.
+        only_trains: It scores and saves nothing: somebody else does with the model what is to be done.
     """
 
     model: Any = None
     state: RunState
+    only_trains = False
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -73,6 +77,8 @@ class Runner:
         self.strategy = Composite(with_trainable(config, asked))
         self.folder = run_folder(config)
         self._number = 0  # of the newest checkpoint
+        self.data = ""  # fingerprint of the stream
+        self.store: str | None = None  # name of what is kept of the log
 
     # -- what the run has found out -------------------------------------------------------------------------------
 
@@ -126,22 +132,26 @@ class Runner:
             return self._run()
 
     def _run(self) -> dict[str, Any]:
+        refuse_serving(self.config)
         LOGGER.info("loading %s", self.config["dataset"])
         if self.config["reproducibility"]:
             torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
         construct_transform(self.config)  # it names its fields in the configuration, where models read them
         stream = build_stream(self.config)
         self.begin(stream)
-        self._data = stream.fingerprint()
+        self.data = stream.fingerprint()
+        self._keep(stream)
         saved = self._load() if self.config["resume"] else None
         if saved is None and self.config["base_run"] is not None:
-            saved = self._take_base()
+            saved = take_base(self)
         first = 0 if saved is None else saved["stage"] + (saved["phase"] == "done")
         for index in range(first, len(stream)):
             inside = saved is not None and saved["phase"] == "train" and saved["stage"] == index
             self._stage(index, saved if inside else None)
         if first == len(stream) and saved is not None:
             LOGGER.info("nothing is left to do: the run in %s is complete", self.folder)
+        if self.config["serve"]:
+            train_on_all_rows(self)
         result: dict[str, Any] = {}
         with distributed.current().together():
             result = self._write() if self.state.main else self.journal.result(self.folder)
@@ -152,6 +162,18 @@ class Runner:
         models = StageModels(self.config, stream, self.strategy, self.build_model)
         self.state = RunState.begin(self.config, self.strategy, stream, models)
         return self.state
+
+    def standing(self, stage: int) -> StageContext:
+        """Returns the context of the stage at which the run stands, with its model and what that has trained on."""
+        ctx = self.state.models.context(stage, self.model, self.stream.view(stage, self.config["graph"]))
+        ctx.known = self.known
+        return ctx
+
+    def train_stages(self, first: int) -> StageContext:
+        """Trains the stages from one on; returns the last one's context. For whoever drives a run from outside."""
+        for index in range(first, len(self.stream)):
+            self._stage(index, None)
+        return self.standing(len(self.stream) - 1)
 
     def _write(self) -> dict[str, Any]:
         """Writes the results and the report of them; returns the result."""
@@ -172,7 +194,7 @@ class Runner:
         passes = self.strategy.plan_stage(ctx)
         passes = contract(ctx.model).plan_stage(ctx, passes)
         refuse_new_beginnings(ctx, self.strategy.members, passes)
-        worst = self._worst(stage)
+        worst = self.journal.worst(stage)
         progress = Progress(best_score=worst)
         if resumed is not None:
             progress = Progress.of(resumed["progress"])
@@ -204,20 +226,17 @@ class Runner:
         trained = time.perf_counter()
         seconds = offset + trained - begun
         self._evaluate_all(ctx)
-        scratch_seconds = self._scratch(index) if self.config["scratch"] else 0.0
+        scratch = self.config["scratch"] and not self.only_trains
+        scratch_seconds = score_scratch_model(self.state, index) if scratch else 0.0
         self.state.models.previous = {"stage": index, "model": clone_tree(owned_state(ctx.model))}
         self._note_costs(ctx, seconds, time.perf_counter() - trained, scratch_seconds)
         self._save(ctx, "done")
         if index == 0 and self.config["keep_base"]:
-            self._keep_base(ctx, at_end)
+            keep_base(self, ctx, at_end)
         LOGGER.info(
             "stage %d/%d done in %.1f s; %s",
             index + 1, len(self.stream), time.perf_counter() - started, self.journal.row(stage),
         )  # fmt: skip
-
-    def _worst(self, stage: Stage) -> float:
-        """Returns what every validation score of a stage is better than."""
-        return -math.inf if self.journal.bigger(stage) else math.inf
 
     def _begin_stage(self, ctx: StageContext, resumed: dict[str, Any] | None) -> dict[str, Any]:
         """Prepares a stage; returns the state of model and strategies as it began."""
@@ -225,17 +244,11 @@ class Runner:
             start: dict[str, Any] = resumed["stage_start"]
             load_owned_state(ctx.model, start["model"])
             self.strategy.load_state_dict(clone_tree(start["strategy"]))
-        self._prepare_stage(ctx)
+        prepare_stage(ctx)
         if resumed is None:
             self.strategy.begin_stage(ctx)
             start = clone_tree({"model": owned_state(ctx.model), "strategy": self.strategy.state_dict()})
         return start
-
-    def _prepare_stage(self, ctx: StageContext) -> None:
-        """Lets the model do its work before a stage; what it draws is the same where that is done again."""
-        if offers(ctx.model, "prepare_stage"):
-            with ModelRandomness(derive(self.config["seed"], ctx.index, "prepare_stage")).owned():
-                ctx.model.prepare_stage(ctx)
 
     def _pass(
         self,
@@ -312,8 +325,9 @@ class Runner:
             if not growth.identity:
                 self.strategy.grow(growth)
                 self.state.moments = grow_optimizer(self.state.moments, growth)
-        if resumed is None:
-            self._reference(index, view)
+        wanted = resumed is None and not self.only_trains and index + 1 < len(self.stream)
+        if wanted and self._wanted(index, index + 1):
+            score_untrained_model(self.state, index, view)
         self.model = model
         return ctx, randomness, fresh
 
@@ -325,7 +339,7 @@ class Runner:
         quiet = None if self.config["show_progress"] and self.state.main else True  # None: no bar without a terminal
         words = f"stage {ctx.index + 1}/{len(self.stream)} evaluate"
         for stage in tqdm(self.stream.stages, desc=words, disable=quiet, leave=False):
-            if not stage.evaluable(ctx.index) or not self._wanted(ctx.index, stage.index):
+            if self.only_trains or not stage.evaluable(ctx.index) or not self._wanted(ctx.index, stage.index):
                 continue
             outcome = self.evaluator.evaluate(ctx, self.known, stage)
             mode = self.evaluator.mode("test") if stage.task.kind != "classification" else "labeled"
@@ -342,65 +356,20 @@ class Runner:
             return trained == tested
         return cells == "all" or trained == len(self.stream) - 1
 
-    def _reference(self, index: int, view: Any) -> None:
-        """Scores an untrained model on the next stage: b[s] of forward transfer, which needs R[s-1, s]."""
-        if self.config["fwt_reference"] != "untrained" or index + 1 >= len(self.stream):
-            return
-        if not self._wanted(index, index + 1):
-            return
-        if self.config["MODEL_TYPE"] == ModelType.TRADITIONAL:
-            return  # a memory-based model has no untrained state
-        following = self.stream.stages[index + 1]
-        if not following.evaluable(index):
-            return
-        randomness = ModelRandomness(derive(self.config["seed"], index, "reference"))
-        ctx = self.state.models.fresh(index, view, randomness)
-        plain = Evaluator(self.config, self.stream, Composite([]))
-        known = Known.everything(self.stream.table, ctx.batcher.n_users, ctx.batcher.n_items)
-        self.journal.record_reference(plain.evaluate(ctx, known, following), following)
-
-    def _scratch(self, index: int) -> float:
-        """Trains a model on the stage alone and keeps its scores on the stage."""
-        begun = time.perf_counter()
-        alone = RunState.begin(self.config, Composite([]), self.stream)  # its curves are nobody's
-        view = self.stream.view(index, "stage")
-        randomness = ModelRandomness(derive(self.config["seed"], index, "scratch"))
-        ctx = alone.models.fresh(index, view, randomness)
-        self._prepare_stage(ctx)
-        start = StageStart({}, clone_tree({"model": owned_state(ctx.model), "strategy": {}}), randomness)
-        worst = self._worst(ctx.stage)
-        progress = Progress(best_score=worst)
-        plan = Pass("scratch", init="previous", data="stage", graph=self.config["graph"], untrained=True)
-        for number, each in enumerate(contract(ctx.model).plan_stage(ctx, [plan])):
-            progress = progress if number == 0 else progress.next_pass(number, worst)
-            ctx = make_pass(alone, ctx, each, progress, start).train()
-        if ctx.stage.evaluable(index):
-            self.journal.record_scratch(alone.evaluator.evaluate(ctx, alone.known, ctx.stage), ctx.stage)
-        return time.perf_counter() - begun
-
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
-    def _save(self, ctx: StageContext, phase: str, inside: Mapping[str, Any] | None = None) -> None:
-        """Writes a checkpoint.
+    def saved_state(self, ctx: StageContext, phase: str, inside: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Returns what a checkpoint holds.
 
         Args:
             ctx: The stage.
             phase: ``train`` or ``done``.
             inside: In a stage: where its training stands (``progress``, ``trainer``, ``stage_start``).
         """
-        if self.config["saved"] is False:  # unset counts as wanted: a run without checkpoints is asked for
-            return
-        self._number += 1
-        state = self._state(ctx, phase) | dict(inside or {})
-        with distributed.current().together():
-            if self.state.main:
-                checkpoint.save(self.folder / "checkpoints", self._number, state, int(self.config["checkpoint_keep"]))
-
-    def _state(self, ctx: StageContext, phase: str) -> dict[str, Any]:
-        """Returns everything that the rest of the run depends on."""
         return {
             "config": settings(self.config),
-            "data": self._data,
+            "data": self.data,
+            "store": self.store,
             "stage": ctx.index,
             "phase": phase,
             "model": owned_state(ctx.model),
@@ -411,49 +380,40 @@ class Runner:
             "carried": self.state.moments,
             "known": self.known.state_dict(),
             "journal": self.journal.state_dict(),
+            **(inside or {}),
         }
 
-    def _keep_base(self, ctx: StageContext, at_end: dict[str, Any]) -> None:
-        """Writes what another run needs to take the first stage over.
-
-        Args:
-            ctx: The first stage.
-            at_end: The random state as the strategies' ``end_stage`` began.
-        """
+    def _save(self, ctx: StageContext, phase: str, inside: Mapping[str, Any] | None = None) -> None:
+        """Writes a checkpoint."""
+        if self.config["saved"] is False or self.only_trains:  # unset counts as wanted
+            return
+        self._number += 1
+        state = self.saved_state(ctx, phase, inside)
         with distributed.current().together():
             if self.state.main:
-                checkpoint.save(self.folder / "base", 1, self._state(ctx, "done") | {"randomness": at_end}, 1)
+                checkpoint.save(self.folder / "checkpoints", self._number, state, int(self.config["checkpoint_keep"]))
 
-    def _take_base(self) -> dict[str, Any]:
-        """Takes the first stage over from another run; the strategies end it as if they had been there."""
-        folder = Path(self.config["base_run"]).expanduser()
-        base = base_state(folder, self.config, self._data, self.strategy)
-        self._take_up(base)
-        randomness = ModelRandomness(derive(self.config["seed"], 0))
-        ctx = self.state.models.fresh(0, self.stream.view(0, self.config["graph"]), randomness)
-        check_tasks(self.config, self.stream, ctx.model)
-        self.strategy.check(self.config, ctx.model)
-        load_owned_state(ctx.model, base["model"])
-        randomness.load_state_dict(base["randomness"])
-        ctx.known = self.known
-        with randomness.owned():
-            self.strategy.end_stage(ctx)
-        self.model = ctx.model
-        self._save(ctx, "done")
-        LOGGER.info("the first stage is that of the run in %s", folder)
-        return base
-
-    def _take_up(self, saved: Mapping[str, Any]) -> None:
-        """Puts back what a checkpoint knows beside models and strategies."""
-        self.journal.load_state_dict(saved["journal"])
-        self.state.models.previous, self.state.moments = saved["previous"], saved["carried"]
-        self.known.load_state_dict(saved["known"])
+    def _keep(self, stream: Stream) -> None:
+        """Keeps what the run is trained over in its folder, so that it can be loaded without its log."""
+        if self.config["saved"] is False:
+            return
+        with distributed.current().together():
+            if self.state.main:
+                try:
+                    self.store = keep_stream(self.folder, stream, imported_columns(self.config))
+                except TypeError as error:  # a dataset class of another package
+                    self.journal.warn(f"{error}; the run cannot be loaded without its log")
 
     def _load(self) -> dict[str, Any] | None:
-        saved, self._number = newest(self.folder, self.config, self._data, self.journal.warn)
-        if saved is None:
-            return None
-        self._take_up(saved)
+        saved, self._number = newest(self.folder, self.config, self.data, self.journal.warn)
+        if saved is not None:
+            self.adopt(saved)
+            LOGGER.info("resuming at stage %d from checkpoint %d", saved["stage"] + 1, self._number)
+        return saved
+
+    def adopt(self, saved: dict[str, Any]) -> None:
+        """Takes over where a checkpoint stands: what was found out and learnt; after a whole stage, its model, too."""
+        self.take_up(saved)
         index = saved["stage"]
         if saved["phase"] == "done":
             view = self.stream.view(index, self.config["graph"])
@@ -461,5 +421,9 @@ class Runner:
             load_owned_state(ctx.model, saved["model"])
             self.strategy.load_state_dict(saved["strategy"])
             self.model = ctx.model
-        LOGGER.info("resuming at stage %d from checkpoint %d", index + 1, self._number)
-        return saved
+
+    def take_up(self, saved: Mapping[str, Any]) -> None:
+        """Takes over what a checkpoint knows beside models and strategies."""
+        self.journal.load_state_dict(saved["journal"])
+        self.state.models.previous, self.state.moments = saved["previous"], saved["carried"]
+        self.known.load_state_dict(saved["known"])

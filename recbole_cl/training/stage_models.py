@@ -27,6 +27,13 @@ def build_model(config: Any, view: Any, randomness: ModelRandomness) -> nn.Modul
     return model.to(config["device"])
 
 
+def prepare_stage(ctx: StageContext) -> None:
+    """Lets a model do its work before a stage; what it draws is the same wherever that is done again."""
+    if offers(ctx.model, "prepare_stage"):
+        with ModelRandomness(derive(ctx.config["seed"], ctx.index, "prepare_stage")).owned():
+            ctx.model.prepare_stage(ctx)
+
+
 class StageModels:
     """Builds the models of a run and the contexts in which strategies see them.
 

@@ -10,6 +10,7 @@ from recbole.trainer import trainer as recbole_trainer
 from recbole.utils import get_trainer
 
 from recbole_cl import compat, distributed
+from recbole_cl.config.models import recbole_name
 from recbole_cl.errors import ConfigError
 from recbole_cl.model.contract import StageTrainer, contract
 from recbole_cl.strategy.base import STEP_HOOKS
@@ -150,7 +151,7 @@ def make_trainer(ctx: StageContext, strategy: Composite, learning_rate: float) -
         ConfigError: If RecBole's trainer of the model bypasses ``Trainer._train_epoch`` and a strategy needs steps.
     """
     config, model = ctx.config, ctx.model
-    base = get_trainer(config["MODEL_TYPE"], config["model"])
+    base = get_trainer(config["MODEL_TYPE"], recbole_name(type(model)))
     if strategy.steps and base.__name__ not in COOPERATIVE:
         names = ", ".join(s.name for s in strategy.members)
         raise ConfigError(
@@ -219,7 +220,7 @@ def pace(trainer: PassTrainer, config: Any, epochs: int, loader: Any) -> None:
     asked = _asked(config)
     if not isinstance(trainer, HookedTrainer) or asked is None:
         return
-    base = get_trainer(config["MODEL_TYPE"], config["model"]).__name__
+    base = get_trainer(config["MODEL_TYPE"], recbole_name(config.model_class)).__name__
     alternates = base == "KGTrainer" and None not in (config["train_rec_step"], config["train_kg_step"])
     if base not in ("Trainer", "KGTrainer") or alternates:
         raise ConfigError(

@@ -181,7 +181,7 @@ class HookedTrainer(recbole_trainer.Trainer):
         terms = self.strategy.loss_terms(self.ctx, batch)
         for name, term in terms.items():
             self.check_finite(term, name)
-            self.ctx.log(name, term.detach())
+            self.ctx.log(name, term.detach(), self.share)
         return terms
 
     def _backward(self, scaler: Any, loss: Any, terms: dict[str, torch.Tensor]) -> None:
@@ -192,16 +192,23 @@ class HookedTrainer(recbole_trainer.Trainer):
             scaler.scale(sum(differentiable, loss)).backward()
             return
         parameters = self.ctx.parameters()
-        before = {name: p.grad.detach().clone() for name, p in parameters.items() if p.grad is not None}
+        before = {
+            name: p.grad for name, p in parameters.items() if p.grad is not None
+        }  # of this step's earlier batches
+        for name in before:
+            parameters[name].grad = None
         scaler.scale(loss).backward(retain_graph=bool(differentiable))
         factor = scaler.get_scale() if self.enable_scaler else 1.0
         for name, p in parameters.items():
             if p.grad is None:
+                p.grad = before.get(name)
                 continue
-            gradient = p.grad.detach().clone() if name not in before else p.grad.detach() - before[name]
+            gradient = p.grad.detach().clone()
             gradient = gradient / factor if self.enable_scaler else gradient
-            earlier = self.ctx.data_gradients.get(name)  # of this step's batches before
+            earlier = self.ctx.data_gradients.get(name)
             self.ctx.data_gradients[name] = gradient if earlier is None else earlier + gradient
+            if name in before:
+                p.grad += before[name]
         if differentiable:
             scaler.scale(sum(differentiable[1:], differentiable[0])).backward()
 

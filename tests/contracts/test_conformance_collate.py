@@ -12,12 +12,12 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
-from conformance_helpers import Job, matrix, write_log
+from conformance_helpers import FUSE, Job, assert_resumes, matrix, write_log
 from recbole.data.interaction import Interaction
 from recbole.model.general_recommender import BPR
 
 from recbole_cl.errors import ConfigError
-from recbole_cl.model.contract import contract, offers
+from recbole_cl.model.contract import contract
 from recbole_cl.model.sasrec import SASRec
 from recbole_cl.stream.batch import HI, LO, POSITION, TARGETS, Batcher
 from recbole_cl.stream.build import build_stream
@@ -67,6 +67,7 @@ class Follows:
             self.seen["replayed"] = self.seen.get("replayed", 0) + 1
 
     def calculate_loss(self, batch: Any) -> torch.Tensor:
+        FUSE.tick()
         self.look(batch, "loss")
         return super().calculate_loss(batch)  # type: ignore[misc, no-any-return]
 
@@ -98,22 +99,9 @@ class AfterSASRec(Follows, SASRec):
         return super().calculate_loss(batch)
 
 
-def ask(monkeypatch: pytest.MonkeyPatch, always: bool) -> None:
-    """Lets the batchers of a walk ask their model, where it has a hook of its own or always."""
-    context = StageModels._context
-
-    def with_collate(self: Any, index: int, model: Any, view: Any) -> Any:
-        ctx = context(self, index, model, view)
-        ctx.batcher.collate = contract(model).collate if always or offers(model, "collate") else None
-        return ctx
-
-    monkeypatch.setattr(StageModels, "_context", with_collate)
-
-
 @pytest.fixture(autouse=True)
-def asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Batchers ask, and nothing is counted yet."""
-    ask(monkeypatch, always=False)
+def anew() -> None:
+    """Nothing is counted yet."""
     Follows.seen.clear()
     Follows.made.clear()
 
@@ -126,13 +114,15 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("model", [AfterBPR, AfterSASRec])
 def test_the_columns_are_there_in_training_evaluation_and_replay(data: Path, tmp_path: Path, model: type) -> None:
-    """In every batch that the model is given, and right."""
-    whole = Job(model, data, {"strategy": "ERRandom"}).walk(tmp_path)
+    """In every batch that the model is given, and right; a walk that is killed goes on to the same bits."""
+    job = Job(model, data, {"strategy": "ERRandom"})
+    whole = job.walk(tmp_path / "whole")
     assert all(Follows.seen.get(where, 0) > 10 for where in ("loss", "scores", "replayed")), Follows.seen
     assert {evaluation for evaluation, _ in Follows.made} == {False, True}
     assert np.isfinite(matrix(whole, "hit@5")).all()
     held = whole.runner.strategy.members[0].memory.columns
     assert POSITION in held and BEFORE not in held  # what a model adds is as it is when a row is replayed
+    assert_resumes(job, tmp_path / "killed", whole, whole.ticks // 2, stage=1)
 
 
 @pytest.mark.parametrize("model", [BPR, SASRec])
@@ -142,7 +132,15 @@ def test_without_the_hook_nothing_changes(
     """The contract's neutral hook, and none, give the same bits."""
     job = Job(model, data, {"strategy": "ERRandom", "epochs": 1})
     plain = job.walk(tmp_path / "plain")
-    ask(monkeypatch, always=True)
+    context = StageModels.context
+
+    def with_collate(self: Any, *args: Any) -> Any:
+        ctx = context(self, *args)
+        assert ctx.batcher.collate is None
+        ctx.batcher.collate = contract(ctx.model).collate
+        return ctx
+
+    monkeypatch.setattr(StageModels, "context", with_collate)
     assert job.walk(tmp_path / "asked").result["matrix"] == plain.result["matrix"]
 
 

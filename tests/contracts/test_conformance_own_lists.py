@@ -192,7 +192,7 @@ def test_what_is_not_recommended_again_is_excluded(job: Job, tmp_path: Path) -> 
 def test_wrong_lists_are_told(whole: Walk, wrong: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     runner = whole.runner
     monkeypatch.setattr(runner.model, "wrong", wrong)
-    ctx = runner._context(2, runner.model, runner.stream.view(2))
+    ctx = runner.state.models.context(2, runner.model, runner.stream.view(2))
     with pytest.raises(TrainingError, match=message) as error:
         runner.evaluator.evaluate(ctx, runner.known, runner.stream.stages[1])
     assert "recommend() of OwnLists" in str(error.value)
@@ -203,7 +203,7 @@ def test_an_excluded_item_is_told(job: Job, tmp_path: Path, monkeypatch: pytest.
     plain = OwnLists.recommend
     none = (torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
     monkeypatch.setattr(OwnLists, "recommend", lambda self, batch, k, allowed, _: plain(self, batch, k, allowed, none))
-    ctx = walk.runner._context(2, walk.runner.model, walk.runner.stream.view(2))
+    ctx = walk.runner.state.models.context(2, walk.runner.model, walk.runner.stream.view(2))
     with pytest.raises(TrainingError, match="in a row that it is excluded from"):
         walk.runner.evaluator.evaluate(ctx, walk.runner.known, walk.runner.stream.stages[2])
 
@@ -219,7 +219,7 @@ class Shifting(Strategy):
 def test_scores_are_asked_for_where_lists_do_not_serve(job: Job, whole: Walk, tmp_path: Path) -> None:
     """Where a strategy adjusts scores, or candidates are sampled, the model's own lists are of no use."""
     runner = whole.runner
-    ctx = runner._context(2, runner.model, runner.stream.view(2))
+    ctx = runner.state.models.context(2, runner.model, runner.stream.view(2))
     adjusting = Evaluator(runner.config, runner.stream, Composite([Shifting()]))
     OwnLists.asked.clear()
     outcome = adjusting.evaluate(ctx, runner.known, runner.stream.stages[2])
@@ -237,7 +237,7 @@ def test_gauc_needs_scores(job: Job, whole: Walk, tmp_path: Path) -> None:
     runner = whole.runner
     runner.config["metrics"] = ["NDCG", "GAUC"]
     try:
-        ctx = runner._context(2, runner.model, runner.stream.view(2))
+        ctx = runner.state.models.context(2, runner.model, runner.stream.view(2))
         with pytest.raises(ConfigError, match="GAUC needs the scores"):
             runner.evaluator.evaluate(ctx, runner.known, runner.stream.stages[2])
     finally:

@@ -163,7 +163,7 @@ def test_names_of_own_metrics(job: Job, tmp_path: Path) -> None:
 )
 def test_wrong_measures_are_told(whole: Walk, measured: Any, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     runner = whole.runner
-    ctx = runner._context(2, runner.model, runner.stream.view(2))
+    ctx = runner.state.models.context(2, runner.model, runner.stream.view(2))
 
     def wrong(self: Any, batch: Any) -> dict[str, torch.Tensor]:
         return {"NLL": torch.full((len(batch[self.ITEM_SEQ_LEN]),), math.nan)} if measured is None else measured
@@ -183,7 +183,7 @@ def test_levels_equal_those_by_hand(whole: Walk) -> None:
     n = runner.model.n_items  # a negative id: a group of its own
     group = [i if i % 7 and i < n else -i for i in range(runner.stream.table.n_items)]
     group = [g if g <= 0 else 10_000 + g % N_GROUPS for g in group]
-    ctx = runner._context(2, runner.model, runner.stream.view(2))
+    ctx = runner.state.models.context(2, runner.model, runner.stream.view(2))
     for s, stage in enumerate(runner.stream.stages):
         outcome = runner.evaluator.evaluate(ctx, runner.known, stage)
         hits, gains = [], []
@@ -226,7 +226,7 @@ def test_items_are_told_as_without_levels(job: Job, whole: Walk, tmp_path: Path)
 )
 def test_wrong_levels_are_told(whole: Walk, levels: Any, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     runner = whole.runner
-    ctx = runner._context(2, runner.model, runner.stream.view(2))
+    ctx = runner.state.models.context(2, runner.model, runner.stream.view(2))
     monkeypatch.setattr(Likely, "item_levels", lambda _: levels)
     with pytest.raises(TrainingError, match=message):
         runner.evaluator.evaluate(ctx, runner.known, runner.stream.stages[1])

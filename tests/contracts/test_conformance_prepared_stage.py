@@ -125,6 +125,11 @@ def whole(job: Job, tmp_path_factory: pytest.TempPathFactory) -> Walk:
     return walk
 
 
+def prepared(stage: int) -> int:
+    """Returns the ticks at which a stage was prepared; the untrained reference is prepared before it."""
+    return next(ticks for index, ticks in Described.marks if index == stage)
+
+
 def items(walk: Walk) -> list[int]:
     """Returns the items known at each stage."""
     return [stage.n_items - 1 for stage in walk.runner.stream.stages]
@@ -135,7 +140,9 @@ def test_each_item_is_asked_for_once(whole: Walk) -> None:
     store = lines(whole.runner.model.store)
     assert [sum(entry["stage"] <= stage for entry in store) for stage in range(3)] == items(whole)
     assert len({entry["item"] for entry in store}) == len(store)
-    assert [stage for stage, _ in Described.marks] == [0, 1, 2]
+    assert [stage for stage, _ in Described.marks] == [0, 0, 1, 1, 2], (
+        "the reference of a stage and its model, each once"
+    )
     assert whole.runner.model.continues, "prepare_stage ran before the old weights were in place"
     assert_grows(whole)
     assert [cost["texts_kept"] for cost in whole.result["cost"]] == items(whole)
@@ -143,7 +150,7 @@ def test_each_item_is_asked_for_once(whole: Walk) -> None:
 
 def test_killed_inside_the_stage_it_finds_its_work_done(job: Job, whole: Walk, tmp_path: Path) -> None:
     """Resumed in the middle of a stage, it asks for nothing that was asked for, and the bits are the same."""
-    state = job.killed(tmp_path, Described.marks[1][1] + 7)
+    state = job.killed(tmp_path, prepared(1) + 7)
     assert (state["phase"], state["stage"]) == ("train", 1)
     assert state["side_stores"] == {"texts": str(tmp_path / "texts.jsonl")}
     before = lines(tmp_path / "texts.jsonl")
@@ -162,7 +169,7 @@ def test_killed_while_it_prepares(job: Job, whole: Walk, tmp_path: Path) -> None
     """Killed between two calls, the work goes on where it stopped: the last stage's checkpoint knows nothing of it."""
     new = items(whole)[1] - items(whole)[0]
     assert new > 3
-    state = job.killed(tmp_path, Described.marks[1][1] - 1)
+    state = job.killed(tmp_path, prepared(1) - 1)
     assert (state["phase"], state["stage"]) == ("done", 0)
     before = lines(tmp_path / "texts.jsonl")
     assert len(before) == items(whole)[1] - 2
@@ -170,6 +177,16 @@ def test_killed_while_it_prepares(job: Job, whole: Walk, tmp_path: Path) -> None
     assert [e["item"] for e in lines(tmp_path / "texts.jsonl")] == [e["item"] for e in lines(whole.runner.model.store)]
     assert lines(tmp_path / "texts.jsonl")[: len(before)] == before
     assert_same_walk(whole, again)
+
+
+def test_new_weights_are_prepared_too(job: Job, whole: Walk, tmp_path: Path) -> None:
+    """Under FullRetrain each stage begins from new weights, with the texts in place, and nobody is asked twice."""
+    walk = job.walk(tmp_path, strategy=["FullRetrain", "Telling"], epochs=1)
+    store = lines(tmp_path / "texts.jsonl")
+    assert len({entry["item"] for entry in store}) == len(store) == items(walk)[-1]
+    assert walk.runner.model.texts[1:].any(dim=1).all(), "a new beginning lost what was prepared"
+    states = [checkpoint.read(path) for path in checkpoints(walk)]
+    assert all(s["model"]["tensors"]["texts"][1:].any(dim=1).all() for s in states)
 
 
 def test_what_it_prepared_is_state(whole: Walk) -> None:

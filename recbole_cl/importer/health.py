@@ -1,0 +1,54 @@
+"""What a log is like, in a few lines: how much, of whom, when, and what is odd about it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+
+from recbole_cl.importer.read import ITEM, LABEL, TIME, USER
+from recbole_cl.stream.quality import date
+
+
+def health(frame: pd.DataFrame) -> dict[str, Any]:
+    """Returns the figures of a log.
+
+    Args:
+        frame: As :func:`recbole_cl.importer.read.read_log` gives it.
+
+    Returns:
+        ``rows``, ``users``, ``items``, ``first`` and ``last`` (seconds), ``duplicates`` (rows that stand there before
+        with the same user, item and time), ``ties`` (rows of a user that share their time with the one before),
+        ``single_users`` (with one row only), ``mean_length``, and the share of labels above 0 where there are labels.
+    """
+    per_user = frame[USER].value_counts()
+    told = {
+        "rows": len(frame),
+        "users": int(frame[USER].nunique()),
+        "items": int(frame[ITEM].nunique()),
+        "first": float(frame[TIME].min()),
+        "last": float(frame[TIME].max()),
+        "duplicates": int(frame.duplicated([USER, ITEM, TIME]).sum()),
+        "ties": int(frame.duplicated([USER, TIME]).sum()),
+        "single_users": int((per_user == 1).sum()),
+        "mean_length": float(per_user.mean()),
+    }
+    if LABEL in frame:
+        told["positive_labels"] = float((frame[LABEL] > 0).mean())
+    return told
+
+
+def health_lines(told: dict[str, Any]) -> list[str]:
+    """Returns the figures as lines that a person reads."""
+    one = f"mean {told['mean_length']:.1f} rows, {told['single_users']:,} with one only"
+    lines = [
+        f"rows          {told['rows']:,}",
+        f"users         {told['users']:,} ({one})",
+        f"items         {told['items']:,}",
+        f"time          {date(told['first'])} to {date(told['last'])} UTC",
+        f"duplicates    {told['duplicates']:,} rows repeat user, item and time of an earlier one",
+        f"ties          {told['ties']:,} rows of a user share their time with an earlier one",
+    ]
+    if "positive_labels" in told:
+        lines.append(f"labels        {told['positive_labels']:.1%} are above 0")
+    return lines

@@ -1,0 +1,273 @@
+"""Reads a table of interactions: users and items as text, times as seconds, labels as numbers.
+
+What is wrong is told with the file, the line and the remedy. Nothing is guessed that a person could not check: the
+summary says which separator, encoding and clock were found.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from recbole_cl.errors import DataError, nearest
+from recbole_cl.importer.clock import seconds
+
+USER, ITEM, TIME, LABEL = "user_id", "item_id", "timestamp", "label"
+"""Columns of the log that is written."""
+KINDS = {
+    ".csv": "csv", ".tsv": "csv", ".txt": "csv", ".inter": "csv", ".parquet": "parquet", ".pq": "parquet",
+    ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl",
+}  # fmt: skip
+MISSING = frozenset({
+    "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA", "NULL",
+    "NaN", "None", "n/a", "nan", "null", "[PAD]",
+})  # fmt: skip
+"""Tokens that do not survive being read by RecBole."""
+SEPARATORS = (",", "\t", ";", "|")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """How the columns of a table are named, and how it is read.
+
+    Args:
+        user: Column of users.
+        item: Column of items.
+        time: Column of times.
+        label: Column of labels or ratings, or ``None``.
+        unit: Clock: ``s``, ``ms``, ``us``, ``ns``, ``iso``, or ``None`` to find out.
+        encoding: Encoding of text, or ``None`` to find out.
+        separator: What separates the columns of a text file, or ``None`` to find out.
+    """
+
+    user: str = USER
+    item: str = ITEM
+    time: str = TIME
+    label: str | None = None
+    unit: str | None = None
+    encoding: str | None = None
+    separator: str | None = None
+
+    def names(self) -> dict[str, str]:
+        """Returns the column of the log to that of the table."""
+        named = {USER: self.user, ITEM: self.item, TIME: self.time}
+        return named if self.label is None else {**named, LABEL: self.label}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns it JSON-able."""
+        return asdict(self)
+
+    @classmethod
+    def of(cls, told: Mapping[str, Any]) -> Columns:
+        """Returns what :meth:`to_dict` gave."""
+        known = cls.__dataclass_fields__
+        return cls(**{name: value for name, value in told.items() if name in known})
+
+
+def read_log(path: str | Path, columns: Columns, more: Sequence[str] = ()) -> tuple[pd.DataFrame, Columns]:
+    """Reads the interactions of a file.
+
+    Args:
+        path: A CSV, TSV, parquet or JSON-lines file.
+        columns: How its columns are named.
+        more: Further columns that are wanted, as they stand there.
+
+    Returns:
+        Users and items as text, times in seconds (float64), labels as numbers; the index is the line of the file, or
+        the row of a parquet file. And the columns with what was found out: clock, encoding, separator.
+
+    Raises:
+        DataError: If the file cannot be read, a column is missing, or a value makes no sense; with file and line.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise DataError(f"{path}: there is no such file")
+    kind = KINDS.get(path.suffix.lower())
+    if kind is None:
+        raise DataError(
+            f"{path.name}: {path.suffix or 'no ending'} is no kind of file that can be imported; give a file ending in "
+            f"{', '.join(sorted(KINDS))}"
+        )
+    encoding = separator = None
+    if kind == "csv":
+        encoding = columns.encoding or _encoding(path)
+        separator = columns.separator or _separator(path, encoding)
+        frame = _csv(path, encoding, separator)
+    elif kind == "parquet":
+        frame = _parquet(path)
+    else:
+        encoding = columns.encoding or _encoding(path)
+        frame = _jsonl(path, encoding)
+    frame = _chosen(path, frame, columns, more, kind == "csv")
+    if frame.empty:
+        raise DataError(f"{path.name}: it holds no interaction; give a file with at least one row")
+    out = pd.DataFrame(index=frame.index)
+    for name in (USER, ITEM):
+        out[name] = _tokens(path, frame[name], columns.names()[name])
+    try:
+        out[TIME], unit = seconds(frame[TIME], columns.unit)
+    except ValueError as error:
+        line, value = error.args
+        raise DataError(
+            f"{path.name}, line {line}: {value!r} in column {columns.time!r} is no time that can be read; write "
+            f"seconds, milliseconds or an ISO date such as 2024-05-01T12:00:00, or remove the line"
+        ) from error
+    if LABEL in frame:
+        number = pd.to_numeric(frame[LABEL], errors="coerce")
+        bad = ~np.isfinite(number.to_numpy(dtype=np.float64))
+        if bad.any():
+            line, value = frame.index[bad][0], frame[LABEL][bad].iloc[0]
+            raise DataError(
+                f"{path.name}, line {line}: {value!r} in column {columns.label!r} is no number; write a number or "
+                f"remove the line"
+            )
+        out[LABEL] = number.astype(np.float64)
+    for name in more:
+        out[name] = frame[name]
+    found = Columns(columns.user, columns.item, columns.time, columns.label, unit, columns.encoding, columns.separator)
+    out.attrs.update({"encoding": encoding, "separator": separator, "kind": kind})
+    return out, found
+
+
+# -- kinds of files -----------------------------------------------------------------------------------------------
+
+
+def _encoding(path: Path) -> str:
+    """Returns the first encoding that reads the whole file: UTF-8, UTF-16 by its mark, else Windows' Western one."""
+    with path.open("rb") as file:
+        start = file.read(4)
+    if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return "utf-16"
+    for encoding in ("utf-8-sig", "cp1252"):
+        try:
+            with path.open(encoding=encoding) as file:
+                while file.read(1 << 20):
+                    pass
+            return encoding
+        except UnicodeDecodeError:
+            continue
+    return "latin-1"
+
+
+def _separator(path: Path, encoding: str) -> str:
+    """Returns the separator that parts the first line into most columns."""
+    with path.open(encoding=encoding, newline="") as file:
+        header = file.readline()
+    return max(SEPARATORS, key=header.count)
+
+
+def _csv(path: Path, encoding: str, separator: str) -> pd.DataFrame:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pd.errors.ParserWarning)  # rows longer than the first line names
+            frame = pd.read_csv(path, sep=separator, encoding=encoding, dtype=str, na_filter=False, index_col=False)
+    except pd.errors.EmptyDataError as error:
+        raise DataError(f"{path.name}: it is empty; give a file with a line of column names and rows below") from error
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path.name}: it is not written in {encoding} ({error.reason}); give another --encoding"
+        ) from error
+    except (pd.errors.ParserError, pd.errors.ParserWarning, ValueError) as error:
+        raise DataError(f"{path.name}: {_words(error)}; mend the line, or give the right --separator") from error
+    frame.index = pd.RangeIndex(2, len(frame) + 2)  # line 1 names the columns
+    return frame
+
+
+def _parquet(path: Path) -> pd.DataFrame:
+    try:
+        frame = pd.read_parquet(path)
+    except ImportError as error:
+        raise DataError(
+            f"{path.name}: reading parquet needs pyarrow; pip install pyarrow, or give a CSV file"
+        ) from error
+    except Exception as error:  # whatever a broken file makes pyarrow raise
+        raise DataError(f"{path.name}: it is no parquet file ({_words(error)}); write it again") from error
+    frame.index = pd.RangeIndex(1, len(frame) + 1)
+    return frame
+
+
+def _jsonl(path: Path, encoding: str) -> pd.DataFrame:
+    rows, lines = [], []
+    for number, text in _lines(path, encoding):
+        try:
+            row = json.loads(text)
+        except ValueError as error:
+            raise DataError(f"{path.name}, line {number}: it is no JSON ({error}); write one object a line") from error
+        if not isinstance(row, dict):
+            raise DataError(f"{path.name}, line {number}: it is no JSON object; write one object a line")
+        rows.append(row)
+        lines.append(number)
+    return pd.DataFrame(rows, index=pd.Index(lines, dtype=np.int64), dtype=object)
+
+
+def _lines(path: Path, encoding: str) -> Iterator[tuple[int, str]]:
+    with path.open(encoding=encoding) as file:
+        for number, text in enumerate(file, start=1):
+            if text.strip():
+                yield number, text
+
+
+def _words(error: Exception) -> str:
+    return " ".join(str(error).replace("Error tokenizing data. C error: ", "").split())
+
+
+# -- columns ------------------------------------------------------------------------------------------------------
+
+
+def _chosen(path: Path, frame: pd.DataFrame, columns: Columns, more: Sequence[str], typed: bool) -> pd.DataFrame:
+    """Returns the columns that are wanted, under the log's names.
+
+    Args:
+        path: The file.
+        frame: All of it.
+        columns: What is wanted.
+        more: What else is wanted.
+        typed: Names may carry a type, as in RecBole's files (``user_id:token``).
+    """
+    known = {str(name): name for name in frame.columns}
+    if typed:
+        known.update({str(name).partition(":")[0]: name for name in frame.columns if ":" in str(name)})
+    out = {}
+    for name, asked in [*columns.names().items(), *((name, name) for name in more)]:
+        if asked not in known:
+            hint = nearest(asked, known) or "."
+            option = {USER: "--user", ITEM: "--item", TIME: "--time", LABEL: "--label"}.get(name)
+            remedy = f"name the right one with {option}" if option else "the model was trained with it; add it"
+            raise DataError(
+                f"{path.name}: there is no column {asked!r}{hint} It has {', '.join(known) or 'no column'}; {remedy}"
+            )
+        out[name] = frame[known[asked]]
+    return pd.DataFrame(out, index=frame.index)
+
+
+def _tokens(path: Path, column: pd.Series, name: str) -> pd.Series:
+    """Returns users or items as text; none may be empty, or hold what separates the columns of an atomic file."""
+    text = column.map(_token)
+    for bad, why in (
+        (text == "", "is empty; remove the line or name the user or item"),
+        (text.str.contains(r'[\t\n\r"]', regex=True), "holds a tab, a line break or a quotation mark; replace it"),
+        (text.isin(MISSING), "is what RecBole takes for a missing value, or for nobody; rename it"),
+    ):
+        if bad.any():
+            line, value = column.index[bad][0], column[bad].iloc[0]
+            raise DataError(
+                f"{path.name}, line {line}: {value!r} in column {name!r} {why} ({int(bad.sum())} such lines)"
+            )
+    return text
+
+
+def _token(value: Any) -> str:
+    if isinstance(value, str):
+        return value.strip()
+    if value is None or (isinstance(value, float | np.floating) and np.isnan(value)):
+        return ""
+    if isinstance(value, float | np.floating) and value == int(value):
+        return str(int(value))
+    return str(value).strip()

@@ -1,0 +1,89 @@
+"""What a prompt may tell of items and users: the columns that are allowed, and never an id."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from recbole_cl.config.columns import read_header
+from recbole_cl.errors import ConfigError, nearest
+from recbole_cl.llm.texts import clean, quoted
+
+Words = dict[str, list[str]]
+"""Column to its words."""
+
+
+class Catalogue:
+    """Texts of items or users, from the dataset's atomic file.
+
+    Args:
+        config: The run's configuration: ``data_path`` and how its files are read.
+        side: ``item`` or ``user``.
+        key: The property that allows columns, for messages.
+        allowed: Columns that a prompt may tell; ``None`` allows all words of items, and nothing of users.
+
+    Raises:
+        ConfigError: If there is no such column, or an id is asked for.
+    """
+
+    def __init__(self, config: Any, side: str, key: str, allowed: Sequence[str] | None) -> None:
+        final: Mapping[str, Any] = config.final_config_dict
+        own = config["ITEM_ID_FIELD"] if side == "item" else config["USER_ID_FIELD"]
+        ids = {config["ITEM_ID_FIELD"], config["USER_ID_FIELD"]}
+        file = Path(config["data_path"]) / f"{config['dataset']}.{side}"
+        self._words: dict[str, Words] = {}
+        self.fields: list[str] = []
+        if not file.is_file():
+            if allowed:
+                raise ConfigError(f"property {key!r} names {allowed[0]!r}, but the dataset has no file {file.name}")
+            return
+        header = [column.rpartition(":") for column in read_header(file, final)]
+        kinds = {name: kind for name, _, kind in header}
+        for name in allowed or ():
+            if name not in kinds or name in ids:
+                told = "is an id, which never leaves" if name in ids else f"is no column of {file.name}"
+                raise ConfigError(f"property {key!r} names {name!r}, which {told}{nearest(name, kinds)}")
+        if allowed is None:
+            allowed = [n for n, k in kinds.items() if k in ("token", "token_seq") and n not in ids] * (side == "item")
+        self.fields = list(allowed)
+        columns = [name for name, _, _ in header]
+        at, wanted = columns.index(own), [(columns.index(name), name) for name in self.fields]
+        with file.open(encoding=config["encoding"] or "utf-8", errors="replace") as lines:
+            next(lines, None)
+            for line in lines:
+                cells = line.rstrip("\r\n").split(config["field_separator"])
+                if len(cells) <= at:
+                    continue
+                self._words[cells[at]] = {
+                    name: self._parts(cells[place], kinds[name], config["seq_separator"])
+                    for place, name in wanted
+                    if place < len(cells) and cells[place].strip()
+                }
+
+    @staticmethod
+    def _parts(cell: str, kind: str, separator: str) -> list[str]:
+        parts = cell.split(separator) if kind == "token_seq" else [cell]
+        return [part for part in (clean(part) for part in parts) if part]
+
+    def words(self, token: str) -> Words:
+        """Returns what is told of an item or user, by its token; nothing of one that the file does not have."""
+        return self._words.get(token, {})
+
+
+def line(words: Words, liked: bool | None = None) -> str:
+    """Returns a behaviour's line in a prompt: every text quoted, cut and cleaned."""
+    titled = [name for name in words if is_title(name)]
+    parts = [quoted(" ".join(words[name])) for name in titled] or ["an item"]
+    parts += [f"{name}: {quoted(' '.join(words[name]))}" for name in words if name not in titled]
+    return "- " + ", ".join(parts) + {None: "", True: " (liked)", False: " (not liked)"}[liked]
+
+
+def profile(words: Words) -> str:
+    """Returns what a prompt tells of the person."""
+    return ", ".join(f"{name}: {quoted(' '.join(values))}" for name, values in words.items()) or "unknown"
+
+
+def is_title(name: str) -> bool:
+    """Tells whether a column names an item rather than describing it."""
+    return name in ("title", "name") or name.endswith(("_title", "_name"))

@@ -1,0 +1,115 @@
+"""From a user's closed partitions to one vector, and the ways that it goes into a backbone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from recbole.data.interaction import Interaction
+from recbole.model.abstract_recommender import ContextRecommender
+from torch import nn
+from torch.nn import functional as F
+
+AGES = 32
+"""Ages, counted in partitions, that attention tells apart; older ones count as the oldest."""
+
+
+class InterestFusion(nn.Module):
+    """Attention over partitions, of summaries and of shifts each, and a perceptron without biases.
+
+    Without a partition, and for vectors of zeros, it gives exactly zero. Users with the same partitions in a batch are
+    fused once (with a learned query).
+
+    Args:
+        size: Numbers of a vector.
+        hidden: Width of the hidden layer.
+        out: Numbers of what is given to the backbone.
+        zero: The last layer starts at zero, so that the backbone starts as it is without knowledge.
+    """
+
+    def __init__(self, size: int, hidden: int, out: int, zero: bool) -> None:
+        super().__init__()
+        self.query = nn.Parameter(torch.randn(2, size) * size**-0.5)
+        self.age = nn.Parameter(torch.zeros(2, AGES))
+        self.first = nn.Linear(2 * size, hidden, bias=False)
+        self.last = nn.Linear(hidden, out, bias=False)
+        nn.init.xavier_normal_(self.first.weight)
+        nn.init.zeros_(self.last.weight) if zero else nn.init.xavier_normal_(self.last.weight)
+
+    def forward(
+        self, tables: tuple[torch.Tensor, torch.Tensor], start: torch.Tensor, count: torch.Tensor,
+        query: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """Returns the vector of each row, shape ``[B, out]``.
+
+        Args:
+            tables: Vectors of summaries and of shifts, shape ``[P, size]`` each, rows of a user together.
+            start: First row of the user, shape ``[B]``.
+            count: Rows that are seen, shape ``[B]``.
+            query: What each row asks for, shape ``[B, size]``; ``None`` takes the learned queries alone.
+        """
+        if query is None:
+            states, inverse = torch.unique(start * (1 << 24) + count, return_inverse=True)
+            start, count = states >> 24, states & ((1 << 24) - 1)
+        summary = self._attend(0, tables[0], start, count, query)
+        some = (count > 0).long()  # a user's first partition has no shift
+        shift = self._attend(1, tables[1], start + some, count - some, query)
+        fused: torch.Tensor = self.last(F.relu(self.first(torch.cat([summary, shift], dim=1))))
+        return fused if query is not None else fused[inverse]
+
+    def _attend(
+        self, which: int, table: torch.Tensor, start: torch.Tensor, count: torch.Tensor, query: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Returns the weighted means of the rows ``start .. start + count``, shape ``[n, size]``."""
+        total = int(count.sum())
+        if not total:
+            return table.new_zeros(len(start), table.size(1))
+        row = torch.repeat_interleave(torch.arange(len(start), device=start.device), count)
+        offset = count.cumsum(0) - count
+        place = torch.arange(total, device=start.device) - offset[row]
+        flat = start[row] + place
+        scale = table.size(1) ** -0.5
+        logits = (table @ self.query[which])[flat]
+        if query is not None:
+            logits = logits + (table[flat] * query[row]).sum(1) * scale
+        logits = logits + self.age[which][(count[row] - 1 - place).clamp(max=AGES - 1)]
+        top = logits.detach().new_full((len(start),), -torch.inf).scatter_reduce(0, row, logits.detach(), "amax")
+        weight = (logits - top[row]).exp()
+        weight = weight / weight.new_zeros(len(start)).index_add(0, row, weight)[row]
+        return F.embedding_bag(flat, table, offset, mode="sum", per_sample_weights=weight)
+
+
+class KnowledgeField(ContextRecommender):
+    """One more field, of embedding size, in front of RecBole's class of context-aware models.
+
+    A class made of (backbone, this one) has it below the backbone's own methods: the backbone's constructor sees one
+    field more, and whatever reads :meth:`concat_embed_input_fields` reads the field.
+    """
+
+    injected: torch.Tensor
+
+    def __init__(self, config: Any, dataset: Any) -> None:
+        super().__init__(config, dataset)
+        self.num_feature_field += 1
+
+    def concat_embed_input_fields(self, interaction: Interaction) -> torch.Tensor:
+        """Returns the embeddings of all fields, the knowledge's last, shape ``[B, fields + 1, embedding_size]``."""
+        fields: torch.Tensor = super().concat_embed_input_fields(interaction)
+        return torch.cat([fields, self.injected.unsqueeze(1)], dim=1)
+
+
+class KnowledgeAdded:
+    """What a sequential model knows of a user, with the knowledge added: a mixin in front of the model."""
+
+    injected: torch.Tensor
+    windows = False
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Returns the output after the last item, shape ``[B, d]``."""
+        found: torch.Tensor = super().forward(*args, **kwargs)  # type: ignore[misc]
+        return found if self.windows else found + self.injected
+
+    def outputs(self, item_seq: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        """Returns the outputs at some positions of windows, shape ``[n, d]``."""
+        found: torch.Tensor = super().outputs(item_seq, wanted)  # type: ignore[misc]
+        return found + self.injected if self.windows else found

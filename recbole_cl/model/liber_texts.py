@@ -1,0 +1,152 @@
+"""From a stream to LIBER's questions: the partitions of the log, and what a prompt tells of each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from recbole_cl.llm.cache import AnswerCache
+from recbole_cl.llm.cascade import Cascade, Limits
+from recbole_cl.llm.catalogue import Catalogue, line, profile
+from recbole_cl.llm.clients.base import Request
+from recbole_cl.llm.partitions import Partitions, Rules, visible
+from recbole_cl.llm.prompts import read_prompt
+from recbole_cl.llm.texts import tokens
+from recbole_cl.registry import llm_clients
+from recbole_cl.stream.build import Stream
+
+SECONDS_A_DAY = 86400
+
+
+def folder_of(config: Any) -> Path:
+    """Returns the folder that keeps answers and vectors."""
+    if config["liber_folder"]:
+        return Path(config["liber_folder"]).expanduser()
+    if config["output_dir"]:
+        return Path(config["output_dir"]).expanduser() / "knowledge"
+    return Path("runs") / "knowledge" / str(config["dataset"])
+
+
+def rules_of(config: Any, stream: Stream) -> Rules:
+    """Returns when a partition closes, in the unit of the log's times."""
+    days = config["liber_partition_days"]
+    return Rules(
+        config["liber_partition_size"], None if days is None else days * SECONDS_A_DAY * stream.table.time_scale
+    )
+
+
+def cascade_of(config: Any) -> Cascade:
+    """Returns who asks the configured client."""
+    limits = Limits(
+        int(config["liber_concurrency"]),
+        int(config["liber_retries"]),
+        calls=config["liber_max_calls"],
+        tokens=config["liber_max_tokens"],
+        calls_per_minute=config["liber_calls_per_minute"],
+    )
+    offline = llm_clients.get("offline")
+    cache = AnswerCache(folder_of(config) / "answers.sqlite")
+    client = config.component("liber_client")(config.component_parameters("liber_client"))
+    return Cascade(
+        llm_clients.name_of(config["liber_client"]), client, offline({"clauses": 8, "min_count": 2}), cache, limits,
+        progress=bool(config["show_progress"]),
+    )  # fmt: skip
+
+
+class History:
+    """The partitions of a stream and the questions about them.
+
+    Args:
+        config: The run's configuration.
+        stream: The stream.
+
+    Attributes:
+        partitions: All closed partitions of the log.
+        seen: How many of the user's partitions a sample at each position sees, shape ``[N]``.
+    """
+
+    def __init__(self, config: Any, stream: Stream) -> None:
+        self.config, self.stream = config, stream
+        table = stream.table
+        self.partitions = Partitions.of(table.seq[: len(table)], table.ptr, table.timestamp, rules_of(config, stream))
+        self.seen = visible(self.partitions, table.user, np.arange(len(table)), table.timestamp)
+        self.prompts = {kind: read_prompt(kind, str(config["liber_prompts"])) for kind in ("summary", "shift")}
+        self._items: Catalogue | None = None
+
+    def _read(self) -> None:
+        if self._items is None:
+            self._items = Catalogue(self.config, "item", "liber_item_fields", self.config["liber_item_fields"])
+            self._users = Catalogue(self.config, "user", "liber_user_fields", self.config["liber_user_fields"])
+            dataset = self.stream.dataset
+            self._item_tokens = dataset.field2id_token[dataset.iid_field]
+            self._user_tokens = dataset.field2id_token[dataset.uid_field]
+            label = self.config["LABEL_FIELD"]
+            labelled = label in dataset.inter_feat.interaction
+            self._liked = dataset.inter_feat[label].numpy() > 0 if labelled else None
+
+    def behaviours(self, begin: int, end: int) -> tuple[list[dict[str, Any]], list[str]]:
+        """Returns the behaviours in a range of the users' sequences, as data and as lines of a prompt."""
+        self._read()
+        assert self._items is not None
+        data, lines = [], []
+        for position in self.stream.table.seq[begin:end]:
+            words = self._items.words(str(self._item_tokens[self.stream.table.item[position]]))
+            liked = None if self._liked is None else bool(self._liked[position])
+            data.append({**words, "liked": liked})
+            lines.append(line(words, liked))
+        return data, lines
+
+    def profile(self, user: int) -> str:
+        """Returns what prompts tell of a user."""
+        self._read()
+        return profile(self._users.words(str(self._user_tokens[user])))
+
+    def summaries(self, rows: Sequence[int] | np.ndarray) -> list[Request]:
+        """Returns the questions for summaries of some partitions."""
+        found, longest = [], int(self.config["liber_longest"])
+        for row in rows:
+            begin, end = int(self.partitions.begin[row]), int(self.partitions.end[row])
+            data, lines = self.behaviours(begin, end)
+            if len(lines) > longest:
+                lines = [f"({len(lines) - longest} earlier ones are left out)", *lines[-longest:]]
+            values = {"profile": self.profile(int(self.partitions.user[row])), "behaviours": "\n".join(lines)}
+            found.append(Request("summary", self.prompts["summary"].fill(values), {"behaviours": data}))
+        return found
+
+    def shift(self, previous: str, current: str) -> Request:
+        """Returns the question for the shift between two summaries."""
+        values = {"previous": previous, "current": current}
+        return Request("shift", self.prompts["shift"].fill(values), values)
+
+    def naive(self) -> tuple[np.ndarray, np.ndarray]:
+        """Returns what asking anew at every behaviour, with all that came before, costs: tokens read at each position.
+
+        Returns:
+            Stage and tokens of each position, shape ``[N]`` each.
+        """
+        self._read()
+        assert self._items is not None
+        table = self.stream.table
+        of_item = np.array([tokens(line(self._items.words(str(token)))) for token in self._item_tokens])
+        own = of_item[table.item[table.seq[: len(table)]]]
+        sums = np.cumsum(own)
+        before = np.r_[0, sums][table.ptr[table.user[table.seq[: len(table)]]]]
+        read = np.empty(len(table), dtype=np.int64)
+        read[table.seq[: len(table)]] = sums - before + tokens(self.prompts["summary"].text)
+        return table.stage, read
+
+
+_NEWEST: list[tuple[Any, Stream, History]] = []
+
+
+def history_of(config: Any, stream: Stream) -> History:
+    """Returns the history of a stream; that of the newest one is kept, since models are made anew at every stage."""
+    for asked, of, found in _NEWEST:
+        if asked is config and of is stream:
+            return found
+    found = History(config, stream)
+    _NEWEST[:] = [(config, stream, found)]
+    return found
