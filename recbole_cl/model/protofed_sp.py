@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -28,11 +29,12 @@ from recbole_cl.model.fused import layer_outputs, layer_outputs_behind, projecti
 from recbole_cl.model.protofed_plan import budget_of, make_plan
 from recbole_cl.model.protofed_report import told
 from recbole_cl.model.protofed_rounds import Rounds, SharedTraining
+from recbole_cl.model.protofed_session import Session
 from recbole_cl.model.sasrec import SASRec
 from recbole_cl.prompt.prefix import prompted_outputs, without
 from recbole_cl.registry import Registry, aggregators, engines, models
 from recbole_cl.rng import derive, seeded
-from recbole_cl.stream.stage import Targets
+from recbole_cl.stream.stage import Stage, Targets
 from recbole_cl.stream.vocabulary import Growth
 
 if TYPE_CHECKING:
@@ -100,6 +102,7 @@ class ProtoFedSP(ContinualModel, SequentialRecommender):
         self.phase = BACKBONE
         self.seen = torch.zeros(self.n_items, dtype=torch.bool)
         self.vectors = _vectors(config, dataset, self.n_items)
+        self._session: Session | None = None
         self.published: list[str] = []
         self.notes: dict[str, Any] = {}
         self.unseen: dict[str, list[float | None]] = {}
@@ -278,8 +281,21 @@ class ProtoFedSP(ContinualModel, SequentialRecommender):
         dropped = ~self.seen.to(sequence.device)[sequence] if not self.scores_untrained_items else sequence < 0
         return without(sequence, dropped)
 
+    @contextlib.contextmanager
+    def evaluating(self, stage: Stage, split: str) -> Iterator[None]:
+        """A context of evaluation, in which users learn from what they were asked before (``protofed_online``)."""
+        if self.config["protofed_online"] and self.phase != BACKBONE:
+            self._session = Session(self, f"{stage.index}/{split}")
+        try:
+            yield
+        finally:
+            self._session = None
+
     def represent(self, batch: Interaction) -> torch.Tensor:
         """Returns the representation of each history behind its user's composed prompt, shape ``[B, d]``."""
+        return self._represent(batch) if self._session is None else self._session.answer(batch, self._represent)
+
+    def _represent(self, batch: Interaction) -> torch.Tensor:
         sequence, lengths = batch[self.ITEM_SEQ], batch[self.ITEM_SEQ_LEN]
         if self.phase != BACKBONE:
             sequence, _ = self.readable(sequence)
@@ -293,7 +309,7 @@ class ProtoFedSP(ContinualModel, SequentialRecommender):
         return self.outputs(sequence)(given, last_items(lengths, sequence.size(1)))
 
     def _prompts_of(self, users: torch.Tensor) -> Prompts:
-        found = self.clients.get(users)
+        found = (self.clients if self._session is None else self._session.clients).get(users)
         device = self.backbone.item_embedding.weight.device
         return Prompts(**{name: getattr(found, name).to(device) for name in Prompts.__dataclass_fields__})
 

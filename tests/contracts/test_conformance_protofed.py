@@ -282,6 +282,42 @@ def test_answers_change_nothing(whole: Walk) -> None:
     assert tree_hash(runner.model.owned_state()) == before and torch.isfinite(full).all()
 
 
+def test_online_steps_read_no_label_before_its_answer(job: Job, whole: Walk, tmp_path: Path) -> None:
+    """Another label changes later answers of its user, and none before or of others; nothing of it lasts."""
+    runner, model = whole.runner, whole.runner.model
+    stage = runner.stream.stages[-1]
+    ctx = runner.state.models.context(2, model, runner.stream.view(2))
+    batch = ctx.batcher.rows(stage.test, evaluation=True)
+    batch.interaction["user_id"] = torch.arange(len(stage.test)) % 3 + 1
+    before, online = tree_hash(model.owned_state()), {**model.config.final_config_dict, "protofed_online": True}
+
+    def answers(labels: torch.Tensor) -> torch.Tensor:
+        batch.interaction["_label"] = labels
+        model.config, kept = online, model.config
+        try:
+            with torch.no_grad(), model.evaluating(stage, "test"):
+                return model.represent(batch)
+        finally:
+            model.config = kept
+
+    labels = torch.randint(1, runner.stream.stages[0].n_items, (len(stage.test),))
+    first, again = answers(labels), answers(labels)
+    assert torch.equal(first, again), "an evaluation depends on the one before"
+    changed = labels.clone()
+    changed[4] = changed[4] % 20 + 1
+    moved = (answers(changed) - first).abs().amax(1) > 1e-6
+    later = torch.arange(len(labels)) > 4
+    mine = batch["user_id"] == batch["user_id"][4]
+    assert moved.any() and not (moved & ~(later & mine)).any()
+    with torch.no_grad():
+        plain = model.represent(batch)
+    torch.testing.assert_close(first[:3], plain[:3])
+    assert (first[3:] - plain[3:]).abs().max() > 1e-5, "nobody learnt"
+    assert tree_hash(model.owned_state()) == before
+    walk = job.walk(tmp_path, protofed_online=True)  # the run's own hash of the model stands guard, too
+    assert np.isfinite(matrix(walk, "ndcg@5")).all()
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
