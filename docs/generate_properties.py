@@ -69,6 +69,7 @@ def page() -> str:
         *folder("strategy", "Strategies", "Parameters of a strategy have its prefix: `--ewc_lambda=10`."),
         *folder("stream", "Schedulers", "What a scheduler sets differently from the general defaults."),
         *folder("encoder", "Text encoders", "Where a model names an encoder: `--minilm_batch_size=64`."),
+        *folder("llm_client", "LLM clients", "Where a model names a client: `--openai_model=...`."),
         *folder("model", "Models", "What a model sets or adds; the properties of RecBole's models are RecBole's."),
     ]
     return "\n".join(parts).rstrip() + "\n"
