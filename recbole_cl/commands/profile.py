@@ -29,6 +29,9 @@ class Profile(ConfiguredCommand):
         parser.add_argument("--show-prompt", metavar="USER", help="print what would be sent about a user; ask nobody")
 
     def run(self, options: argparse.Namespace, properties: list[str]) -> None:
+        # argparse takes a property whose value holds a blank for a word.
+        properties = [*properties, *(word for word in options.what if word.startswith("--"))]
+        options.what = [word for word in options.what if not word.startswith("--")]
         action, user = None, options.show_prompt
         if options.what and options.what[0] in ("show", "forget"):
             if len(options.what) != 2:
