@@ -110,6 +110,8 @@ class LIBER(ContinualModel, AbstractRecommender):
                 raise
             raise self._refused(error) from error
         self.trains_all_positions = getattr(self.backbone, "trains_all_positions", False)
+        if isinstance(getattr(self.backbone, "sigmoid", None), nn.Sigmoid):  # strategies ask what predict gives
+            self.sigmoid = self.backbone.sigmoid
         self.knowledge = Knowledge()
         self._learner: Learner | None = None
         self._probing: torch.Tensor | None = None

@@ -308,3 +308,13 @@ def test_rows_carry_the_position(log: Log, tmp_path: Path) -> None:
     ctx = walk.runner.standing(2)
     rows = ctx.batcher.rows(ctx.stage.train)
     assert (rows[COUNT] >= 0).all() and len(rows[POSITION]) == len(rows[USER])
+
+
+@pytest.mark.parametrize("strategy", ["EWC", "ERRandom", "LwF"])
+def test_under_continual_strategies(strategy: str, log: Log, tmp_path: Path) -> None:
+    """Importances, replayed rows and a teacher of the stage before, which knows the partitions that it was given."""
+    walk = job("DeepFM", log, strategy=strategy, n_stages=2).walk(tmp_path)
+    assert np.isfinite(walk.result["matrix"]["auc"][1]).all()
+    ctx = walk.runner.standing(1)
+    previous: Any = ctx.previous_model
+    assert len(previous.knowledge) == len(previous._summaries) > 0
