@@ -21,6 +21,8 @@ from recbole_cl.strategy.context import StageContext
 from recbole_cl.stream.stage import Targets
 from recbole_cl.testing.contract import SMALL
 from recbole_cl.testing.toy import PlantedDrift, write_planted_drift
+from recbole_cl.training.costs import note_costs
+from recbole_cl.training.run_state import RunState
 from recbole_cl.training.runner import Runner
 from recbole_cl.tree import answering
 
@@ -97,19 +99,19 @@ class ModelRuns:
     def _watched(self) -> Iterator[None]:
         """Notes what the model answers as stages begin and end; the run does not notice."""
         with pytest.MonkeyPatch.context() as patch:
-            begin, note = Runner._begin_stage, Runner._note_costs
+            begin, note = Runner._begin_stage, note_costs
 
             def begun(runner: Runner, ctx: StageContext, resumed: Any) -> Any:
                 if ctx.index - 1 in self.ended:  # before the model prepares the stage
                     self.begun[ctx.index] = moment(ctx, self.ended[ctx.index - 1].targets)
                 return begin(runner, ctx, resumed)
 
-            def ended(runner: Runner, ctx: StageContext, *costs: Any) -> None:
-                note(runner, ctx, *costs)
+            def ended(run: RunState, ctx: StageContext, *costs: Any) -> None:
+                note(run, ctx, *costs)
                 self.ended[ctx.index] = moment(ctx, ctx.stage.test[np.arange(min(ROWS, len(ctx.stage.test)))])
 
             patch.setattr(Runner, "_begin_stage", begun)
-            patch.setattr(Runner, "_note_costs", ended)
+            patch.setattr("recbole_cl.training.runner.note_costs", ended)
             yield
 
     @property

@@ -24,7 +24,7 @@ from recbole_cl.evaluation.evaluator import Evaluator
 from recbole_cl.evaluation.known import Known
 from recbole_cl.evaluation.metrics import check_tasks
 from recbole_cl.model.contract import contract, offers
-from recbole_cl.model.state import count_parameters, grow_model, load_owned_state, owned_state
+from recbole_cl.model.state import grow_model, load_owned_state, owned_state
 from recbole_cl.registry import strategies
 from recbole_cl.report import write_report
 from recbole_cl.results.journal import Journal, open_folder, settings
@@ -37,9 +37,10 @@ from recbole_cl.stream.build import Stream, build_stream
 from recbole_cl.stream.vocabulary import grow_optimizer
 from recbole_cl.training.all_rows import refuse_serving, train_on_all_rows
 from recbole_cl.training.base_run import keep_base, take_base
+from recbole_cl.training.costs import note_costs
 from recbole_cl.training.data_parallel import keep_alike
 from recbole_cl.training.passes import Save, make_pass
-from recbole_cl.training.peak_memory import peak_megabytes, reset_peak
+from recbole_cl.training.peak_memory import reset_peak
 from recbole_cl.training.progress import Progress, StageStart
 from recbole_cl.training.references import score_scratch_model, score_untrained_model
 from recbole_cl.training.resume import newest, side_stores
@@ -49,8 +50,6 @@ from recbole_cl.training.store import imported_columns, keep_stream
 from recbole_cl.tree import clone_tree, tree_hash
 
 LOGGER = logging.getLogger("recbole_cl")
-
-__all__ = ["Runner"]
 
 
 class Runner:
@@ -229,7 +228,7 @@ class Runner:
         scratch = self.config["scratch"] and not self.only_trains
         scratch_seconds = score_scratch_model(self.state, index) if scratch else 0.0
         self.state.models.previous = {"stage": index, "model": clone_tree(owned_state(ctx.model))}
-        self._note_costs(ctx, seconds, time.perf_counter() - trained, scratch_seconds)
+        note_costs(self.state, ctx, seconds, time.perf_counter() - trained, scratch_seconds)
         self._save(ctx, "done")
         if index == 0 and self.config["keep_base"]:
             keep_base(self, ctx, at_end)
@@ -263,34 +262,6 @@ class Runner:
     ) -> StageContext:
         """Trains a pass of a stage; returns the stage with the trained model."""
         return make_pass(self.state, ctx, plan, progress, start, place, clock, save).train(resumed)
-
-    def _note_costs(self, ctx: StageContext, train: float, after: float, scratch: float) -> None:
-        """Writes the stage's entry of the costs, and what the model tells beside the matrix.
-
-        Args:
-            ctx: The trained stage.
-            train: Seconds of its training, also in the processes that were killed before this one.
-            after: Seconds of what came after, evaluation and the scratch model.
-            scratch: Seconds of the scratch model.
-        """
-        trainable, parameters, size = count_parameters(ctx.model)
-        self.journal.costs.append(
-            {
-                "stage": ctx.index,
-                "seconds": train + after,
-                "train_seconds": train,
-                "eval_seconds": after - scratch,
-                "scratch_seconds": scratch,
-                "peak_memory_mb": peak_megabytes(self.config["device"]),
-                "trainable_parameters": trainable,
-                "parameters": parameters,
-                "model_bytes": size,
-                **contract(ctx.model).stage_costs(),
-                **self.strategy.stage_costs(ctx),
-            }
-        )
-        self.journal.add_report(ctx.stage, {self.config["model"]: contract(ctx.model).report()})
-        self.journal.add_report(ctx.stage, self.strategy.reports(ctx))
 
     # -- entering a stage -----------------------------------------------------------------------------------------
 
