@@ -71,6 +71,7 @@ def page() -> str:
         *folder("encoder", "Text encoders", "Where a model names an encoder: `--minilm_batch_size=64`."),
         *folder("aggregator", "Aggregators", "Where `protofed_aggregator` names it: `--kmeans_momentum=0.3`."),
         *folder("engine", "Engines", "Where `protofed_engine` names it."),
+        *folder("llm_client", "LLM clients", "Where a model names a client: `--openai_model=...`."),
         *folder("model", "Models", "What a model sets or adds; the properties of RecBole's models are RecBole's."),
     ]
     return "\n".join(parts).rstrip() + "\n"

@@ -202,7 +202,9 @@ def test_commands_name_what_exists() -> None:
     known, seen = known_properties(), 0
     for page, words in commands():
         told = f"{page.name}: {' '.join(words)}"
-        if words[0].endswith(("recbole-cl", "python")) and ("run_recbole_cl.py" in words or words[1] in ("run", "semantic-ids")):
+        if words[0].endswith(("recbole-cl", "python")) and (
+            "run_recbole_cl.py" in words or words[1] in ("run", "semantic-ids")
+        ):
             seen += 1
             imports = any(word.startswith("--import=") for word in words)  # a page's own model or strategy
             for word in words[2:]:

@@ -196,6 +196,14 @@ def test_a_batch_is_a_loop_over_clients() -> None:
         for name in FIELDS:
             torch.testing.assert_close(getattr(prompts, name), getattr(found[0][0], name), rtol=0, atol=1e-6)
     assert all(torch.equal(getattr(found[3][0], name), getattr(found[0][0], name)) for name in FIELDS)
+    start = observe(world.new(), world.examples.query, 5.0)
+    given = (world.outputs, world.table, world.shared)
+    prompts, losses = engines[1].run(*given, start, world.examples, RATES)
+    for client in range(len(start)):  # and each client has what its own step gives, whatever order it was taken in
+        one = torch.tensor([client])
+        alone, loss = client_step(*given, start.of(one), world.examples.of(one), RATES)
+        torch.testing.assert_close(prompts.long[client], alone.long[0], rtol=0, atol=1e-6)
+        torch.testing.assert_close(losses[client], loss[0], rtol=0, atol=1e-6)
 
 
 def test_a_step_follows_finite_differences() -> None:

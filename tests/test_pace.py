@@ -13,6 +13,7 @@ from recbole.utils import ModelType
 from run_helpers import run, toy
 from transformers import get_scheduler
 
+from recbole_cl.config.models import recbole_models
 from recbole_cl.errors import ConfigError
 from recbole_cl.registry import strategies
 from recbole_cl.strategy.base import Strategy
@@ -239,9 +240,18 @@ def bare_trainer() -> HookedTrainer:
     return trainer
 
 
-def settings_of(model: str, kind: ModelType, **given: Any) -> dict[str, Any]:
-    """Returns what ``pace`` reads of a configuration."""
-    return {**stage_trainer.PACE, "MODEL_TYPE": kind, "model": model, "train_rec_step": None, **given}
+class Settings(dict[str, Any]):
+    """What ``pace`` reads of a configuration."""
+
+    model_class: Any
+
+
+def settings_of(model: str, kind: ModelType, **given: Any) -> Settings:
+    """Returns the settings of a run of one of RecBole's models."""
+    found = Settings({**stage_trainer.PACE, "MODEL_TYPE": kind, "model": model, "train_rec_step": None, **given})
+    name, module = recbole_models()[model.lower()]
+    found.model_class = type(name, (), {"__module__": module})  # some need a package that is not there
+    return found
 
 
 @pytest.mark.parametrize(

@@ -110,9 +110,12 @@ class LIBER(ContinualModel, AbstractRecommender):
                 raise
             raise self._refused(error) from error
         self.trains_all_positions = getattr(self.backbone, "trains_all_positions", False)
+        if isinstance(getattr(self.backbone, "sigmoid", None), nn.Sigmoid):  # strategies ask what predict gives
+            self.sigmoid = self.backbone.sigmoid
         self.knowledge = Knowledge()
         self._learner: Learner | None = None
         self._probing: torch.Tensor | None = None
+        self._admitted = False
         size = int(config["liber_size"])
         for table in ("_summaries", "_shifts"):
             self.register_buffer(table, torch.zeros(0, size), persistent=False)
@@ -201,7 +204,8 @@ class LIBER(ContinualModel, AbstractRecommender):
         return {"knowledge": self.knowledge.state_dict()}
 
     def load_owned_state(self, state: Any) -> None:
-        self.knowledge = Knowledge(**{name: value.cpu() for name, value in state["knowledge"].items()})
+        # Copied: memory read from a file is aligned otherwise, and products may then round otherwise.
+        self.knowledge = Knowledge(**{name: value.to("cpu", copy=True) for name, value in state["knowledge"].items()})
         self._set_tables()
 
     def side_stores(self) -> dict[str, str]:
@@ -281,13 +285,12 @@ class LIBER(ContinualModel, AbstractRecommender):
             with torch.enable_grad():
                 answer = self.predict(batch)
                 (gradient,) = torch.autograd.grad(answer.sum(), self._probing, allow_unused=True)
-        except (RuntimeError, TypeError, ValueError, KeyError, IndexError) as error:
-            raise self._refused(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
         finally:
             self._probing = None
             self.train(training)
         if gradient is None or not gradient.abs().sum() > 0:
             raise self._refused("no gradient reaches it, so it would be trained as if there were none")
+        self._admitted = True
 
     # -- RecBole --------------------------------------------------------------------------------------------------
 
@@ -297,16 +300,21 @@ class LIBER(ContinualModel, AbstractRecommender):
 
     def predict(self, interaction: Interaction) -> torch.Tensor:
         self._inject(interaction)
-        found: torch.Tensor = self.backbone.predict(interaction)
+        try:
+            found: torch.Tensor = self.backbone.predict(interaction)
+        except (RuntimeError, KeyError, IndexError) as error:
+            if self._admitted:
+                raise
+            raise self._refused(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
         return found
 
     # -- what is told ---------------------------------------------------------------------------------------------
 
     def stage_costs(self) -> dict[str, Any]:
-        if self._learner is None or self._learner.spent is None:
+        if self._learner is None:
             return {}
         spent = self._learner.spent
-        return {"llm_calls_made": spent.calls, "llm_answers_found": spent.found, "llm_fallbacks": spent.fallbacks}
+        return {"llm_calls_made": spent.calls, "llm_answers_found": spent.found, "llm_seconds": self._learner.seconds}
 
     def report(self) -> dict[str, Any]:
         if self.way == "none" or self._learner is None:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from recbole_cl.errors import ConfigError
 from recbole_cl.llm.cache import Kept
-from recbole_cl.llm.cascade import Cascade
+from recbole_cl.llm.cascade import Cascade, Spent
 from recbole_cl.llm.encode import encode_texts
 from recbole_cl.llm.vectors import Projection, clause_vectors
 from recbole_cl.model.liber_texts import History, cascade_of, folder_of
@@ -37,7 +37,6 @@ class Knowledge:
         summary: Vectors, shape ``[P, size]``.
         shift: Vectors, 0 for a user's first partition, shape ``[P, size]``.
         bill: Tokens read and written of the summary, then of the shift, shape ``[P, 4]``.
-        seconds: Seconds that the two calls took, shape ``[P]``.
         fallback: How many of the two texts are the offline client's in place of an answer, shape ``[P]``.
         mean: See :class:`~recbole_cl.llm.vectors.Projection`; empty until there is one.
         matrix: As above.
@@ -49,7 +48,6 @@ class Knowledge:
     summary: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 0))
     shift: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 0))
     bill: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 4, dtype=torch.int64))
-    seconds: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
     fallback: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     mean: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
     matrix: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 0))
@@ -85,14 +83,15 @@ class Learner:
 
     Attributes:
         encoder: The encoder that was used: ``hash`` where the one that was asked for is not installed.
-        spent: What was asked for in this process (:class:`~recbole_cl.llm.cascade.Spent`), once it has been.
+        spent: What was asked for in this process.
+        seconds: Seconds that the answers took, also those that an earlier process had.
     """
 
     def __init__(self, config: Any, history: History) -> None:
         self.config, self.history = config, history
         self.folder = folder_of(config)
         self.encoder = str(config["liber_encoder"])
-        self.spent: Any = None
+        self.spent, self.seconds = Spent(), 0.0
 
     def learn(self, known: Knowledge, stage: int, until: int) -> Knowledge:
         """Returns the knowledge with what was missing of the partitions that close at a position or before it.
@@ -145,6 +144,7 @@ class Learner:
         empty = Kept("", "shift", "", 0, 0, 0.0)
         second = [shifts.get(row, empty) for row in rows.tolist()]
         pairs = list(zip(summaries, second, strict=True))
+        self.seconds = sum(a.seconds + b.seconds for a, b in pairs)
         new = Knowledge(
             torch.from_numpy(parts.user[rows]),
             torch.from_numpy(parts.number[rows]),
@@ -152,7 +152,6 @@ class Learner:
             made["summary"],
             made["shift"],
             torch.tensor([[a.prompt_tokens, a.answer_tokens, b.prompt_tokens, b.answer_tokens] for a, b in pairs]),
-            torch.tensor([a.seconds + b.seconds for a, b in pairs], dtype=torch.float64),
             torch.tensor([(a.fallback is not None) + (b.fallback is not None) for a, b in pairs]),
         )
         known = known.joined(new)
@@ -205,7 +204,7 @@ def _read(file: Path) -> dict[str, torch.Tensor] | None:
     except (OSError, SafetensorError):
         made = {}
     if made.keys() >= {"summary", "shift", "mean", "matrix"}:
-        return made
+        return {name: value.clone() for name, value in made.items()}  # aligned as what is computed is
     _LOG.warning("LIBER: %s is damaged; its vectors are made anew", file)
     return None
 

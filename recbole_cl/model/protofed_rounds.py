@@ -61,11 +61,11 @@ class ClientData:
         sequence, after = self.model.readable(rows[self.model.ITEM_SEQ])
         # Before an item without a row stands none that it could be a target of; what came after it is the next one.
         targets = rows[TARGETS].gather(1, after) * (sequence > 0)
-        targets = torch.where(self.model.seen[targets], targets, 0)
+        targets = torch.where(self.model.rowed[targets], targets, 0)
         supervised = targets > 0
         negatives = targets.new_zeros(*targets.shape, int(self.ctx.config["protofed_negatives"]))
         flat = targets[supervised].numpy()
-        pool = np.flatnonzero(self.model.seen.numpy())
+        pool = np.flatnonzero(self.model.rowed.numpy())
         sampler = NegativeSampler(np.empty(0), np.empty(0), self.ctx.batcher.n_items, generator, pool=pool)
         drawn = sampler.sample_repeatable(negatives.size(-1), flat).reshape(negatives.size(-1), -1)
         negatives[supervised] = torch.from_numpy(drawn.T.copy())
@@ -75,7 +75,7 @@ class ClientData:
     def trained(self) -> np.ndarray:
         """Returns the numbers of the clients that have a target whose item has a row, rising."""
         table, supervised = self.ctx.batcher.table, self.windows.targets
-        warm = self.model.seen.numpy()[supervised.label]
+        warm = self.model.rowed.numpy()[supervised.label]
         return np.flatnonzero(np.isin(self.users, table.user[supervised.position[warm]]))
 
 

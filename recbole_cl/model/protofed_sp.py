@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -22,23 +23,25 @@ from recbole_cl.federated.prompts import SharedParts
 from recbole_cl.federated.server import TRUST
 from recbole_cl.federated.table import ClientTable
 from recbole_cl.model.all_positions import last_items
+from recbole_cl.model.content_rows import projected_rows, read_vectors
 from recbole_cl.model.contract import ContinualModel, StageTrainer
 from recbole_cl.model.fused import layer_outputs, layer_outputs_behind, projections
 from recbole_cl.model.protofed_plan import budget_of, make_plan
 from recbole_cl.model.protofed_report import told
 from recbole_cl.model.protofed_rounds import Rounds, SharedTraining
+from recbole_cl.model.protofed_session import Session
 from recbole_cl.model.sasrec import SASRec
 from recbole_cl.prompt.prefix import prompted_outputs, without
 from recbole_cl.registry import Registry, aggregators, engines, models
 from recbole_cl.rng import derive, seeded
-from recbole_cl.stream.stage import Targets
+from recbole_cl.stream.stage import Stage, Targets
 from recbole_cl.stream.vocabulary import Growth
 
 if TYPE_CHECKING:
     from recbole_cl.strategy.context import Pass, StageContext
 
 CHOICES = {
-    "protofed_new_items": ("cold", "mean"),
+    "protofed_new_items": ("cold", "mean", "vectors"),
     "protofed_loss": LOSSES,
     "protofed_short_lifetime": ("slice", "kept"),
     "protofed_trust": TRUST,
@@ -67,6 +70,7 @@ class ProtoFedSP(ContinualModel, SequentialRecommender):
         plan: What the budget allows.
         phase: ``backbone`` while it is trained and answers alone, then ``prompts``.
         seen: Items that the backbone was trained on, flags of shape ``[n_items]``.
+        vectors: Content of the items, NaN for none, shape ``[n_items, width]``, if it makes the rows of new ones.
         notes: What the stage's rounds have to tell.
     """
 
@@ -97,6 +101,8 @@ class ProtoFedSP(ContinualModel, SequentialRecommender):
         self.clients = ClientTable(tokens, width)
         self.phase = BACKBONE
         self.seen = torch.zeros(self.n_items, dtype=torch.bool)
+        self.vectors = _vectors(config, dataset, self.n_items)
+        self._session: Session | None = None
         self.published: list[str] = []
         self.notes: dict[str, Any] = {}
         self.unseen: dict[str, list[float | None]] = {}
@@ -151,6 +157,11 @@ class ProtoFedSP(ContinualModel, SequentialRecommender):
     def scores_untrained_items(self) -> bool:  # type: ignore[override]
         """Tells whether an item that the backbone never saw has a row all the same."""
         return bool(self.config["protofed_new_items"] != "cold")
+
+    @property
+    def rowed(self) -> torch.Tensor:
+        """Flags of the items that have a row of their own, trained or made of their content, shape ``[n_items]``."""
+        return self.seen if self.vectors is None else self.seen | torch.from_numpy(np.isfinite(self.vectors[:, 0]))
 
     # -- a stage ----------------------------------------------------------------------------------------------------
 
@@ -209,19 +220,25 @@ class ProtoFedSP(ContinualModel, SequentialRecommender):
         return (SharedTraining if name == SHARED else Rounds)(self, ctx)
 
     def learned(self, ctx: StageContext, targets: Targets) -> Targets:
-        """Returns the targets whose item the backbone saw; their histories teach it nothing any more."""
+        """Returns the targets whose item has a row of its own; their histories teach the backbone nothing any more."""
         if self.phase == BACKBONE:
             return targets
-        warm = targets[self.seen.numpy()[targets.label]]
+        warm = targets[self.rowed.numpy()[targets.label]]
         return replace(warm, lo=warm.hi)
 
     @torch.no_grad()
     def fill_unseen(self) -> None:
-        """Sets the rows of items that the backbone never saw: to nothing, or to the mean row of those it saw."""
+        """Sets the rows of items that the backbone never saw: none, the mean row of those it saw, or from content."""
         table = self.backbone.item_embedding.weight
         unseen = ~self.seen.to(table.device)
         unseen[0] = False
         table[unseen] = table[~unseen][1:].mean(dim=0) if self.scores_untrained_items else 0.0
+        if self.vectors is not None:
+            rows = table.cpu().numpy().astype(np.float64)
+            rows[~self.seen.numpy()] = np.nan
+            made = torch.from_numpy(projected_rows(self.vectors, rows)).to(table)
+            chosen = unseen & self.rowed.to(table.device)
+            table[chosen] = made[chosen]
 
     def _count_unseen(self, ctx: StageContext) -> None:
         """Notes the share of each stage's targets whose item the backbone never saw."""
@@ -264,8 +281,21 @@ class ProtoFedSP(ContinualModel, SequentialRecommender):
         dropped = ~self.seen.to(sequence.device)[sequence] if not self.scores_untrained_items else sequence < 0
         return without(sequence, dropped)
 
+    @contextlib.contextmanager
+    def evaluating(self, stage: Stage, split: str) -> Iterator[None]:
+        """A context of evaluation, in which users learn from what they were asked before (``protofed_online``)."""
+        if self.config["protofed_online"] and self.phase != BACKBONE:
+            self._session = Session(self, f"{stage.index}/{split}")
+        try:
+            yield
+        finally:
+            self._session = None
+
     def represent(self, batch: Interaction) -> torch.Tensor:
         """Returns the representation of each history behind its user's composed prompt, shape ``[B, d]``."""
+        return self._represent(batch) if self._session is None else self._session.answer(batch, self._represent)
+
+    def _represent(self, batch: Interaction) -> torch.Tensor:
         sequence, lengths = batch[self.ITEM_SEQ], batch[self.ITEM_SEQ_LEN]
         if self.phase != BACKBONE:
             sequence, _ = self.readable(sequence)
@@ -279,7 +309,7 @@ class ProtoFedSP(ContinualModel, SequentialRecommender):
         return self.outputs(sequence)(given, last_items(lengths, sequence.size(1)))
 
     def _prompts_of(self, users: torch.Tensor) -> Prompts:
-        found = self.clients.get(users)
+        found = (self.clients if self._session is None else self._session.clients).get(users)
         device = self.backbone.item_embedding.weight.device
         return Prompts(**{name: getattr(found, name).to(device) for name in Prompts.__dataclass_fields__})
 
@@ -328,6 +358,16 @@ def _settings(config: Any) -> Settings:
         if not getattr(settings, name) > 0 or math.isnan(getattr(settings, name)):
             raise ConfigError(f"protofed_{name}: {config[f'protofed_{name}']!r} must be above 0")
     return settings
+
+
+def _vectors(config: Any, dataset: Any, n_items: int) -> np.ndarray | None:
+    """Returns the items' content, where it makes the rows of new items."""
+    if config["protofed_new_items"] != "vectors":
+        return None
+    if not config["protofed_item_vectors"]:
+        raise ConfigError("protofed_item_vectors: protofed_new_items is 'vectors'; give the file that they are in")
+    tokens = dataset.stream.dataset.field2id_token[dataset.iid_field][:n_items]
+    return read_vectors(config["protofed_item_vectors"], [str(token) for token in tokens], "protofed_item_vectors")
 
 
 def _trained_items(ctx: StageContext) -> torch.Tensor:

@@ -14,6 +14,7 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 def reset_peak(device: torch.device) -> None:
     """Forgets the peak so far, where the system allows it (CUDA; Linux)."""
     if device.type == "cuda":
+        torch.cuda.init()  # before that there is no allocator whose peak could be reset
         torch.cuda.reset_peak_memory_stats(device)
     try:
         _CLEAR.write_text("5")

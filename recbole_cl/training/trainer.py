@@ -72,9 +72,10 @@ class HookedTrainer(recbole_trainer.Trainer):
                 if any(v.shape != p.shape for v in saved.values() if torch.is_tensor(v) and v.dim()):
                     continue
                 self.optimizer.state[p] = {
-                    key: value.to(p.device).clone()
-                    if torch.is_tensor(value) and value.dim()
-                    else (value.clone() if torch.is_tensor(value) else value)
+                    # A fused step counts on the parameter's device, any other on the CPU.
+                    key: (value.to(p.device) if value.dim() or group.get("fused") else value).clone()
+                    if torch.is_tensor(value)
+                    else value
                     for key, value in saved.items()
                 }
 

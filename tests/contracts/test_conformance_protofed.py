@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conformance_helpers import FUSE, Job, Walk, assert_reported, assert_same_walk, checkpoints, matrix, write_log
+from safetensors.numpy import save_file
 
 from recbole_cl import checkpoint
 from recbole_cl.errors import CheckpointError, ConfigError
@@ -198,6 +199,44 @@ def test_static_prototypes_release_nothing(job: Job, tmp_path: Path) -> None:
     assert 0 < trained[0] < (stage.train.label < n).sum(), "half of the clients were to take part"
 
 
+@pytest.mark.parametrize("suffix", [".npy", ".safetensors"])
+def test_new_items_have_rows_of_their_content(suffix: str, job: Job, whole: Walk, tmp_path: Path) -> None:
+    """By ridge regression on the items that the backbone saw; their targets are trained on and ranked."""
+    rng = np.random.default_rng(0)
+    names = [f"i{number}" for number in range(45) if number != 44]  # one item has no vector
+    matrix = rng.normal(size=(len(names), 3)).astype(np.float32)
+    file = tmp_path / f"content{suffix}"
+    np.save(file, matrix) if suffix == ".npy" else save_file({"vectors": matrix}, file)
+    file.with_suffix(".txt").write_text("\n".join(names) + "\n", encoding="utf-8")
+    walk = job.walk(tmp_path, protofed_new_items="vectors", protofed_item_vectors=str(file))
+    n = walk.runner.stream.stages[0].n_items
+    tokens = walk.runner.stream.dataset.field2id_token["item_id"]
+    table = walk.runner.model.backbone.item_embedding.weight.numpy()
+    x = np.stack([matrix[names.index(t)] if t in names else [np.nan] * 3 for t in tokens[: len(table)]])
+    known = [number for number in range(1, n) if np.isfinite(x[number]).all()]
+    centre, scale = x[known].mean(0), np.sqrt(((x[known] - x[known].mean(0)) ** 2).mean())
+    # The ridge as three more rows of a plain least squares, an independent way to the same numbers.
+    design = np.r_[(x[known] - centre) / scale, np.eye(3)]
+    level = table[known].mean(0)
+    weights = np.linalg.lstsq(design, np.r_[table[known] - level, np.zeros((3, table.shape[1]))], rcond=None)[0]
+    new = [number for number in range(n, len(table)) if np.isfinite(x[number]).all()]
+    np.testing.assert_allclose(table[new], (x[new] - centre) / scale @ weights + level, atol=1e-5)
+    trained, plain = ([c["targets"] for c in w.result["curves"] if c["stage"] == 2] for w in (walk, whole))
+    assert trained[0] > plain[0] and walk.runner.known.items[n:].any()
+
+
+def test_vectors_that_do_not_fit_are_refused(job: Job, tmp_path: Path) -> None:
+    """Without a file, without its tokens, with another number of them, or with a pickle inside."""
+    np.save(tmp_path / "a.npy", np.zeros((3, 2)))
+    np.save(tmp_path / "b.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text("i1\ni2\n")
+    for path in (None, "c.npy", "a.npy", "b.npy", "a.txt"):
+        with pytest.raises(ConfigError, match="protofed_item_vectors"):
+            given = None if path is None else str(tmp_path / path)
+            job.walk(tmp_path, protofed_new_items="vectors", protofed_item_vectors=given)
+
+
 def test_engines_agree(job: Job, whole: Walk, tmp_path: Path) -> None:
     """One client after the other gives the same prompts within 1e-6, and the same matrix."""
     loop = job.walk(tmp_path, protofed_engine="loop", protofed_ledger=str(tmp_path / "ledger.jsonl"))
@@ -241,6 +280,42 @@ def test_answers_change_nothing(whole: Walk) -> None:
         some = runner.model.scores(batch, torch.tensor([[1, 5]] * 4))
     torch.testing.assert_close(some, full[:, [1, 5]])
     assert tree_hash(runner.model.owned_state()) == before and torch.isfinite(full).all()
+
+
+def test_online_steps_read_no_label_before_its_answer(job: Job, whole: Walk, tmp_path: Path) -> None:
+    """Another label changes later answers of its user, and none before or of others; nothing of it lasts."""
+    runner, model = whole.runner, whole.runner.model
+    stage = runner.stream.stages[-1]
+    ctx = runner.state.models.context(2, model, runner.stream.view(2))
+    batch = ctx.batcher.rows(stage.test, evaluation=True)
+    batch.interaction["user_id"] = torch.arange(len(stage.test)) % 3 + 1
+    before, online = tree_hash(model.owned_state()), {**model.config.final_config_dict, "protofed_online": True}
+
+    def answers(labels: torch.Tensor) -> torch.Tensor:
+        batch.interaction["_label"] = labels
+        model.config, kept = online, model.config
+        try:
+            with torch.no_grad(), model.evaluating(stage, "test"):
+                return model.represent(batch)
+        finally:
+            model.config = kept
+
+    labels = torch.randint(1, runner.stream.stages[0].n_items, (len(stage.test),))
+    first, again = answers(labels), answers(labels)
+    assert torch.equal(first, again), "an evaluation depends on the one before"
+    changed = labels.clone()
+    changed[4] = changed[4] % 20 + 1
+    moved = (answers(changed) - first).abs().amax(1) > 1e-6
+    later = torch.arange(len(labels)) > 4
+    mine = batch["user_id"] == batch["user_id"][4]
+    assert moved.any() and not (moved & ~(later & mine)).any()
+    with torch.no_grad():
+        plain = model.represent(batch)
+    torch.testing.assert_close(first[:3], plain[:3])
+    assert (first[3:] - plain[3:]).abs().max() > 1e-5, "nobody learnt"
+    assert tree_hash(model.owned_state()) == before
+    walk = job.walk(tmp_path, protofed_online=True)  # the run's own hash of the model stands guard, too
+    assert np.isfinite(matrix(walk, "ndcg@5")).all()
 
 
 @pytest.mark.parametrize(

@@ -186,6 +186,8 @@ def test_the_offline_client_counts() -> None:
         Request("shift", "p", {"previous": "Mostly action. Often crime.", "current": "Mostly crime. Sometimes drama."})
     )
     assert shift.text == "Newly drama. More crime. No longer action."
+    soured = {"previous": "Often jazz. Dislikes pop.", "current": "Often jazz. Dislikes jazz."}
+    assert ask_(Request("shift", "p", soured)).text == "Newly disliked jazz. No longer disliked pop."
     same = ask_(Request("shift", "p", {"previous": first, "current": first}))
     assert same.text == "Nothing has changed."
     titles = [{"title": ["RED", "BAG"]}, {"title": ["RED", "CUP"]}]

@@ -12,6 +12,8 @@ from recbole_cl.llm.clients.base import Answer, LLMClient, Request
 from recbole_cl.llm.texts import clauses, tokens
 from recbole_cl.registry import llm_clients
 
+RULES = 1
+"""Version of the rules: other rules, other answers."""
 _STOP = frozenset(["a", "an", "and", "at", "by", "for", "from", "in", "of", "on", "or", "set", "the", "to", "with"])
 _STRENGTHS = ((0.6, "mostly"), (0.3, "often"), (0.0, "sometimes"))
 _ORDER = {name: place for place, (_, name) in enumerate(reversed(_STRENGTHS))}
@@ -31,6 +33,9 @@ class Offline(LLMClient):
 
     prefix = "offline"
     instant = True
+
+    def identity(self) -> dict[str, Any]:
+        return {"parameters": self.parameters, "rules": RULES}
 
     def ask(self, request: Request) -> Answer:
         if request.kind == "summary":
@@ -96,5 +101,5 @@ def _strengths(text: str) -> dict[str, int]:
     for clause in clauses(text):
         match = _CLAUSE.fullmatch(clause)
         strength, word = (match[1].lower(), match[2]) if match else ("often", clause)
-        found[word] = _ORDER.get(strength, -1)
+        found[f"disliked {word}" if strength == "dislikes" else word] = _ORDER.get(strength, 0)
     return found
