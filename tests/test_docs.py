@@ -182,6 +182,9 @@ def test_commands_name_what_exists() -> None:
             assert read_plan(words[2], "laptop").cells, told
             options = {word.partition("=")[0] for word in words[3:]}
             assert options <= {"--preset", "--output_dir", "--jobs", "--threads", "--only_table"}, told
+        elif words[:2] == ["recbole-cl", "profile"]:
+            options = {word.removeprefix("--").partition("=")[0] for word in words[2:] if word.startswith("--")}
+            assert options <= {"dry-run", "show-prompt", "dataset"} | known, told
         elif words[0] == "recbole-cl":
             assert words[1] in ("list", "report") and (words[1] == "report" or words[2] in KINDS), told
         for word in words:
