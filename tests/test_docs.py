@@ -225,6 +225,9 @@ def test_commands_name_what_exists() -> None:
             table = cli._table()  # tests/serve/test_serve_page.py runs them
             _, rest = cli._parsers(table)[0].parse_known_args(words[1:])
             assert table[words[1]].takes_properties or not rest, told
+        elif words[:2] == ["recbole-cl", "profile"]:
+            options = {word.removeprefix("--").partition("=")[0] for word in words[2:] if word.startswith("--")}
+            assert options <= {"dry-run", "show-prompt", "dataset"} | known, told
         elif words[0] == "recbole-cl":
             assert words[1] in ("list", "report") and (words[1] == "report" or words[2] in KINDS), told
         for word in words:

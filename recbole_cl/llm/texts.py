@@ -28,8 +28,9 @@ def clean(text: str, longest: int = LONGEST_WORD) -> str:
         text: Any text.
         longest: Characters that are kept.
     """
-    kept = "".join(" " if c.isspace() else c for c in text if c.isspace() or unicodedata.category(c)[0] != "C")
-    kept = " ".join(kept.split())
+    if not text.isprintable():
+        text = "".join(" " if c.isspace() else c for c in text if c.isspace() or unicodedata.category(c)[0] != "C")
+    kept = " ".join(text.split())
     return kept if len(kept) <= longest else kept[: longest - 1].rstrip() + "…"
 
 

@@ -75,6 +75,7 @@ class History:
         self.seen = visible(self.partitions, table.user, np.arange(len(table)), table.timestamp)
         self.prompts = {kind: read_prompt(kind, str(config["liber_prompts"])) for kind in ("summary", "shift")}
         self._items: Catalogue | None = None
+        self._written: dict[tuple[int, bool | None], tuple[dict[str, Any], str]] = {}
 
     def _read(self) -> None:
         if self._items is None:
@@ -91,13 +92,19 @@ class History:
         """Returns the behaviours in a range of the users' sequences, as data and as lines of a prompt."""
         self._read()
         assert self._items is not None
-        data, lines = [], []
-        for position in self.stream.table.seq[begin:end]:
-            words = self._items.words(str(self._item_tokens[self.stream.table.item[position]]))
-            liked = None if self._liked is None else bool(self._liked[position])
-            data.append({**words, "liked": liked})
-            lines.append(line(words, liked))
-        return data, lines
+        at = self.stream.table.seq[begin:end]
+        items = self.stream.table.item[at].tolist()
+        liked: list[bool | None] = [None] * len(items) if self._liked is None else self._liked[at].tolist()
+        both = [self._behaviour(item, like) for item, like in zip(items, liked, strict=True)]
+        return [data for data, _ in both], [shown for _, shown in both]
+
+    def _behaviour(self, item: int, liked: bool | None) -> tuple[dict[str, Any], str]:
+        """Returns a behaviour as data and as a line; an item is written once."""
+        if (item, liked) not in self._written:
+            assert self._items is not None
+            words = self._items.words(str(self._item_tokens[item]))
+            self._written[item, liked] = {**words, "liked": liked}, line(words, liked)
+        return self._written[item, liked]
 
     def profile(self, user: int) -> str:
         """Returns what prompts tell of a user."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,8 @@ from recbole_cl.registry import llm_clients
 
 RULES = 1
 """Version of the rules: other rules, other answers."""
+KEPT = 1 << 16
+"""Behaviours whose words are kept."""
 _STOP = frozenset(["a", "an", "and", "at", "by", "for", "from", "in", "of", "on", "or", "set", "the", "to", "with"])
 _STRENGTHS = ((0.6, "mostly"), (0.3, "often"), (0.0, "sometimes"))
 _ORDER = {name: place for place, (_, name) in enumerate(reversed(_STRENGTHS))}
@@ -33,6 +36,10 @@ class Offline(LLMClient):
 
     prefix = "offline"
     instant = True
+
+    def __init__(self, parameters: Mapping[str, Any]) -> None:
+        super().__init__(parameters)
+        self._read: dict[int, tuple[Mapping[str, Any], frozenset[str]]] = {}
 
     def identity(self) -> dict[str, Any]:
         return {"parameters": self.parameters, "rules": RULES}
@@ -66,21 +73,20 @@ class Offline(LLMClient):
         """Returns how many behaviours have each word; titles count only where nothing else is known."""
         found: Counter[str] = Counter()
         for behaviour in behaviours:
-            words: set[str] = set()
-            named = {k: v for k, v in behaviour.items() if k != "liked"}
-            titles = {k: v for k, v in named.items() if is_title(k)}
-            for name, values in (
-                named if len(named) == len(titles) else {k: named[k] for k in named.keys() - titles}
-            ).items():
-                words.update(self._word(name, value) for value in values)
-            found.update(words - {""})
+            found.update(self._words(behaviour))
         return found
 
-    def _word(self, name: str, value: str) -> str:
-        value = value.strip(" ,.:;!?\"'()").lower()
-        if re.fullmatch(r"(1[5-9]|20)\d\d", value):
-            return f"of the {value[:3]}0s"
-        return "" if value in _STOP or len(value) < 2 or value.isdigit() else value
+    def _words(self, behaviour: Mapping[str, Any]) -> frozenset[str]:
+        """Returns the words that a behaviour is counted by; the same object, as a log's items are, is read once."""
+        kept = self._read.get(id(behaviour))
+        if kept is None or kept[0] is not behaviour:
+            named = {k: v for k, v in behaviour.items() if k != "liked"}
+            values = [v for k, v in named.items() if not is_title(k)] or list(named.values())
+            kept = behaviour, frozenset(word for value in values for word in map(_word, value) if word)
+            if len(self._read) >= KEPT:
+                self._read.clear()
+            self._read[id(behaviour)] = kept
+        return kept[1]
 
     def _shift(self, previous: str, current: str) -> str:
         before, after = _strengths(previous), _strengths(current)
@@ -93,6 +99,15 @@ class Offline(LLMClient):
         for word in sorted(before.keys() - after.keys()):
             found.append(f"No longer {word}.")
         return " ".join(found[: 2 * int(self.parameters["clauses"])]) or "Nothing has changed."
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _word(value: str) -> str:
+    """Returns a value as it is counted, a year as its decade; nothing for a number or a word that tells nothing."""
+    value = value.strip(" ,.:;!?\"'()").lower()
+    if re.fullmatch(r"(1[5-9]|20)\d\d", value):
+        return f"of the {value[:3]}0s"
+    return "" if value in _STOP or len(value) < 2 or value.isdigit() else value
 
 
 def _strengths(text: str) -> dict[str, int]:
