@@ -66,7 +66,8 @@ def clip(vectors: np.ndarray, radius: float) -> np.ndarray:
     norm = np.linalg.norm(unit, axis=-1, keepdims=True)
     # Rounding up in the last place must not leave a norm above the radius, on which the sensitivity rests.
     scale = radius * (1.0 - 4 * np.finfo(np.float64).eps)
-    outside = largest * norm > scale
+    with np.errstate(over="ignore"):  # what overflows is outside
+        outside = largest * norm > scale
     inside = np.divide(unit, norm, out=np.zeros_like(unit), where=norm > 0) * scale
     return np.where(outside, inside, vectors)
 
