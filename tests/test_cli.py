@@ -78,7 +78,7 @@ def test_descriptions_are_those_of_the_files(capsys: pytest.CaptureFixture[str])
     assert told["models"]["AFM"].startswith("AFM is a attention based FM model")
     assert told["studies"]["ader"] == "ADER's protocol on DIGINETICA: train on a week, test on the next."
     assert told["datasets"]["ml-100k"] == "MovieLens 100K inside RecBole's wheel."
-    assert told["engines"] == {}
+    assert told["engines"]["in_process"].startswith("Runs so many clients at once")
 
 
 def test_names_do_not_act_on_the_terminal(
@@ -261,8 +261,8 @@ def test_a_command_is_one_class(
     """It is listed, it runs, and whether it takes properties is what it says."""
     assert cli.main(["--help"]) == 0
     listed = re.findall(r"^    (\w+) ", capsys.readouterr().out, re.MULTILINE)
-    served = ["import", "update", "recommend", "versions", "rollback"]
-    assert listed == ["run", "parity", "study", "greet", "list", "report", *served]
+    assert listed[:4] == ["run", "parity", "study", "greet"]
+    assert {"list", "report", "import", "update", "recommend", "versions", "rollback", "profile"} <= set(listed)
     assert cli.main(["greet", "--loud"]) == 0
     assert capsys.readouterr().out == "True []\n"
     assert cli.main(["greet", "--epochs=3"]) == 2

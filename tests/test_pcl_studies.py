@@ -288,7 +288,7 @@ def test_only_what_should_trains_with_cold_items(folder: Path, tmp_path: Path) -
     # What is compared shares the very same pretrained backbone.
     shared = [name for name in prompted.ends[0] if name.startswith("backbone.")]
     assert all(torch.equal(prompted.ends[0][name], bare.ends[0][name]) for name in shared)
-    assert not [name for name in bare.ends[0] if name.startswith(("prompts", "contextual"))]
+    assert not [name for name in bare.ends[0] if name.startswith(("prompts.", "contextual."))]
     moved = {name for name in prompted.ends[0] if not torch.equal(prompted.ends[0][name], prompted.ends[1][name])
              if name != table}  # fmt: skip
     assert "prompts.0" in moved and not any(name.startswith("heads") for name in moved)
