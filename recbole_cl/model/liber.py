@@ -171,7 +171,7 @@ class LIBER(ContinualModel, AbstractRecommender):
             return
         self._probe(ctx)
         history = history_of(self.config, ctx.stream)
-        self._learner = Learner(self.config, history)
+        self._learner, self._prepared = Learner(self.config, history), ctx.index
         self.knowledge = self._learner.learn(self.knowledge, ctx.index, _horizon(self.config, ctx))
         self._naive = history.naive()
         self._set_tables()
@@ -313,8 +313,9 @@ class LIBER(ContinualModel, AbstractRecommender):
     def stage_costs(self) -> dict[str, Any]:
         if self._learner is None:
             return {}
-        spent = self._learner.spent
-        return {"llm_calls_made": spent.calls, "llm_answers_found": spent.found, "llm_seconds": self._learner.seconds}
+        history = self._learner.history
+        calls, seconds = history.calls.get(self._prepared, 0), history.seconds.get(self._prepared, 0.0)
+        return {"llm_calls_made": calls, "llm_seconds": seconds}
 
     def report(self) -> dict[str, Any]:
         if self.way == "none" or self._learner is None:

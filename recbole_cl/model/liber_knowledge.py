@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from recbole_cl.errors import ConfigError
 from recbole_cl.llm.cache import Kept
-from recbole_cl.llm.cascade import Cascade, Spent
+from recbole_cl.llm.cascade import Cascade
 from recbole_cl.llm.encode import encode_texts
 from recbole_cl.llm.vectors import Projection, clause_vectors
 from recbole_cl.model.liber_texts import History, cascade_of, folder_of
@@ -83,15 +83,12 @@ class Learner:
 
     Attributes:
         encoder: The encoder that was used: ``hash`` where the one that was asked for is not installed.
-        spent: What was asked for in this process.
-        seconds: Seconds that the answers took, also those that an earlier process had.
     """
 
     def __init__(self, config: Any, history: History) -> None:
         self.config, self.history = config, history
         self.folder = folder_of(config)
         self.encoder = str(config["liber_encoder"])
-        self.spent, self.seconds = Spent(), 0.0
 
     def learn(self, known: Knowledge, stage: int, until: int) -> Knowledge:
         """Returns the knowledge with what was missing of the partitions that close at a position or before it.
@@ -111,7 +108,7 @@ class Learner:
         try:
             summaries, shifts = self._answers(cascade, rows)
         finally:
-            self.spent = cascade.spent
+            self.history.calls[stage] = self.history.calls.get(stage, 0) + cascade.spent.calls
             cascade.cache.close()
         return self._vectors(known, rows, stage, summaries, shifts)
 
@@ -144,7 +141,7 @@ class Learner:
         empty = Kept("", "shift", "", 0, 0, 0.0)
         second = [shifts.get(row, empty) for row in rows.tolist()]
         pairs = list(zip(summaries, second, strict=True))
-        self.seconds = sum(a.seconds + b.seconds for a, b in pairs)
+        self.history.seconds[stage] = sum(a.seconds + b.seconds for a, b in pairs)
         new = Knowledge(
             torch.from_numpy(parts.user[rows]),
             torch.from_numpy(parts.number[rows]),

@@ -65,6 +65,8 @@ class History:
 
     Attributes:
         partitions: All closed partitions of the log.
+        calls: Calls that this process made, by stage; the models of a stage, references too, ask once among them.
+        seconds: Seconds that a stage's answers took, also those that an earlier process had.
         seen: How many of the user's partitions a sample at each position sees, shape ``[N]``.
     """
 
@@ -74,6 +76,8 @@ class History:
         self.partitions = Partitions.of(table.seq[: len(table)], table.ptr, table.timestamp, rules_of(config, stream))
         self.seen = visible(self.partitions, table.user, np.arange(len(table)), table.timestamp)
         self.prompts = {kind: read_prompt(kind, str(config["liber_prompts"])) for kind in ("summary", "shift")}
+        self.calls: dict[int, int] = {}
+        self.seconds: dict[int, float] = {}
         self._items: Catalogue | None = None
         self._written: dict[tuple[int, bool | None], tuple[dict[str, Any], str]] = {}
 
