@@ -238,7 +238,7 @@ def test_three_processes_equal_one(alone: Path, three: tuple[Path, Any], name: s
 
 def test_one_process_writes(two: tuple[Path, Any]) -> None:
     names = sorted(path.name for path in (two[0] / "BPR").iterdir())
-    assert names == ["checkpoints", "records.csv", "report.html", "result.json", "seen.safetensors"]
+    assert names == ["checkpoints", "records.csv", "report.html", "result.json", "seen.safetensors", "store"]
     assert two[1].stderr.count("stage 1/3 (") <= len(JOBS) + 4, "only the first process logs"
 
 
