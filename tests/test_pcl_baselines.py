@@ -854,8 +854,8 @@ def test_a_recurrent_backbone_serves_too(start: Start) -> None:
         ("MultiTask", "TERACON", {}, "TERACON cannot serve the model MultiTask: it needs task_masks"),
         ("SoftMask", {"TERACON": {"alpha": -1.0}}, {}, "teracon_alpha: -1.0 must be at least 0"),
         ("SoftMask", "TERACON", {"soft_mask_backbone": "GRU4Rec"}, "GRU4Rec has no transformer layers to mask"),
-        ("SoftMask", "TERACON", {"soft_mask_scale": 0.0}, "soft_mask_scale: 0.0 must be above 0"),
-        ("MMOE", "MTL", {"mmoe_experts": 0}, "mmoe_experts: 0 must be at least 1"),
+        ("SoftMask", "TERACON", {"soft_mask_scale": 0.0}, "'soft_mask_scale' is 0.0; it must be a number above 0"),
+        ("MMOE", "MTL", {"mmoe_experts": 0}, "'mmoe_experts' is 0; it must be an integer of at least 1"),
         ("MultiTask", "[FineAll,SingleTask]", {}, "FineAll and SingleTask are both a bound"),
     ],
 )
