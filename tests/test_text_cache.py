@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 import subprocess
@@ -161,6 +162,7 @@ def test_a_full_disk_costs_the_vectors_alone(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
+    caplog.set_level(logging.WARNING)  # a run in this process may have set another
     assert ask(tmp_path, ["a"]).tolist() == [[1, 1]]
     assert "1 vectors are not kept" in caplog.text and [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
