@@ -102,7 +102,7 @@ def test_a_strategy_names_its_parts(parts: Any) -> None:
         ({"farm_hands": "many"}, r"'farm_hands' is 'many'; it must be of type int"),
         ({"farm_hand": 3}, r"unknown property 'farm_hand'; did you mean 'farm_hands'"),
         ({"farm_cows_and_sheep": 3}, r"unknown property 'farm_cows_and_sheep' of the engine 'farm'.* has farm_hands"),
-        ({"model_engine": "fram"}, r"model_engine: unknown engine 'fram'; did you mean 'farm'\? Known: farm$"),
+        ({"model_engine": "fram"}, r"model_engine: unknown engine 'fram'; did you mean 'farm'\? Known: farm, "),
         ({"model_engine": 5}, r"'model_engine' is 5; it must be the name of a component \(engine\)"),
         ({"model_tokeniser": "/"}, r"unknown tokeniser '/'. Known: Cut, residual_"),
     ],

@@ -117,7 +117,8 @@ def _packed(value: Any, path: str) -> Any:
     """Returns an attribute as a nest: feature tables, dicts, enumerations and sets get a mark."""
     if isinstance(value, Interaction):
         return {"__interaction__": dict(value.interaction)}
-    if type(value).__name__ in _ENUMS and isinstance(value, _ENUMS[type(value).__name__]):
+    kind = _ENUMS.get(type(value).__name__)
+    if kind is not None and isinstance(value, kind):
         return {"__enum__": type(value).__name__, "value": value.value}
     if isinstance(value, Mapping):
         keys = [str(key) for key in value]
