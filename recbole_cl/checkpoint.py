@@ -8,23 +8,24 @@ is used. Nothing is ever unpickled.
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
 import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load, load_file, save_file
+from safetensors.torch import load, load_file
 from safetensors.torch import save as tensors_to_bytes
 
-from recbole_cl.errors import CheckpointError, OutputError
+from recbole_cl import disk
+from recbole_cl.disk import explained as explained
+from recbole_cl.disk import write_atomically as write_atomically
+from recbole_cl.errors import CheckpointError
 
 FORMAT = "recbole-cl checkpoint"
 VERSION = 1
@@ -85,43 +86,6 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def explained(folder: Path) -> Iterator[None]:
-    """Turns a failing write into an :class:`OutputError` that names the folder and the remedy."""
-    try:
-        yield
-    except OSError as error:
-        if isinstance(error, OutputError):
-            raise
-        remedy = {
-            errno.ENOSPC: "the disk is full; free space and go on with --resume=True",
-            errno.EDQUOT: "the quota is used up; free space and go on with --resume=True",
-            errno.EROFS: "the file system is read-only; choose another output_dir",
-        }.get(error.errno or 0, "choose an output_dir that can be written")
-        raise OutputError(f"output_dir: cannot write to {folder}: {error.strerror or error}; {remedy}") from error
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a text file such that a reader sees the old or the new content, never a part."""
-    with explained(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync(path.parent)
-
-
 def save(folder: Path, number: int, state: Mapping[str, Any], keep: int) -> Path:
     """Writes checkpoint ``number`` and removes all but the newest ``keep``.
 
@@ -138,20 +102,11 @@ def save(folder: Path, number: int, state: Mapping[str, Any], keep: int) -> Path
         OutputError: If the folder cannot be written; earlier checkpoints are untouched.
     """
     with explained(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / ".writing"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
+        disk.own_folder(folder)
+        temporary = disk.fresh_folder(folder / ".writing")
         tensors: dict[str, torch.Tensor] = {}
         body = _flatten(state, "", tensors, {})
-        try:
-            save_file(tensors, str(temporary / "tensors.safetensors"))
-        except OSError:
-            raise
-        except Exception as error:  # safetensors wraps the operating system's error in its own class
-            text = str(error)
-            code = errno.ENOSPC if "No space left" in text else errno.EIO
-            raise OSError(code, text) from error
+        disk.write_tensors(temporary / "tensors.safetensors", tensors)
         (temporary / "state.json").write_text(json.dumps(body, allow_nan=False), encoding="utf-8")
         manifest = {
             "format": FORMAT,
@@ -161,12 +116,11 @@ def save(folder: Path, number: int, state: Mapping[str, Any], keep: int) -> Path
         }
         (temporary / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
         for name in ("tensors.safetensors", "state.json", "manifest.json"):
-            _sync(temporary / name)
+            disk.sync(temporary / name)
         final = folder / f"{number:08d}"
-        if final.exists():
-            shutil.rmtree(final)
+        disk.clear(final)
         os.replace(temporary, final)
-        _sync(folder)
+        disk.sync(folder)
         for old in numbered(folder)[:-keep]:
             shutil.rmtree(old, ignore_errors=True)
     return final

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import platform
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from recbole_cl import checkpoint
+from recbole_cl import checkpoint, disk
 from recbole_cl.evaluation.metrics import constant_answer
 from recbole_cl.evaluation.outcome import Outcome
 from recbole_cl.results.exposure import exposure_disparity, head_mask
@@ -32,6 +33,10 @@ from recbole_cl.stream.stage import Stage
 LOGGER = logging.getLogger("recbole_cl")
 PRIMARY = "primary"
 """Name of the matrix whose columns each hold their task's own primary metric, where those differ."""
+RESULTS = ("result.json", "records.csv", "report.html", "checkpoints", "versions")
+"""Names in a run's folder that make way for those of the next run."""
+OWN = (*RESULTS, "store", "base")
+"""All that a run writes into its folder."""
 PACKAGES = ("recbole-cl", "recbole", "torch", "numpy", "pandas", "scipy", "peft", "transformers", "faiss-cpu")
 
 
@@ -276,21 +281,22 @@ def open_folder(folder: Path, resume: bool) -> None:
         resume: The earlier run goes on, so its files stay where they are.
 
     Raises:
-        OutputError: If it cannot be written.
+        OutputError: If it cannot be written, or something that a run writes is a link there.
     """
     with checkpoint.explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
+        disk.refuse_links(folder, OWN)
         probe = folder / ".probe"
-        probe.write_bytes(b"0" * 4096)
+        with open(disk.create(probe), "wb") as file:
+            file.write(b"0" * 4096)
         probe.unlink()
         if resume:
             return
-        names = ("result.json", "records.csv", "report.html", "checkpoints", "versions")
-        old = [name for name in names if (folder / name).exists()]
+        old = [name for name in RESULTS if (folder / name).exists()]
         if not old:
             return
         number = 1
-        while (folder / f"earlier-{number}").exists():
+        while os.path.lexists(folder / f"earlier-{number}"):
             number += 1
         aside = folder / f"earlier-{number}"
         aside.mkdir()

@@ -24,7 +24,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from recbole_cl import checkpoint
+from recbole_cl import checkpoint, disk
 from recbole_cl.errors import CheckpointError, ConfigError
 from recbole_cl.training.store import prune_stores
 
@@ -213,8 +213,7 @@ def locked(folder: Path) -> Iterator[None]:
     """
     root = folder / FOLDER
     with checkpoint.explained(folder):
-        root.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(root / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = disk.open_kept(disk.own_folder(root) / ".lock", "output_dir")
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
