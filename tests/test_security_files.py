@@ -184,6 +184,11 @@ def test_a_file_is_whole_or_the_old_one(tmp_path: Path, victim: Victim, monkeypa
         kind(path.with_name(".file.tmp"))  # left there by a killed process, or planted: never waited for, never written
         disk.write_atomically(path, "new")
         assert path.read_text() == "new" and [p.name for p in path.parent.iterdir()] == ["file"]
+    with monkeypatch.context() as patched:  # a link that comes back between the two steps
+        patched.setattr(Path, "unlink", lambda self, **_: None)
+        path.with_name(".file.tmp").symlink_to(victim.file)
+        with pytest.raises(FileExistsError):
+            disk.create(path.with_name(".file.tmp"))
     os.link(path, tmp_path / "other")
     disk.write_atomically(path, "newer")
     assert (tmp_path / "other").read_text() == "new", "a second name of the old file keeps the old content"
