@@ -199,6 +199,7 @@ class Journal:
         return {
             "name": f"{self.config['model']} on {self.config['dataset']}: {self.config.strategy_name}",
             "config": settings(self.config),
+            "given": sorted({*getattr(self.config, "external_config_dict", ())} & {*settings(self.config)}),
             "versions": versions(),
             "seed": self.config["seed"],
             "output_dir": str(folder),

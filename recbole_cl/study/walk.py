@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from recbole_cl.checkpoint import explained, write_atomically
 from recbole_cl.errors import ConfigError, RecBoleCLError
+from recbole_cl.report import write_report
 from recbole_cl.study.plan import Cell, Plan
 from recbole_cl.study.probes import run_probe
 
@@ -158,9 +159,9 @@ def walk_cells(name: str, cells: Sequence[Cell], folder: Path, jobs: int = 1, th
             waiting[_submit(pool, cell, folder, threads)] = cell
             if len(waiting) < jobs:
                 continue
-            _collect(waiting, bar, failures)
+            _collect(waiting, bar, failures, folder)
         while waiting:
-            _collect(waiting, bar, failures)
+            _collect(waiting, bar, failures, folder)
     except BrokenProcessPool as error:
         names = ", ".join(cell.folder for cell in waiting.values())
         raise RecBoleCLError(
@@ -194,11 +195,14 @@ def _submit(pool: ProcessPoolExecutor, cell: Cell, folder: Path, threads: int) -
     return pool.submit(run_cell, dict(cell.settings), str(folder / cell.folder), cell.digest, threads, probe, base)
 
 
-def _collect(waiting: dict[Future[dict[str, Any]], Cell], bar: Any, failures: dict[str, str]) -> None:
+def _collect(waiting: dict[Future[dict[str, Any]], Cell], bar: Any, failures: dict[str, str], folder: Path) -> None:
     for future in wait(waiting, return_when=FIRST_COMPLETED).done:
         found = future.result()
         cell = waiting.pop(future)
         bar.update()
         bar.write(f"{cell.folder}: {found['state']} in {found['seconds']:.0f} s", file=bar.fp)
+        if found["state"] == "done":
+            own = folder / cell.folder
+            write_report(json.loads((own / RESULT).read_text(encoding="utf-8")), own, shared=folder)
         if found["state"] == "failed":
             failures[cell.folder] = str(found["told"])
