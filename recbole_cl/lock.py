@@ -181,7 +181,7 @@ def _take(folder: Path, what: str) -> int:
 def _open(path: Path) -> int:
     """Opens the file of a lock: a regular one, never what a link points to, and without waiting."""
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
             raise ConfigError(f"output_dir: {path} is no plain file; remove it") from error

@@ -11,7 +11,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from recbole_cl.errors import DataError, OutputError
+from recbole_cl.disk import write_atomically
+from recbole_cl.errors import DataError
 from recbole_cl.report.html import page
 from recbole_cl.report.picture import picture
 from recbole_cl.report.skeleton import share_script
@@ -32,17 +33,11 @@ def write_report(result: dict[str, Any], folder: str | Path, shared: Path | None
         The file. It is replaced in one step, so that a reader never sees half a page.
 
     Raises:
-        OutputError: The folder cannot be written.
+        OutputError: The folder cannot be written, or a link stands in the place of the page.
     """
     path = Path(folder) / "report.html"
-    fresh = path.with_name(".report.html.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        script = None if shared is None else os.path.relpath(share_script(shared), path.parent).replace(os.sep, "/")
-        fresh.write_text(page(result, script), encoding="utf-8", newline="\n")
-        fresh.replace(path)
-    except OSError as error:
-        raise OutputError(f"the report {path} cannot be written: {error}") from error
+    script = None if shared is None else os.path.relpath(share_script(shared), path.parent).replace(os.sep, "/")
+    write_atomically(path, page(result, script))
     return path
 
 
