@@ -24,7 +24,7 @@ from recbole.config import Config
 from recbole.model.abstract_recommender import AbstractRecommender
 from recbole.utils import ModelType
 
-from recbole_cl import compat, schema
+from recbole_cl import compat, guards, schema
 from recbole_cl.config.backbone import find_backbone, recbole_names, typed
 from recbole_cl.config.columns import LogFiles, check_knowledge_graph, loaded_columns, open_log, settle_columns
 from recbole_cl.config.components import Chosen, ComponentDefaults, check_parameters, chosen_components
@@ -298,6 +298,8 @@ class CLConfig(Config):
             if isinstance(final.get(key), list) and len(final[key]) == 2:
                 final[key] = f"[{final[key][0]},{final[key][1]}]"
         schema.check(final)
+        for cls in self._classes():
+            guards.check(cls, final)
         if final["n_stages"] is None and self.internal_config_dict["n_stages"] is not None:
             raise ConfigError(
                 f"property 'n_stages' is None; the scheduler {self._scheduler!r} needs a number of stages"
