@@ -179,6 +179,7 @@ def explained(folder: Path) -> Iterator[None]:
         remedy = {
             errno.ENOSPC: "the disk is full; free space and go on with --resume=True",
             errno.EDQUOT: "the quota is used up; free space and go on with --resume=True",
+            errno.EFBIG: "the file would be larger than this process may write (ulimit -f); raise that limit",
             errno.EROFS: "the file system is read-only; choose another output_dir",
         }.get(error.errno or 0, "choose an output_dir that can be written")
         raise OutputError(f"output_dir: cannot write to {folder}: {error.strerror or error}; {remedy}") from error
