@@ -63,14 +63,14 @@ def anchor(heading: str) -> str:
 # -- figures ------------------------------------------------------------------------------------------------------
 
 
-def test_pages_show_the_figures_that_the_benchmarks_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pages_show_the_figures_that_the_benchmarks_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "tests" / "benchmarks"))
-    import kept
+    import figures
 
-    shown = {name for page in PAGES for block in kept._BLOCK.findall(page.read_text()) for name in block[1].split()}
-    assert shown and set(kept.read()) <= shown | {f"{name}.cuda" for name in shown}
+    shown = {name for page in PAGES for block in figures._BLOCK.findall(page.read_text()) for name in block[1].split()}
+    assert shown and set(figures.read()) <= shown | {f"{name}.cuda" for name in shown}
     for page in PAGES:
-        assert kept.filled(page.read_text()) == page.read_text(), f"run tests/benchmarks/kept.py for {page.name}"
+        assert figures.filled(page.read_text()) == page.read_text(), f"run tests/benchmarks/figures.py for {page.name}"
 
 
 # -- code ---------------------------------------------------------------------------------------------------------

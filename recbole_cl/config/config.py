@@ -28,7 +28,7 @@ from recbole_cl import compat, schema
 from recbole_cl.config.backbone import find_backbone, recbole_names, typed
 from recbole_cl.config.columns import LogFiles, check_knowledge_graph, loaded_columns, open_log, settle_columns
 from recbole_cl.config.components import Chosen, ComponentDefaults, check_parameters, chosen_components
-from recbole_cl.config.datasets import EXAMPLE
+from recbole_cl.config.datasets import EXAMPLE, dataset_name
 from recbole_cl.config.device import choose_device
 from recbole_cl.config.files import RECBOLE, component_defaults, properties_dir
 from recbole_cl.config.keys import check_keys, library_keys
@@ -195,7 +195,7 @@ class CLConfig(Config):
         check_class(model_class)
         if getattr(model_class, "type", None) == ModelType.DECISIONTREE:
             raise ConfigError(f"model {model_class.__name__!r} is a decision tree and cannot be trained in stages")
-        return model_class.__name__, model_class, str(self._asked("dataset", dataset, EXAMPLE))
+        return model_class.__name__, model_class, dataset_name(self._asked("dataset", dataset, EXAMPLE))
 
     def _find_components(self) -> None:
         """Resolves scheduler and strategies, before their defaults are loaded; a dataset may have a scheduler, too."""

@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from recbole_cl.checkpoint import explained, write_atomically
+from recbole_cl.disk import write_atomically
 from recbole_cl.errors import DataError
 from recbole_cl.report.html import page
 from recbole_cl.report.picture import picture
@@ -34,13 +34,11 @@ def write_report(result: dict[str, Any], folder: str | Path, shared: Path | None
         The file. It is replaced in one step, so that a reader never sees half a page.
 
     Raises:
-        OutputError: The folder cannot be written.
+        OutputError: The folder cannot be written, or a link stands in the place of the page.
     """
     path = Path(folder) / "report.html"
-    with explained(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        script = None if shared is None else os.path.relpath(share_script(shared), path.parent).replace(os.sep, "/")
-        write_atomically(path, page(result, script))
+    script = None if shared is None else os.path.relpath(share_script(shared), path.parent).replace(os.sep, "/")
+    write_atomically(path, page(result, script))
     return path
 
 

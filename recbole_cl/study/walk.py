@@ -10,7 +10,6 @@ import json
 import logging
 import multiprocessing
 import os
-import shutil
 import threading
 import time
 import traceback
@@ -22,7 +21,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from recbole_cl.checkpoint import explained, write_atomically
+from recbole_cl.disk import clear, explained, refuse_links, refuse_links_to, write_atomically
 from recbole_cl.errors import ConfigError, RecBoleCLError
 from recbole_cl.lock import hold
 from recbole_cl.report import write_report
@@ -38,8 +37,10 @@ def state(cell: Cell, folder: Path) -> str:
 
     Raises:
         ConfigError: If the folder holds a run of other settings.
+        OutputError: If a part of its path inside the study's folder is a link.
     """
     own = folder / cell.folder
+    refuse_links_to(folder, cell.folder)
     if (own / CELL).is_file():
         then = json.loads((own / CELL).read_text(encoding="utf-8"))
         if then["digest"] != cell.digest:
@@ -109,6 +110,7 @@ def _run_held(
     torch.set_num_threads(threads)
     logging.getLogger().setLevel(logging.ERROR)
     with explained(folder):
+        refuse_links(folder, (CELL, REFUSED, PROBE))
         note = {"digest": digest, "settings": settings, **({"probe": probe} if probe else {}), "done": False}
         write_atomically(folder / CELL, json.dumps(note, indent=1, default=str))
     given = {**settings, "output_dir": str(folder), "show_progress": False, "checkpoint_keep": 1}
@@ -132,7 +134,7 @@ def _run_held(
             traceback.print_exc()
         return {"state": "refused" if refused else "failed", "told": told, "error": type(error).__name__}
     write_atomically(folder / CELL, json.dumps({**note, "done": True}, indent=1, default=str))
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # a study keeps numbers, not weights
+    clear(folder / "checkpoints")  # a study keeps numbers, not weights
     return {"state": "done", "told": "", "error": ""}
 
 
@@ -150,14 +152,16 @@ def walk(plan: Plan, folder: Path, jobs: int = 1, threads: int = 1) -> list[str]
 
     Raises:
         ConfigError: If a folder holds a run of other settings.
+        OutputError: If something that the study writes is a link in its folder.
     """
+    refuse_links(folder, ("table.md", "table.csv", "plots.html"))  # what is written when all runs are done
     bases = [cell for cell in plan.cells if cell.base == cell.folder]
     failures = {}
     if bases:  # others wait for what they take over
         failures = walk_cells(f"{plan.name} {plan.preset}, first stages", bases, folder, jobs, threads)
     failures |= walk_cells(f"{plan.name} {plan.preset}", plan.cells, folder, jobs, threads)
     for cell in bases:
-        shutil.rmtree(folder / cell.folder / BASE, ignore_errors=True)
+        clear(folder / cell.folder / BASE)
     return [f"{name}: {told}" for name, told in failures.items()]
 
 
