@@ -145,8 +145,8 @@ def _prune_frozen(run: Path) -> None:
     for pattern in ("*/*/manifest.json", "earlier-*/*/*/manifest.json"):
         for path in run.glob(pattern):
             try:
-                needed |= set(json.loads(path.read_text(encoding="utf-8")).get(FROZEN, ()))
-            except (OSError, ValueError, AttributeError, TypeError):
+                needed |= set(json.loads(seal.read_plain(path, seal.LARGEST_MANIFEST)).get(FROZEN, ()))
+            except (OSError, ValueError, AttributeError, TypeError, RecursionError):
                 return  # what a broken one needs is not known
     for file in (run / FROZEN).iterdir():
         if file.stem not in needed:

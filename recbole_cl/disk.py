@@ -46,6 +46,7 @@ def explained(folder: Path, field: str = "output_dir") -> Iterator[None]:
         remedy = {
             errno.ENOSPC: f"the disk is full; free space and {again}",
             errno.EDQUOT: f"the quota is used up; free space and {again}",
+            errno.EFBIG: f"the file would be larger than this process may write (ulimit -f); raise that, and {again}",
             errno.EROFS: f"the file system is read-only; choose another {field}",
         }.get(error.errno or 0, another)
         raise OutputError(f"{field}: cannot write to {folder}: {error.strerror or error}; {remedy}") from error

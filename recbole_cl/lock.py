@@ -26,7 +26,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from recbole_cl.checkpoint import explained
+from recbole_cl.disk import explained
 from recbole_cl.errors import ConfigError
 
 LOGGER = logging.getLogger("recbole_cl")

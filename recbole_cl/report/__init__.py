@@ -15,6 +15,7 @@ from recbole_cl.disk import write_atomically
 from recbole_cl.errors import DataError
 from recbole_cl.report.html import page
 from recbole_cl.report.picture import picture
+from recbole_cl.report.shape import check_result
 from recbole_cl.report.skeleton import share_script
 from recbole_cl.report.terminal import terminal_summary
 
@@ -59,12 +60,13 @@ def render_folder(path: str | Path) -> str:
         source = source / "result.json"
     try:
         result = json.loads(source.read_text(encoding="utf-8"))
+        check_result(result)
     except OSError as error:
         raise DataError(f"{source} cannot be read ({error.strerror}); is this the output_dir of a run?") from error
-    except ValueError as error:
-        raise DataError(f"{source} is not JSON: {error}") from error
-    if not isinstance(result, dict):
-        raise DataError(f"{source} holds a {type(result).__name__}, not the result of a run")
+    except DataError as error:
+        raise DataError(f"{source}: {error}; restore it from a copy, or run again") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{source} is not JSON: {error}; restore it from a copy, or run again") from error
     write_report(result, source.parent)
     # A folder may have been moved since the run: say where it lies now.
     return terminal_summary({**result, "output_dir": str(source.parent)})
