@@ -495,7 +495,7 @@ MODEL_SCHEMA: dict[str, Rule] = {
         (
             _DEPTH,
             "n_layers num_layers n_heads num_heads block_num cross_layer_num context_hops n_hop n_hops n_iterations "
-            "depth expert_num k_interests mmoe_experts pcl_heads",
+            "depth expert_num k_interests mmoe_experts pcl_heads nv nh",
         ),
         (
             fraction(whole=False),
@@ -503,7 +503,8 @@ MODEL_SCHEMA: dict[str, Rule] = {
             "message_dropout node_dropout node_dropout_rate item_dropout sess_dropout",
         ),
         (many(fraction(whole=False)), "dropout_probs"),
-        (fraction(), "mask_ratio corruption_ratio tau_ratio"),
+        (fraction(), "corruption_ratio tau_ratio ft_ratio"),
+        (Rule("a number above 0 and at most 1", lambda v: is_number(v) and 0 < v <= 1), "mask_ratio"),
         (positive(), "initializer_range layer_norm_eps ssl_tau ssl_temp tau temperature soft_mask_scale"),
         (
             _STRENGTH,

@@ -183,6 +183,38 @@ def test_what_was_not_liked_is_no_target(log: dict[str, Any]) -> None:
         assert tested == 4, "users of the six liked (18, 19, 23, 24, 28, 29) among the test targets 15 to 29"
 
 
+def bad_values() -> list[tuple[str, str, Any]]:
+    """Each property in the files of some of RecBole's models with values of other kinds than its default."""
+    found = []
+    for model in ("SASRec", "GRU4Rec", "Caser", "NARM", "BERT4Rec", "LightGCN", "NeuMF", "NCL", "DIEN", "SRGNN", "MKR"):
+        for key, default in read_properties(RECBOLE / "properties" / "model" / f"{model}.yaml").items():
+            text = default is None or (isinstance(default, str) and key not in ("hidden_act", "loss_type"))
+            for value in ("x", {"a": 1}, ["a"], float("nan"), 10**18, -1, 2.5):
+                number = isinstance(default, float) and isinstance(value, int | float) and value == value
+                if key not in ("transform", "train_neg_sample_args") and not (text and value == "x") and not number:
+                    found.append((model, key, value))
+    return found
+
+
+FITS = ("number", "integer", "True or False", "a text", "a list", "one of", "none of BPR, CE")
+
+
+def test_values_of_another_kind_are_refused_for_models() -> None:
+    """One line each, with property and value: 48 of them ended in bare exceptions of PyTorch's."""
+    tried = 0
+    for model, key, value in bad_values():
+        with pytest.raises(ConfigError, match=f"{key}") as caught:
+            make(model, **{key: value})
+        assert repr(value) in str(caught.value) and any(words in str(caught.value) for words in FITS)
+        tried += 1
+    assert tried > 250
+
+
+def test_what_a_model_dies_of_is_told_with_its_properties(log: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"model 'NeuMF' cannot be made with .*use_pretrain: True"):
+        walk("NeuMF", log, use_pretrain=True)
+
+
 def test_unused_columns_are_not_read(log: dict[str, Any]) -> None:
     """Of a column that is dropped after loading a model sees as little as of one that was not loaded."""
     given = {"threshold": {"rating": 4}, "metrics": ["AUC"], "valid_metric": "AUC", "mlp_hidden_size": [8]}

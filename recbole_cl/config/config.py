@@ -34,6 +34,7 @@ from recbole_cl.config.files import RECBOLE, component_defaults, properties_dir
 from recbole_cl.config.keys import check_keys, library_keys
 from recbole_cl.config.loading import check_loading
 from recbole_cl.config.metrics import check_metrics, own_metrics, told_to_recbole
+from recbole_cl.config.model_values import check_model_values
 from recbole_cl.config.models import check_class, get_model_class
 from recbole_cl.config.parity import settle
 from recbole_cl.config.recbole_properties import check_for_model
@@ -162,10 +163,7 @@ class CLConfig(Config):
         return [os.fspath(file) for file in files]
 
     def _load_config_files(self, file_list: Iterable[str] | None) -> dict[str, Any]:
-        values: dict[str, Any] = {}
-        for file in file_list or ():
-            values.update(read_properties(file))
-        return values
+        return {key: value for file in file_list or () for key, value in read_properties(file).items()}
 
     def _load_variable_config_dict(self, config_dict: Mapping[str, Any] | None) -> dict[str, Any]:
         for key in config_dict or {}:
@@ -237,7 +235,7 @@ class CLConfig(Config):
         base = next((n for n in names if (RECBOLE / "properties" / "model" / f"{n}.yaml").is_file()), model)
         super()._load_internal_config_dict(base, model_class, dataset)
 
-        self._above_quick_start: set[str] = set(self.external_config_dict)
+        self._above_quick_start = set(self.external_config_dict)
         own_dataset = properties_dir() / "dataset" / f"{dataset}.yaml"
         if own_dataset.is_file():
             self._add_layer(read_properties(own_dataset), schema.declared_types(own_dataset))
@@ -301,6 +299,7 @@ class CLConfig(Config):
             if isinstance(final.get(key), list) and len(final[key]) == 2:
                 final[key] = f"[{final[key][0]},{final[key][1]}]"
         schema.check(final)
+        check_model_values(self.external_config_dict, self._classes())
         if final["n_stages"] is None and self.internal_config_dict["n_stages"] is not None:
             raise ConfigError(
                 f"property 'n_stages' is None; the scheduler {self._scheduler!r} needs a number of stages"
