@@ -6,7 +6,7 @@
     answer    a1 -> b4 -> c0 -> d6                    beam search over the trie of the items that are allowed
 
 The base stage has two passes: all weights, then the adapter on the frozen base; around a checkpoint (``llm``) it has
-one, adapter and rows of the codes' tokens. Later stages train the adapter alone, and the rows if ``llm_tokens`` says so.
+one, adapter and rows of the tokens. Later stages train the adapter alone, and the rows if ``llm_tokens`` says so.
 Strategies that say how it is held reach it by :meth:`PESO.adapters` (the capability ``continual_lora``).
 """
 
