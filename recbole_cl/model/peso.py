@@ -34,6 +34,7 @@ from recbole_cl.model.all_positions import passes
 from recbole_cl.model.contract import ContinualModel, StageTrainer
 from recbole_cl.model.language import language
 from recbole_cl.model.small_llama import factors, lora_layers, token_loss, train_only
+from recbole_cl.model.state import RUN
 from recbole_cl.registry import Registry, encoders, models, tokenisers
 from recbole_cl.stream.batch import TARGETS
 
@@ -101,15 +102,20 @@ class PESO(ContinualModel, SequentialRecommender):
     # -- the contract ---------------------------------------------------------------------------------------------
 
     def frozen_bases(self) -> dict[str, dict[str, Any]]:
-        """Returns the index of the items' codes, which has no tensors, and the checkpoint that the adapter is for.
+        """Returns the index of the items' codes, which has no tensors, and the language model under its adapter.
 
-        What was trained on other codes or another checkpoint is refused.
+        A checkpoint of other codes, or of an adapter for another language model, is refused. A base that the run has
+        trained itself is frozen from the second pass on.
         """
         bases: dict[str, dict[str, Any]] = {"semantic_ids": {**self._source, "names": []}}
+        own = ["lora_", "trainable_tokens_delta"]
+        if self.language.base is None and self.config["llm_tokens"] == "every":
+            own += ["embed_tokens", "lm_head"]
+        names = [f"llm.{name}" for name in self.llm.state_dict() if not any(part in name for part in own)]
         if self.language.base is not None:
-            own = ("lora_", "trainable_tokens_delta")
-            names = [f"llm.{name}" for name in self.llm.state_dict() if not any(part in name for part in own)]
             bases["llm"] = {**self.language.base, "names": names}
+        elif not self.llm.model.norm.weight.requires_grad:
+            bases["llm"] = {"source": RUN, "names": names}
         return bases
 
     def plan_stage(self, ctx: StageContext, passes: list[Pass]) -> list[Pass]:
