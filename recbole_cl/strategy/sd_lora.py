@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from recbole_cl.generative.lora import direction_factors
+from recbole_cl.generative.lora import Factors, direction_factors
 from recbole_cl.registry import strategies
 from recbole_cl.strategy.base import require
 from recbole_cl.strategy.context import StageContext
@@ -54,6 +54,12 @@ class SDLoRA(Cumulative):
 
     def parameters(self) -> Iterable[nn.Parameter]:
         return [self.magnitudes[name] for name in sorted(self.magnitudes)]
+
+    def beside(self, name: str, like: torch.Tensor) -> list[Factors]:
+        scale = self._scaling if self.params["scaled"] else 1.0
+        weights = scale * self.magnitudes[name].detach().to(like.device)
+        pairs = map(direction_factors, self.of_layer(name, like))
+        return [(a, weight * b) for weight, (a, b) in zip(weights, pairs, strict=True)]
 
     def output(self, name: str, inputs: torch.Tensor, base: nn.Linear) -> torch.Tensor:
         if name not in self._directions or self._directions[name][0].device != base.weight.device:

@@ -58,6 +58,15 @@ class Cumulative(Strategy):
         """Returns what an adapted layer's base and the past answer; only asked while something is ``used``."""
         raise NotImplementedError(f"{type(self).__name__} must implement output(name, inputs, base)")
 
+    def beside(self, name: str, like: torch.Tensor) -> list[Factors]:
+        """Returns factors A, B whose products are what the used past adds to a layer's weight.
+
+        Args:
+            name: The adapted layer.
+            like: A tensor on the device that is wanted.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must implement beside(name, like)")
+
     def past_changed(self) -> None:
         """Forgets what was computed from the past."""
 
