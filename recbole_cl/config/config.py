@@ -30,7 +30,7 @@ from recbole_cl.config.columns import LogFiles, check_knowledge_graph, loaded_co
 from recbole_cl.config.components import Chosen, ComponentDefaults, check_parameters, chosen_components
 from recbole_cl.config.datasets import EXAMPLE
 from recbole_cl.config.device import choose_device
-from recbole_cl.config.files import RECBOLE, component_defaults, properties_dir
+from recbole_cl.config.files import RECBOLE, component_defaults, config_file, properties_dir
 from recbole_cl.config.keys import check_keys, library_keys
 from recbole_cl.config.metrics import check_metrics, own_metrics, told_to_recbole
 from recbole_cl.config.models import check_class, get_model_class
@@ -156,7 +156,7 @@ class CLConfig(Config):
             files.extend(config_file_list or ())
         asked = self.cmd_config_dict.pop("config_files", None)
         files += asked.split() if isinstance(asked, str) else list(asked or ())
-        return [os.fspath(file) for file in files]
+        return [config_file(file) for file in files]
 
     def _load_config_files(self, file_list: Iterable[str] | None) -> dict[str, Any]:
         values: dict[str, Any] = {}

@@ -71,8 +71,8 @@ class SDLoRA(Cumulative):
             magnitudes.data = magnitudes.data.to(a.device)
         each = magnitudes.repeat_interleave(len(a) // len(magnitudes))
         scale = self._scaling if self.params["scaled"] else 1.0
-        added = ((inputs @ a.T) * (scale * each)) @ b.T
-        return nn.functional.linear(inputs, base.weight, base.bias) + added
+        added = ((inputs.to(a.dtype) @ a.T) * (scale * each)) @ b.T  # a checkpoint may be of bfloat16
+        return nn.functional.linear(inputs, base.weight, base.bias) + added.to(base.weight.dtype)
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "magnitudes": {name: p.detach() for name, p in self.magnitudes.items()}}
