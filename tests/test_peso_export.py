@@ -88,6 +88,7 @@ def test_an_adapter_for_a_checkpoint(log: Path, tmp_path: Path, tied: bool, caps
         ("PESO", {}, 2),
         ("SumLoRA", {"sum_lora_scaled": True}, 6),
         ("SDLoRA", {"sd_lora_adapters": "latest", "sd_lora_inherit": True}, 4),
+        ("SDLoRA", {"sd_lora_shared": True, "sd_lora_current": True, "sd_lora_init": 0.8}, 6),
         ("InfLoRA", {}, 6),
     ],
 )

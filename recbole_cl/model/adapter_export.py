@@ -29,7 +29,10 @@ PREFIX = "base_model.model."
 
 
 def export_adapter(
-    model: Any, folder: str | Path, past: Mapping[str, Sequence[Factors]] | None = None
+    model: Any,
+    folder: str | Path,
+    past: Mapping[str, Sequence[Factors]] | None = None,
+    own: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """Writes the adapter of a model, and returns what was written: ``bytes``, ``numbers``, ``rank``, ``tokens``.
 
@@ -37,6 +40,7 @@ def export_adapter(
         model: A model whose language model has one adapter (:class:`recbole_cl.model.peso.PESO`).
         folder: Where; what stands there is replaced.
         past: Of each layer's name, factors whose products are added to its weight beside the adapter.
+        own: Of each layer's name, what its adapter is multiplied by; default 1.
 
     Raises:
         ConfigError: If the model has no such adapter.
@@ -51,7 +55,9 @@ def export_adapter(
     for name, (a, b) in model.adapters().items():
         beside = list((past or {}).get(name, ()))
         wide = torch.cat([*(one for one, _ in beside), a.detach().float()])
-        tall = torch.cat([*(other * (rank / alpha) for _, other in beside), b.detach().float()], dim=1)
+        tall = torch.cat(
+            [*(other * (rank / alpha) for _, other in beside), (own or {}).get(name, 1.0) * b.detach().float()], dim=1
+        )
         ranks.add(len(wide))
         tensors[f"{PREFIX}{name}.lora_A.weight"] = wide
         tensors[f"{PREFIX}{name}.lora_B.weight"] = tall

@@ -28,8 +28,9 @@ def export_adapter(run: Recommender, folder: str | Path) -> dict[str, Any]:
     """
     if not offers(run.model, "adapters"):
         raise ConfigError(f"model: {run.config['model']} has no adapter of a language model to export; PESO has one")
-    past = None
+    past, own = None, None
     for member in run.strategy.members:
         if isinstance(member, Cumulative) and member.used:
             past = {name: member.beside(name, a) for name, (a, _) in run.model.adapters().items()}
-    return write(run.model, folder, past)
+            own = {name: member.own_weight(name) for name in past}
+    return write(run.model, folder, past, own)
