@@ -84,6 +84,7 @@ def page() -> str:
         *folder("aggregator", "Aggregators", "Where `protofed_aggregator` names it: `--kmeans_momentum=0.3`."),
         *folder("engine", "Engines", "Where `protofed_engine` names it."),
         *folder("llm_client", "LLM clients", "Where a model names a client: `--openai_model=...`."),
+        *folder("preset", "Presets", "Settings that belong together: `--config_files=peso_paper`; later files win."),
         *folder("model", "Models", "What a model sets or adds; the properties of RecBole's models are RecBole's."),
     ]
     return "\n".join(parts).rstrip() + "\n"

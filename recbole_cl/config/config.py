@@ -30,7 +30,7 @@ from recbole_cl.config.columns import LogFiles, check_knowledge_graph, loaded_co
 from recbole_cl.config.components import Chosen, ComponentDefaults, check_parameters, chosen_components
 from recbole_cl.config.datasets import EXAMPLE, dataset_name
 from recbole_cl.config.device import choose_device
-from recbole_cl.config.files import RECBOLE, component_defaults, properties_dir
+from recbole_cl.config.files import RECBOLE, component_defaults, config_file, properties_dir
 from recbole_cl.config.keys import check_keys, library_keys
 from recbole_cl.config.loading import check_loading
 from recbole_cl.config.metrics import check_metrics, own_metrics, told_to_recbole
@@ -160,7 +160,7 @@ class CLConfig(Config):
             files.extend(config_file_list or ())
         asked = self.cmd_config_dict.pop("config_files", None)
         files += asked.split() if isinstance(asked, str) else list(asked or ())
-        return [os.fspath(file) for file in files]
+        return [config_file(file) for file in files]
 
     def _load_config_files(self, file_list: Iterable[str] | None) -> dict[str, Any]:
         return {key: value for file in file_list or () for key, value in read_properties(file).items()}
