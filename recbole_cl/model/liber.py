@@ -6,7 +6,6 @@ import functools
 import logging
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from recbole.data.interaction import Interaction
 from recbole.model.abstract_recommender import AbstractRecommender
@@ -21,14 +20,13 @@ from recbole_cl.model.contract import ContinualModel
 from recbole_cl.model.liber_fusion import InterestFusion, KnowledgeAdded, KnowledgeField
 from recbole_cl.model.liber_knowledge import Knowledge, Learner
 from recbole_cl.model.liber_report import report_of
+from recbole_cl.model.liber_rows import COUNT, USER, with_partitions
 from recbole_cl.model.liber_texts import folder_of, history_of
 from recbole_cl.registry import encoders, llm_clients, models
 from recbole_cl.rng import derive, seeded, torch_generator
-from recbole_cl.stream.batch import HI, LO, POSITION, TARGETS, Batcher
+from recbole_cl.stream.batch import TARGETS, Batcher
 from recbole_cl.stream.stage import Targets
 
-USER, COUNT = "_liber_user", "_liber_count"
-"""Fields of rows: whose partitions are seen, and how many of them, the oldest; ``[B]``, or ``[B, L]`` of windows."""
 VECTORS = ("real", "zeros", "shuffled", "random", "none")
 PROBED = 64
 _LOG = logging.getLogger("recbole_cl")
@@ -80,6 +78,9 @@ class LIBER(ContinualModel, AbstractRecommender):
     backbone_types = frozenset({ModelType.CONTEXT, ModelType.SEQUENTIAL})
     type_of_backbone = True
     components: ClassVar[Any] = {"liber_client": llm_clients, "liber_encoder": encoders}
+    changeable = frozenset(f"liber_{name}" for name in (
+        "concurrency", "retries", "max_calls", "max_tokens", "calls_per_minute", "price_read", "price_written"
+    ))  # fmt: skip
 
     def __new__(cls, config: Any, dataset: Any) -> LIBER:
         """Makes one that scores all items at once where its backbone does: evaluation asks the class."""
@@ -217,29 +218,12 @@ class LIBER(ContinualModel, AbstractRecommender):
         """Adds whose partitions a row sees and how many; of a window, at each of its positions."""
         if self.way == "none":
             return rows
-        table, seen = batcher.stream.table, history_of(self.config, batcher.stream).seen
-        if TARGETS in rows:
-            lo, last = rows[LO].numpy(), rows[HI].numpy()
-            at = np.minimum(lo[:, None] + np.arange(rows[TARGETS].size(1)), last[:, None] - 1) + 1
-            position = table.seq[at]
-            user = np.broadcast_to(targets.user[:, None], position.shape)
-            whole = np.broadcast_to(last[:, None] < len(table), position.shape)
-        else:
-            position, user = rows[POSITION].numpy(), targets.user
-            # Histories in which some interactions never were (streams of tasks) lie behind the log's own sequences.
-            whole = (targets.hi <= len(table)) if batcher.table is table else np.ones(len(user), dtype=bool)
-        count = np.where(whole & (table.user[position] == user), seen[position], 0)
-        if batcher.stream.history == "stage":  # histories are cut off where the stage begins
-            count = np.zeros_like(count)
-        rows.interaction[USER] = torch.from_numpy(np.ascontiguousarray(user))
-        rows.interaction[COUNT] = torch.from_numpy(count)
-        return rows
+        return with_partitions(history_of(self.config, batcher.stream), batcher, rows, targets)
 
-    def _fused(self, batch: Interaction) -> torch.Tensor:
-        """Returns what goes into the backbone: shape ``[B, out]``, or ``[n, out]`` of the supervised positions."""
+    def _fused(self, batch: Interaction, wanted: torch.Tensor | None = None) -> torch.Tensor:
+        """Returns what goes into the backbone: shape ``[B, out]``, or ``[n, out]`` of the wanted positions."""
         user, count = batch[USER], batch[COUNT]
-        if TARGETS in batch:
-            wanted = batch[TARGETS] > 0
+        if wanted is not None:
             user, count = user[wanted], count[wanted]
         known = user < len(self._starts) - 1
         user = torch.where(known, user, 0)
@@ -255,10 +239,11 @@ class LIBER(ContinualModel, AbstractRecommender):
     def _inject(self, batch: Interaction) -> None:
         if self.way == "none":
             return
-        fused = self._fused(batch)
+        windows = TARGETS in batch
+        fused = self._fused(batch, batch[TARGETS] > 0 if windows else None)
         backbone: Any = self.backbone
         if self.way == "added":
-            backbone.windows = TARGETS in batch
+            backbone.windows = windows
         injected = self.join(fused) if self.way == "hook" else fused
         if self._probing is not None:
             injected = self._probing = torch.randn_like(injected).requires_grad_()
@@ -296,7 +281,10 @@ class LIBER(ContinualModel, AbstractRecommender):
 
     def calculate_loss(self, interaction: Interaction) -> Any:
         self._inject(interaction)
-        return self.backbone.calculate_loss(interaction)
+        loss = self.backbone.calculate_loss(interaction)
+        if self.way == "added":
+            self.backbone.windows = False
+        return loss
 
     def predict(self, interaction: Interaction) -> torch.Tensor:
         self._inject(interaction)
@@ -307,6 +295,13 @@ class LIBER(ContinualModel, AbstractRecommender):
                 raise
             raise self._refused(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
         return found
+
+    def causal_part(self) -> Any:
+        """Returns the backbone where it answers at all positions of a window."""
+        return self.backbone if self.trains_all_positions else self
+
+    def added_at(self, batch: Interaction, at: torch.Tensor) -> torch.Tensor | None:
+        return self._fused(batch, at) if self.way == "added" else None
 
     # -- what is told ---------------------------------------------------------------------------------------------
 
@@ -331,6 +326,13 @@ class _Ranking:
         self._inject(interaction)  # type: ignore[attr-defined]
         found: torch.Tensor = self.backbone.full_sort_predict(interaction)  # type: ignore[attr-defined]
         return found
+
+    def item_vectors(self) -> torch.Tensor:
+        """Returns the backbone's vectors of items, shape ``[n_items, d]``."""
+        table = getattr(self.backbone, "item_embedding", None)  # type: ignore[attr-defined]
+        if not isinstance(table, nn.Embedding):
+            raise ConfigError(f"vectors: {self.config['liber_backbone']} has none of items")  # type: ignore[attr-defined]
+        return table.weight
 
 
 @functools.cache

@@ -151,6 +151,7 @@ class Profiles:
         keys = [request.key for request in [*asked, *self._shifts(cascade, rows, kept).values()]]
         count = cascade.cache.forget(keys)
         cascade.cache.close()
-        for file in (folder_of(self.config) / "vectors").glob("*.safetensors"):
+        folder = folder_of(self.config)
+        for file in [*(folder / "vectors").glob("*.safetensors"), *(folder / "words").glob("user-*.json")]:
             file.unlink()
         return count

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from recbole_cl.llm.cascade import Cascade, Limits
 from recbole_cl.llm.catalogue import Catalogue, line, profile
 from recbole_cl.llm.clients.base import Request
 from recbole_cl.llm.partitions import Partitions, Rules, visible
-from recbole_cl.llm.prompts import read_prompt
+from recbole_cl.llm.prompts import Prompt, read_prompt
 from recbole_cl.llm.texts import tokens
 from recbole_cl.registry import llm_clients
 from recbole_cl.stream.build import Stream
@@ -22,11 +23,11 @@ SECONDS_A_DAY = 86400
 
 
 def folder_of(config: Any) -> Path:
-    """Returns the folder that keeps answers and vectors."""
+    """Returns the folder that keeps answers and vectors: of a saved run that has moved, where it lies now."""
     if config["liber_folder"]:
         return Path(config["liber_folder"]).expanduser()
     if config["output_dir"]:
-        return Path(config["output_dir"]).expanduser() / "knowledge"
+        return (getattr(config, "folder", None) or Path(config["output_dir"]).expanduser()) / "knowledge"
     return Path("runs") / "knowledge" / str(config["dataset"])
 
 
@@ -75,16 +76,21 @@ class History:
         table = stream.table
         self.partitions = Partitions.of(table.seq[: len(table)], table.ptr, table.timestamp, rules_of(config, stream))
         self.seen = visible(self.partitions, table.user, np.arange(len(table)), table.timestamp)
-        self.prompts = {kind: read_prompt(kind, str(config["liber_prompts"])) for kind in ("summary", "shift")}
         self.calls: dict[int, int] = {}
         self.seconds: dict[int, float] = {}
         self._items: Catalogue | None = None
         self._written: dict[tuple[int, bool | None], tuple[dict[str, Any], str]] = {}
 
+    @functools.cached_property
+    def prompts(self) -> dict[str, Prompt]:
+        """The prompts by kind, read where they are needed: a saved run that is only asked does without."""
+        return {kind: read_prompt(kind, str(self.config["liber_prompts"])) for kind in ("summary", "shift")}
+
     def _read(self) -> None:
         if self._items is None:
-            self._items = Catalogue(self.config, "item", "liber_item_fields", self.config["liber_item_fields"])
-            self._users = Catalogue(self.config, "user", "liber_user_fields", self.config["liber_user_fields"])
+            kept = folder_of(self.config) / "words"
+            self._items = Catalogue(self.config, "item", "liber_item_fields", self.config["liber_item_fields"], kept)
+            self._users = Catalogue(self.config, "user", "liber_user_fields", self.config["liber_user_fields"], kept)
             dataset = self.stream.dataset
             self._item_tokens = dataset.field2id_token[dataset.iid_field]
             self._user_tokens = dataset.field2id_token[dataset.uid_field]
