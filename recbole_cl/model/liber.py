@@ -20,14 +20,15 @@ from recbole_cl.model.contract import ContinualModel
 from recbole_cl.model.liber_fusion import InterestFusion, KnowledgeAdded, KnowledgeField
 from recbole_cl.model.liber_knowledge import Knowledge, Learner
 from recbole_cl.model.liber_report import report_of
+from recbole_cl.model.liber_items import item_vectors, no_items
 from recbole_cl.model.liber_rows import COUNT, USER, with_partitions
+from recbole_cl.model.liber_tables import READINGS, SHIFTS, VECTORS, interest_tables, item_table
 from recbole_cl.model.liber_texts import folder_of, history_of
 from recbole_cl.registry import encoders, llm_clients, models
-from recbole_cl.rng import derive, seeded, torch_generator
+from recbole_cl.rng import derive, seeded
 from recbole_cl.stream.batch import TARGETS, Batcher
 from recbole_cl.stream.stage import Targets
 
-VECTORS = ("real", "zeros", "shuffled", "random", "none")
 PROBED = 64
 _LOG = logging.getLogger("recbole_cl")
 
@@ -121,6 +122,10 @@ class LIBER(ContinualModel, AbstractRecommender):
         for table in ("_summaries", "_shifts"):
             self.register_buffer(table, torch.zeros(0, size), persistent=False)
         self.register_buffer("_starts", torch.zeros(1, dtype=torch.int64), persistent=False)
+        self.with_items = bool(config["liber_item_field"]) and self.way != "none"
+        self.items = no_items(size)
+        if self.with_items:
+            self.register_buffer("_items", torch.zeros(0, size), persistent=False)
         if self.way == "none":
             return
         # Drawn apart, so that the backbone's own draws, dropout included, are those of the plain backbone.
@@ -137,26 +142,36 @@ class LIBER(ContinualModel, AbstractRecommender):
         else:
             table = getattr(backbone, "item_embedding", None)
             out = int(table.weight.size(1)) if table is not None else int(config["embedding_size"])
-        self.fusion = InterestFusion(size, hidden, out, zero=self.way == "added")
+        self.fusion = InterestFusion(
+            size, hidden, out, zero=self.way == "added", mixes=config["liber_attention"] == "self",
+            experts=int(config["liber_experts"]), items=self.with_items,
+        )  # fmt: skip
         if self.way == "hook":
             first = next(m for m in backbone.dnn_mlp_layers.modules() if isinstance(m, nn.Linear))
             self.join = nn.Linear(out, first.out_features, bias=False)
             nn.init.zeros_(self.join.weight)
             first.register_forward_hook(self._add_to_first_layer)
+            if self.with_items:
+                self.join_item = nn.Linear(out, first.out_features, bias=False)
+                nn.init.zeros_(self.join_item.weight)
         if config["liber_query"] == "target":
             self.target_query = nn.Embedding(n_items, size, padding_idx=0)
             nn.init.zeros_(self.target_query.weight)
 
     @staticmethod
     def _check(config: Any, kind: Any) -> None:
-        for key, known in (("liber_vectors", VECTORS), ("liber_query", ("learned", "target"))):
+        for key, known in (
+            ("liber_vectors", VECTORS), ("liber_query", ("learned", "target")), ("liber_shift", SHIFTS),
+            ("liber_attention", ("pooled", "self")), ("liber_reading", READINGS),
+        ):  # fmt: skip
             if config[key] not in known:
                 raise ConfigError(f"property {key!r} is {config[key]!r}; it must be one of {', '.join(known)}")
-        if config["liber_query"] == "target" and kind.type != ModelType.CONTEXT and not _has_perceptron(kind):
-            raise ConfigError(
-                f"property 'liber_query' is 'target', but {config['liber_backbone']} knows the user before the item; "
-                f"use 'learned'"
-            )
+        for key, value, instead in (("liber_query", "target", "'learned'"), ("liber_item_field", True, False)):
+            if config[key] == value and kind.type != ModelType.CONTEXT and not _has_perceptron(kind):
+                raise ConfigError(
+                    f"property {key!r} is {value!r}, but {config['liber_backbone']} knows the user before the item; "
+                    f"use {instead}"
+                )
 
     def _refused(self, reason: object) -> ConfigError:
         return ConfigError(
@@ -174,39 +189,29 @@ class LIBER(ContinualModel, AbstractRecommender):
         history = history_of(self.config, ctx.stream)
         self._learner, self._prepared = Learner(self.config, history), ctx.index
         self.knowledge = self._learner.learn(self.knowledge, ctx.index, _horizon(self.config, ctx))
+        if self.with_items:
+            n, size = ctx.stage.n_items, int(self.config["liber_size"])
+            self.items = item_vectors(self._learner, self.items, n, size)
         self._naive = history.naive()
         self._set_tables()
 
     def _set_tables(self) -> None:
-        known, size = self.knowledge, int(self.config["liber_size"])
-        summaries, shifts = known.summary, known.shift
-        if not len(known):
-            summaries = shifts = torch.zeros(0, size)
-        elif self.vectors == "zeros":
-            summaries, shifts = torch.zeros_like(summaries), torch.zeros_like(shifts)
-        elif self.vectors in ("shuffled", "random"):
-            # By (user, number), so that a partition keeps what it was given as others join it.
-            drawn = torch.stack([self._drawn(int(u), int(n)) for u, n in zip(known.user, known.number, strict=True)])
-            if self.vectors == "random":
-                summaries, shifts = drawn[:, :size] * size**-0.5, drawn[:, size:] * size**-0.5
-            else:
-                order = (drawn[:, 0].argsort().argsort() + 1).remainder(len(known))
-                order = drawn[:, 0].argsort()[order]
-                summaries, shifts = summaries[order], shifts[order]
+        known, size, seed = self.knowledge, int(self.config["liber_size"]), int(self.config["seed"])
+        tables = interest_tables(known, self.vectors, str(self.config["liber_shift"]), size, seed)
         starts = known.starts(int(known.user.max()) + 2 if len(known) else 1)
-        self._summaries, self._shifts = summaries.to(self.device), shifts.to(self.device)
+        self._summaries, self._shifts = (table.to(self.device) for table in tables)
         self._starts = starts.to(self.device)
-
-    def _drawn(self, user: int, number: int) -> torch.Tensor:
-        generator = torch_generator(int(self.config["seed"]), number, f"liber/control/{user}")
-        return torch.randn(2 * int(self.config["liber_size"]), generator=generator)
+        if self.with_items:
+            self._items = item_table(self.items["vector"], self.vectors, seed).to(self.device)
 
     def owned_state(self) -> dict[str, Any]:
-        return {"knowledge": self.knowledge.state_dict()}
+        items = {"items": dict(self.items)} if self.with_items else {}
+        return {"knowledge": self.knowledge.state_dict(), **items}
 
     def load_owned_state(self, state: Any) -> None:
         # Copied: memory read from a file is aligned otherwise, and products may then round otherwise.
         self.knowledge = Knowledge(**{name: value.to("cpu", copy=True) for name, value in state["knowledge"].items()})
+        self.items = {name: value.to("cpu", copy=True) for name, value in state.get("items", self.items).items()}
         self._set_tables()
 
     def side_stores(self) -> dict[str, str]:
@@ -230,6 +235,8 @@ class LIBER(ContinualModel, AbstractRecommender):
         start = self._starts[user]
         end = self._starts[(user + 1).clamp(max=len(self._starts) - 1)]
         count = torch.minimum(torch.where(known, count, 0), end - start)
+        if self.config["liber_reading"] == "whole":  # the newest tells of all that came before
+            start, count = start + (count - 1).clamp(min=0), count.clamp(max=1)
         query = self.target_query(batch[self._item_field()]) if hasattr(self, "target_query") else None
         return self.fusion((self._summaries, self._shifts), start, count, query)
 
@@ -244,7 +251,16 @@ class LIBER(ContinualModel, AbstractRecommender):
         backbone: Any = self.backbone
         if self.way == "added":
             backbone.windows = windows
-        injected = self.join(fused) if self.way == "hook" else fused
+        if self.with_items:
+            item = batch[self._item_field()]
+            table = self._items if len(self._items) else self._items.new_zeros(1, self._items.size(1))
+            of_items = self.fusion.of_items(table.index_select(0, item.clamp(max=len(table) - 1)))
+        if self.way == "field":
+            injected = torch.stack([fused, of_items] if self.with_items else [fused], dim=1)
+        elif self.way == "hook":
+            injected = self.join(fused) + self.join_item(of_items) if self.with_items else self.join(fused)
+        else:
+            injected = fused
         if self._probing is not None:
             injected = self._probing = torch.randn_like(injected).requires_grad_()
         if self.way == "hook":
@@ -273,7 +289,7 @@ class LIBER(ContinualModel, AbstractRecommender):
         finally:
             self._probing = None
             self.train(training)
-        if gradient is None or not gradient.abs().sum() > 0:
+        if gradient is None or not (gradient.abs().sum(0).sum(-1) > 0).all():
             raise self._refused("no gradient reaches it, so it would be trained as if there were none")
         self._admitted = True
 

@@ -115,7 +115,7 @@ class Learner:
     def _answers(self, cascade: Cascade, rows: np.ndarray) -> tuple[list[Kept], dict[int, Kept]]:
         """Returns the summary of each row, and the shift of each row that has a predecessor."""
         parts, prompts = self.history.partitions, self.history.prompts
-        later = rows[parts.number[rows] > 0]
+        later = rows[(parts.number[rows] > 0) & self.history.asks_shifts]
         wanted = np.union1d(rows, later - 1)  # of one user, partitions follow each other
         asked = cascade.named(prompts["summary"], self.history.summaries(wanted))
         kept = dict(zip(wanted.tolist(), cascade.wave(prompts["summary"], asked, "summaries"), strict=True))
@@ -158,7 +158,7 @@ class Learner:
     def _encode(
         self, known: Knowledge, both: list[Kept], closed: torch.Tensor, n: int, stage: int, size: int, has: list[int]
     ) -> dict[str, torch.Tensor]:
-        raw, distinct = clause_vectors([kept.text for kept in both], self._texts)
+        raw, distinct = clause_vectors([kept.text for kept in both], self.encode)
         _LOG.info("LIBER: %d texts have %d distinct clauses, encoded by %s", len(both), distinct, self.encoder)
         shifted = torch.tensor(has, dtype=torch.bool)
         past = closed <= stage
@@ -180,7 +180,8 @@ class Learner:
             "matrix": projection.matrix.contiguous(),
         }  # fmt: skip
 
-    def _texts(self, texts: Any) -> torch.Tensor:
+    def encode(self, texts: Any) -> torch.Tensor:
+        """Returns the configured encoder's vectors of texts, shape ``[n, width]``."""
         parameters = self.config.component_parameters("liber_encoder")
         seed, store = int(self.config["seed"]), self.config["text_cache"]
         if self.encoder == "minilm":

@@ -50,6 +50,8 @@ class Profiles:
 
     def _shifts(self, cascade: Cascade, rows: np.ndarray, kept: dict[int, Kept]) -> dict[int, Request]:
         """Returns the questions for shifts by partition, of those whose two summaries are there."""
+        if not self.history.asks_shifts:
+            return {}
         later = [r for r in rows.tolist() if self.history.partitions.number[r] > 0 and {r - 1, r} <= kept.keys()]
         requests = [self.history.shift(kept[row - 1].text, kept[row].text) for row in later]
         return dict(zip(later, cascade.named(self.history.prompts["shift"], requests), strict=True))
@@ -64,7 +66,7 @@ class Profiles:
         open_ = cascade.missing(asked)
         shifts = self._shifts(cascade, rows, kept)
         open_shifts = cascade.missing(list(shifts.values()))
-        later = int((self.history.partitions.number > 0).sum())
+        later = int((self.history.partitions.number > 0).sum()) * self.history.asks_shifts
         unseen = later - len(shifts)
         each = tokens(self.history.prompts["shift"].text) + 2 * GUESSED_ANSWER
         read = sum(tokens(request.prompt) for request in [*open_, *open_shifts]) + unseen * each
@@ -128,7 +130,7 @@ class Profiles:
             size = int(parts.end[row] - parts.begin[row])
             yield f"partition {int(parts.number[row]) + 1}, {day[0]} to {day[1]}, {size} behaviours"
             yield f"  likes    {kept[row].text if row in kept else 'not asked yet'}"
-            if parts.number[row]:
+            if parts.number[row] and self.history.asks_shifts:
                 answer = changed.get(shifts[row].key) if row in shifts else None
                 yield f"  changed  {answer.text if answer else 'not asked yet'}"
         cascade.cache.close()

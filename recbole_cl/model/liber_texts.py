@@ -11,7 +11,7 @@ import numpy as np
 
 from recbole_cl.llm.cache import AnswerCache
 from recbole_cl.llm.cascade import Cascade, Limits
-from recbole_cl.llm.catalogue import Catalogue, line, profile
+from recbole_cl.llm.catalogue import Catalogue, is_title, line, profile
 from recbole_cl.llm.clients.base import Request
 from recbole_cl.llm.partitions import Partitions, Rules, visible
 from recbole_cl.llm.prompts import Prompt, read_prompt
@@ -69,6 +69,8 @@ class History:
         calls: Calls that this process made, by stage; the models of a stage, references too, ask once among them.
         seconds: Seconds that a stage's answers took, also those that an earlier process had.
         seen: How many of the user's partitions a sample at each position sees, shape ``[N]``.
+        whole: A summary tells of all that came before its partition's end.
+        asks_shifts: Shifts are asked for.
     """
 
     def __init__(self, config: Any, stream: Stream) -> None:
@@ -76,6 +78,8 @@ class History:
         table = stream.table
         self.partitions = Partitions.of(table.seq[: len(table)], table.ptr, table.timestamp, rules_of(config, stream))
         self.seen = visible(self.partitions, table.user, np.arange(len(table)), table.timestamp)
+        self.whole = config["liber_reading"] == "whole"
+        self.asks_shifts = config["liber_shift"] == "cascade" and not self.whole
         self.calls: dict[int, int] = {}
         self.seconds: dict[int, float] = {}
         self._items: Catalogue | None = None
@@ -126,11 +130,25 @@ class History:
         found, longest = [], int(self.config["liber_longest"])
         for row in rows:
             begin, end = int(self.partitions.begin[row]), int(self.partitions.end[row])
+            if self.whole:
+                begin = int(self.stream.table.ptr[self.partitions.user[row]])
             data, lines = self.behaviours(begin, end)
             if len(lines) > longest:
                 lines = [f"({len(lines) - longest} earlier ones are left out)", *lines[-longest:]]
             values = {"profile": self.profile(int(self.partitions.user[row])), "behaviours": "\n".join(lines)}
             found.append(Request("summary", self.prompts["summary"].fill(values), {"behaviours": data}))
+        return found
+
+    def item_texts(self) -> list[str]:
+        """Returns a text for each item, by id: its words, a sentence each; empty where nothing is told of it."""
+        self._read()
+        assert self._items is not None
+        found = []
+        for token in self._item_tokens:
+            words = self._items.words(str(token))
+            titles = [" ".join(words[name]) for name in words if is_title(name)]
+            others = [word for name in words if not is_title(name) for word in words[name]]
+            found.append(". ".join([*titles, *others]))
         return found
 
     def shift(self, previous: str, current: str) -> Request:
