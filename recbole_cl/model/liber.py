@@ -18,9 +18,9 @@ from recbole_cl.config import get_model_class
 from recbole_cl.errors import ConfigError
 from recbole_cl.model.contract import ContinualModel
 from recbole_cl.model.liber_fusion import InterestFusion, KnowledgeAdded, KnowledgeField
+from recbole_cl.model.liber_items import item_vectors, no_items
 from recbole_cl.model.liber_knowledge import Knowledge, Learner
 from recbole_cl.model.liber_report import report_of
-from recbole_cl.model.liber_items import item_vectors, no_items
 from recbole_cl.model.liber_rows import COUNT, USER, with_partitions
 from recbole_cl.model.liber_tables import READINGS, SHIFTS, VECTORS, interest_tables, item_table
 from recbole_cl.model.liber_texts import folder_of, history_of
