@@ -80,7 +80,8 @@ class LIBER(ContinualModel, AbstractRecommender):
     type_of_backbone = True
     components: ClassVar[Any] = {"liber_client": llm_clients, "liber_encoder": encoders}
     changeable = frozenset(f"liber_{name}" for name in (
-        "concurrency", "retries", "max_calls", "max_tokens", "calls_per_minute", "price_read", "price_written"
+        "consent", "concurrency", "retries", "max_calls", "max_tokens", "calls_per_minute", "price_read",
+        "price_written",
     ))  # fmt: skip
 
     def __new__(cls, config: Any, dataset: Any) -> LIBER:

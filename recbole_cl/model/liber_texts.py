@@ -53,7 +53,7 @@ def cascade_of(config: Any) -> Cascade:
     client = config.component("liber_client")(config.component_parameters("liber_client"))
     return Cascade(
         llm_clients.name_of(config["liber_client"]), client, offline({"clauses": 8, "min_count": 2}), cache, limits,
-        progress=bool(config["show_progress"]),
+        progress=bool(config["show_progress"]), consent=bool(config["liber_consent"]),
     )  # fmt: skip
 
 
@@ -151,10 +151,10 @@ class History:
             found.append(". ".join([*titles, *others]))
         return found
 
-    def shift(self, previous: str, current: str) -> Request:
-        """Returns the question for the shift between two summaries."""
+    def shift(self, previous: str, current: str, of: str = "") -> Request:
+        """Returns the question for the shift between two summaries; ``of`` names the newer one's question."""
         values = {"previous": previous, "current": current}
-        return Request("shift", self.prompts["shift"].fill(values), values)
+        return Request("shift", self.prompts["shift"].fill(values), {**values, "of": of})
 
     def naive(self) -> tuple[np.ndarray, np.ndarray]:
         """Returns what asking anew at every behaviour, with all that came before, costs: tokens read at each position.
