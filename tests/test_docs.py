@@ -227,7 +227,7 @@ def test_commands_name_what_exists() -> None:
             assert table[words[1]].takes_properties or not rest, told
         elif words[:2] == ["recbole-cl", "profile"]:
             options = {word.removeprefix("--").partition("=")[0] for word in words[2:] if word.startswith("--")}
-            assert options <= {"dry-run", "show-prompt", "dataset"} | known, told
+            assert options <= {"dry-run", "show-prompt", "dataset", "batch-out", "batch-in", "check"} | known, told
         elif words[0] == "recbole-cl":
             assert words[1] in ("list", "report") and (words[1] == "report" or words[2] in KINDS), told
         for word in words:

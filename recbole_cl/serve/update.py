@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from recbole_cl.errors import ConfigError, nearest
+from recbole_cl.model.contract import contract
 from recbole_cl.results.matrix import smaller_is_better
 from recbole_cl.serve.incoming import read_incoming
 from recbole_cl.stream.build import Stream
@@ -122,6 +123,7 @@ def update(
         )  # fmt: skip
         new = standing_at(changed, stream, moves)
         new.train_stages(stage.index)
+        costs = contract(new.standing(stage.index).model).stage_costs()
         metric, old_figure, new_figure = _compared(saved, stream, moves, new, guard)
         promoted, reason = judged(metric, old_figure, new_figure, margin)
         result = Update(
@@ -133,7 +135,10 @@ def update(
             new_figure,
             len(stage.test),
             used,
-            incoming.notes,
+            [
+                *incoming.notes,
+                *(f"{name}: {value}" for name, value in costs.items() if isinstance(value, int) and value),
+            ],
         )
         if promoted and not dry_run:
             result.champion = _promote(changed, stream, moves, new, result, Path(new_data).name, keep)
