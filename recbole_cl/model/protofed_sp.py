@@ -205,11 +205,14 @@ class ProtoFedSP(ContinualModel, SequentialRecommender):
         rounds = int(self.config["protofed_rounds"])
         return [replace(plan, name=ROUNDS, epochs=rounds, early_stopping=False)]
 
+    def begin_pass(self, ctx: StageContext) -> None:
+        """Lets the backbone, the shared parts or, in rounds, nothing but the clients' prompts be trained."""
+        self.backbone.requires_grad_(ctx.pass_.name == BACKBONE)
+        self.shared.requires_grad_(ctx.pass_.name == SHARED)
+
     def stage_trainer(self, ctx: StageContext, learning_rate: float) -> StageTrainer | None:
         """Returns the trainer of the shared parts or of the rounds; the backbone has RecBole's."""
         name = ctx.pass_.name
-        self.backbone.requires_grad_(name == BACKBONE)
-        self.shared.requires_grad_(name == SHARED)
         if name == BACKBONE:
             self.phase = BACKBONE
             return None

@@ -16,8 +16,10 @@ from safetensors.numpy import save_file
 from recbole_cl import checkpoint
 from recbole_cl.errors import CheckpointError, ConfigError
 from recbole_cl.federated.ledger import BudgetSpent, Ledger
+from recbole_cl.federated.uploads import Upload
 from recbole_cl.model import protofed_sp
 from recbole_cl.model.protofed_plan import budget_of
+from recbole_cl.model.protofed_rounds import Rounds
 from recbole_cl.tree import tree_hash
 
 pytest.importorskip("dp_accounting", reason="dp-accounting, of the extra 'federated', is not installed")
@@ -342,3 +344,35 @@ def test_the_ledger_is_readable(whole: Walk) -> None:
     rows = [json.loads(line) for line in ledger_of(whole).path.read_text().splitlines()]
     assert [row["kind"] for row in rows] == ["charge", "release"] * 4
     assert [row["round"] for row in rows[1::2]] == whole.runner.model.published
+
+
+def test_broken_clients_are_refused_and_the_round_goes_on(
+    job: Job, whole: Walk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What else comes with the uploads is counted by its reason, and the released sums are those of the honest ones."""
+    sent = Rounds.sent
+
+    def attacked(rounds: Rounds, round_id: str, users: np.ndarray, vectors: np.ndarray) -> list[Upload]:
+        honest = sent(rounds, round_id, users, vectors)
+        one, width = users.tolist()[0], vectors.shape[1]
+        return [
+            *honest,
+            Upload(one, round_id, -vectors[0]),  # once more, with its sign turned
+            Upload(one, round_id.replace("round0", "round9"), vectors[0]),  # of another round
+            Upload(10**9, round_id, vectors[0]),  # who was never asked
+            Upload(True, round_id, vectors[0]),
+            Upload("u1", round_id, vectors[0]),
+            Upload(one, None, np.ones(width)),
+        ]
+
+    monkeypatch.setattr(Rounds, "sent", attacked)
+    walk = job.walk(tmp_path)
+    assert ledger_of(walk).path.read_bytes() == ledger_of(whole).path.read_bytes()
+    assert walk.result["matrix"] == whole.result["matrix"]
+    told = {row["reason"]: row["uploads"] for row in walk.result["reports"][1]["tables"]["Refused uploads"]}
+    assert told["a client that was not asked"] == 2 and told["a client that is no number"] == 4
+    assert told["another round: replayed, stale or from the future"] >= 3
+    assert sum(row["refused"] for row in walk.result["reports"][1]["tables"]["Rounds"]) == 12
+    monkeypatch.setattr(Rounds, "sent", lambda *given: [])
+    lonely = job.walk(tmp_path / "all gone")
+    assert np.isfinite(matrix(lonely, "ndcg@5")).all(), "a round that nobody answers ends the run"
