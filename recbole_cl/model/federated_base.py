@@ -29,9 +29,15 @@ from recbole_cl.stream.vocabulary import Growth
 if TYPE_CHECKING:
     from recbole_cl.strategy.context import Pass, StageContext
 
+DISTRIBUTED = "distributed"
+NO_DISTRIBUTED = (
+    "protofed_trust: 'distributed' is not offered: under secure aggregation each client would add a share of discrete "
+    "noise to a rounded vector, a sum of discrete Gaussians is not one, and dp-accounting has the discrete Gaussian of "
+    "one integer only: its figure would not bound this release. Use 'local', which trusts nobody, or 'central'"
+)
 CHOICES = {
     "protofed_new_items": ("cold", "mean", "vectors"),
-    "protofed_trust": TRUST,
+    "protofed_trust": (*TRUST, DISTRIBUTED),
     "protofed_noise": ("seed", "system"),
 }
 BACKBONE = "backbone"
@@ -47,6 +53,7 @@ class FederatedModel(ContinualModel, SequentialRecommender):
 
     Attributes:
         choices: Properties of its own, to the words that each may be.
+        prompt_per: A client's targets share what it answers with in an ``update``, or each ``target`` has its own.
         backbone: The model that the base stage trains.
         phase: ``backbone`` while it is trained and answers alone.
         seen: Items with a trained row, flags of shape ``[n_items]``.
@@ -57,6 +64,7 @@ class FederatedModel(ContinualModel, SequentialRecommender):
     """
 
     choices: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    prompt_per = "update"
     backbone_property: ClassVar[str | None] = "protofed_backbone"
     trains_all_positions = True
 
@@ -66,6 +74,8 @@ class FederatedModel(ContinualModel, SequentialRecommender):
         for key, words in {**CHOICES, **self.choices}.items():
             if config[key] not in words:
                 raise ConfigError(f"{key}: {config[key]!r} is none of {', '.join(words)}{nearest(config[key], words)}")
+        if config["protofed_trust"] == DISTRIBUTED:
+            raise ConfigError(NO_DISTRIBUTED)
         self.backbone = self._make_backbone(config, dataset)
         self.phase = BACKBONE
         self.seen = torch.zeros(self.n_items, dtype=torch.bool)

@@ -35,7 +35,7 @@ def told(model: ProtoFedSP) -> dict[str, Any]:
     numbers |= more
     if model.phase == "backbone":
         return {"numbers": numbers, "tables": tables}
-    epsilon, rows = privacy_rows(model, plan.mechanism, plan.n_releases, {"K and d'": _sizes(model)})
+    epsilon, rows = privacy_rows(model, plan.mechanism, plan.n_releases, _own_rows(model))
     numbers |= epsilon
     tables["Privacy"] = rows
     if model.notes.get("rounds"):
@@ -107,6 +107,12 @@ def _trust(trust: str) -> str:
         "central": "central: the server sees the clipped uploads and adds the noise",
         "local": "local: each client adds the noise to its own upload",
     }[trust]
+
+
+def _own_rows(model: ProtoFedSP) -> dict[str, str]:
+    plan, delta = model.plan, float(model.config["protofed_delta"])
+    cost, radius = plan.mechanism.cost, plan.mechanism.radius
+    return {"K and d'": _sizes(model), **model.aggregator.told(plan.n_releases, cost.sampling, delta, radius)}
 
 
 def _sizes(model: ProtoFedSP) -> str:

@@ -13,12 +13,13 @@ import torch
 from recbole_cl.federated.client import (
     Examples,
     Prompts,
+    alignment_of,
     encode_upload,
     observe,
     recommendation_losses,
     routed,
 )
-from recbole_cl.federated.prompts import alignment, plasticity, short_step, stability
+from recbole_cl.federated.prompts import plasticity, short_step, stability
 from recbole_cl.federated.server import bytes_of_round, server_round
 from recbole_cl.federated.uploads import Upload, accept
 from recbole_cl.rng import numpy_generator
@@ -70,7 +71,10 @@ class ClientData:
         drawn = sampler.sample_repeatable(negatives.size(-1), flat).reshape(negatives.size(-1), -1)
         negatives[supervised] = torch.from_numpy(drawn.T.copy())
         query = self.model.queries_of(sequence[np.cumsum(counts) - 1]).detach()
-        return Examples(torch.from_numpy(owner), sequence, targets, negatives, query)
+        found = Examples(torch.from_numpy(owner), sequence, targets, negatives, query)
+        if self.model.prompt_per == "target":
+            return found.by_target(lambda rows: self.model.queries_of(rows).detach())
+        return found
 
     def trained(self) -> np.ndarray:
         """Returns the numbers of the clients that have a target whose item has a row, rising."""
@@ -123,16 +127,17 @@ class SharedTraining:
         long = prompts.long.clone().requires_grad_(True)
         short = prompts.short.clone().requires_grad_(True)
         alpha = plasticity(prompts.drift, shared.slope, shared.offset).view(-1, 1, 1)
-        prompt = routed(shared, examples.query, settings)
+        apart = examples.row_query is not None  # each target is routed by its own history
+        given = routed(shared, examples.query if examples.row_query is None else examples.row_query, settings)
+        prompt = torch.zeros_like(long) if apart else given
         prompt = prompt + long if settings.long else prompt
         prompt = prompt + alpha * short if settings.short else prompt
-        outputs = model.outputs(examples.sequence)(prompt[examples.client], examples.targets > 0)
+        of_rows = given + prompt[examples.client] if apart else prompt[examples.client]
+        outputs = model.outputs(examples.sequence)(of_rows, examples.targets > 0)
         table = model.backbone.item_embedding.weight
         losses = recommendation_losses(outputs, table, examples, settings.loss)
         weight = stability(prompts.usual, settings.stability, settings.stability_decay)
-        aligned = alignment(
-            shared.encode_prompt(long), shared.prototypes, settings.align_sharpness, settings.align_temperature
-        )
+        aligned = alignment_of(shared, long, alpha * short, shared.prototypes, settings)
         # The decoder's prompts lead back to their prototypes, so that phi and the decoder speak one language.
         cycle = (shared.encode_prompt(shared.decode()) - shared.prototypes).square().sum(-1).mean()
         loss = (losses + (weight * aligned if settings.alignment else 0.0)).mean() + cycle
@@ -209,6 +214,8 @@ class Rounds:
             self.ctx.log("alpha", plasticity(prompts.drift, model.shared.slope, model.shared.offset).mean())
             self.ctx.log("short_zeros", (prompts.short == 0).float().mean())
             vectors = encode_upload(model.shared, prompts, model.plan.mechanism.radius).numpy()
+            sends = model.aggregator.sends(prompts.drift.numpy())
+            users, vectors = users[torch.from_numpy(sends)], vectors[sends]
         if not config["protofed_static"]:
             self._release(epoch, users.numpy(), vectors)
         return float(losses.mean()) if len(losses) else 0.0

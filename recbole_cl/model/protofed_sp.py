@@ -12,7 +12,7 @@ import torch
 from recbole.data.interaction import Interaction
 
 from recbole_cl.errors import ConfigError
-from recbole_cl.federated.client import LOSSES, Behind, Prompts, Settings, composed, observe
+from recbole_cl.federated.client import ALIGNMENTS, LOSSES, PROMPT_PER, Behind, Prompts, Settings, composed, observe
 from recbole_cl.federated.prompts import SharedParts
 from recbole_cl.federated.table import ClientTable
 from recbole_cl.model.all_positions import last_items
@@ -29,6 +29,16 @@ from recbole_cl.stream.stage import Stage, Targets
 if TYPE_CHECKING:
     from recbole_cl.strategy.context import Pass, StageContext
 
+PAPER_LITERAL = {
+    "protofed_aggregator": "AsPrinted",
+    "protofed_epsilon": None,
+    "protofed_prototypes": 128,
+    "protofed_width": 64,
+    "protofed_short_rate": 5.0e-3,
+    "protofed_long_rate": 1.0e-3,
+    "protofed_participation": 0.05,
+}
+"""What the paper prints, where the defaults differ."""
 SHARED, ROUNDS = "shared", "rounds"
 """The second pass of the first stage, which trains on base data outside the guarantee, and that of all later stages."""
 
@@ -53,8 +63,14 @@ class ProtoFedSP(FederatedModel):
         phase: ``backbone`` while it is trained and answers alone, then ``prompts``.
     """
 
+    presets: ClassVar[Mapping[str, Mapping[str, Mapping[str, Any]]]] = {
+        "protofed_preset": {"paper_literal": PAPER_LITERAL}
+    }
     choices: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "protofed_preset": ("honest", "paper_literal"),
         "protofed_loss": LOSSES,
+        "protofed_prompt_per": PROMPT_PER,
+        "protofed_align_form": ALIGNMENTS,
         "protofed_short_lifetime": ("slice", "kept"),
     }
     components: ClassVar[Mapping[str, Registry]] = {
@@ -69,6 +85,7 @@ class ProtoFedSP(FederatedModel):
         self.engine = config.component("protofed_engine")(config.component_parameters("protofed_engine"))
         self.plan = make_plan(config, dataset.stream, self.aggregator)
         self.settings = _settings(config)
+        self.prompt_per = self.settings.prompt_per
         tokens, sizes = int(config["protofed_tokens"]), self.plan.sizes
         with seeded(derive(config["seed"], 0, "protofed/shared")):
             self.shared = SharedParts(

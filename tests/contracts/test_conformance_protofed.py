@@ -328,6 +328,8 @@ def test_online_steps_read_no_label_before_its_answer(job: Job, whole: Walk, tmp
         ({"protofed_participation": 0.0}, "protofed_participation"),
         ({"protofed_epsilon": -1.0}, "protofed_epsilon"),
         ({"protofed_steps": 0}, "protofed_steps"),
+        ({"protofed_trust": "distributed"}, "protofed_trust.*not offered"),
+        ({"protofed_preset": "paper"}, "protofed_preset.*paper_literal"),
         ({"protofed_prototypes": None, "protofed_width": None, "protofed_noise_multiplier": 9.0}, "drown"),
         ({"strategy": "FullRetrain"}, "FullRetrain cannot serve ProtoFedSP"),
         ({"strategy": "EWC"}, "EWC cannot serve"),
@@ -376,3 +378,27 @@ def test_broken_clients_are_refused_and_the_round_goes_on(
     monkeypatch.setattr(Rounds, "sent", lambda *given: [])
     lonely = job.walk(tmp_path / "all gone")
     assert np.isfinite(matrix(lonely, "ndcg@5")).all(), "a round that nobody answers ends the run"
+
+
+def test_a_prompt_for_each_target_and_the_transport_alignment(job: Job, tmp_path: Path) -> None:
+    """Both through a whole walk; the prompts differ from those of an update's one prompt."""
+    pytest.importorskip("ot", reason="POT, of the extra 'federated', is not installed")
+    walk = job.walk(tmp_path, protofed_prompt_per="target", protofed_align_form="wasserstein")
+    trained = [c["targets"] for c in walk.result["curves"] if c["pass"] == "rounds"]
+    assert np.isfinite(matrix(walk, "ndcg@5")).all() and min(trained) > 0
+    assert walk.runner.model.clients.prompts.long.abs().sum() > 0
+
+
+def test_the_paper_literally(job: Job, tmp_path: Path) -> None:
+    """The preset's own defaults, those that were given all the same, and the true epsilon beside the paper's."""
+    kept = {k: v for k, v in SETTINGS.items() if k not in ("protofed_epsilon", "protofed_noise_multiplier",
+            "protofed_prototypes", "protofed_width")}  # fmt: skip
+    literal = Job(ProtoFedSP, job.data, {**kept, "protofed_hidden": 64, "protofed_preset": "paper_literal"})
+    walk = literal.walk(tmp_path, protofed_participation=0.5, protofed_prototypes=6)
+    model = walk.runner.model
+    assert (model.plan.sizes.prototypes, model.plan.sizes.width) == (6, 64) and model.settings.short_rate == 5e-3
+    privacy = {row["what"]: row["value"] for row in walk.result["reports"][-1]["tables"]["Privacy"]}
+    assert privacy["epsilon by the paper"].startswith("3.4") and privacy["true epsilon"].startswith("infinite")
+    assert privacy["epsilon spent"].startswith("infinite") and privacy["budget"] == "none"
+    with pytest.raises(ConfigError, match="AsPrinted has no private form"):
+        literal.walk(tmp_path / "budget", protofed_epsilon=3.4)
