@@ -70,6 +70,7 @@ class ContinualModel:
         builds_on_stages: A stage leaves what earlier ones trained as it is and builds on it, so no pass may begin from
             new weights, and there is nothing for replay or pruning to keep.
         own_metrics: Metrics that :meth:`measure` gives for each target, to whether more is better.
+        presets: Properties that stand for many others: ``{property: {value: {other property: its default}}}``.
         strategy_hooks: Hooks of strategies (``loss_terms``) that this model's own trainer runs.
         changeable: Properties of its own that an update may set: what it spends, not what it is.
     """
@@ -86,6 +87,7 @@ class ContinualModel:
     scores_untrained_items: bool = False
     builds_on_stages: ClassVar[bool] = False
     own_metrics: ClassVar[Mapping[str, bool]] = {}
+    presets: ClassVar[Mapping[str, Mapping[str, Mapping[str, Any]]]] = {}
     strategy_hooks: ClassVar[frozenset[str]] = frozenset()
     changeable: ClassVar[frozenset[str]] = frozenset()
 
