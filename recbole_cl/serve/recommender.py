@@ -34,7 +34,7 @@ from recbole_cl.serve.answers import Position, Recommendation, Recommendations, 
 from recbole_cl.serve.forms import is_list, listed, who_and_what
 from recbole_cl.serve.ids import Ids, Vocabulary, token
 from recbole_cl.serve.requests import Request, RequestBatcher, excluded_pairs, seen_items
-from recbole_cl.serve.vectors import item_vectors, user_vectors
+from recbole_cl.serve.vectors import item_vectors, nearest_vectors, user_vectors
 from recbole_cl.strategy.base import overrides
 from recbole_cl.training.load import SavedRun
 from recbole_cl.tree import clone_tree
@@ -49,6 +49,7 @@ class Recommender:
     Attributes:
         model: The model, in eval mode.
         ids: Tokens and ids of users and items.
+        retired: Tokens of items that are never recommended, though they have a row.
         position: Where in its stream the model stands.
     """
 
@@ -80,6 +81,9 @@ class Recommender:
                 known.scorable(batcher.n_items, untrained),
             ),
         )
+        self.retired = set(saved.versions.retired)
+        self._served = np.ones(len(self.ids.items.tokens), dtype=bool)
+        self._served[self.ids.items.ids(self.retired)] = False
         last = stages[int(saved.state["stage"])]
         self.position = Position(
             last.index + 1,
@@ -140,7 +144,7 @@ class Recommender:
         stage, ctx = self._asked(task)
         n = ctx.batcher.n_items
         untrained = contract(ctx.model).scores_untrained_items
-        flags = allowed_items(self.config, ctx.known, stage, n, untrained)
+        flags = allowed_items(self.config, ctx.known, stage, n, untrained) & self._served[:n]
         strange: list[str] = []
         if allowed is not None:
             chosen = self._items(allowed, strange)
@@ -164,7 +168,7 @@ class Recommender:
             status = "history" if name is None else self.ids.users.status(request.user)
             reason = why[number]
             if reason is None and not tokens:
-                reason = "no item is left: every allowed one is excluded, seen or untrained"
+                reason = "no item is left: every allowed one is excluded, seen, retired or untrained"
             answers.append(Recommendation(name, status, tokens, figures, unknown[number], reason))
         return Recommendations(answers, strange)
 
@@ -316,14 +320,9 @@ class Recommender:
             told = "is in no interaction" if status == "unknown" else "has no trained row"
             return Recommendation(None, status, [], [], reason=f"the item {token(item)!r} {told}")
         found = self.vectors("items")
-        values = torch.from_numpy(found.values)
-        values = values / values.norm(dim=1, keepdim=True).clamp(min=1e-12)
-        own = found.tokens.index(token(item))
-        near = values @ values[own]
-        near[own] = -torch.inf
-        items, scores = top_items(torch.cat([torch.tensor([-torch.inf]), near]).unsqueeze(0), k)
-        kept = [(int(i) - 1, float(s)) for i, s in zip(items[0], scores[0], strict=True) if i]
-        return Recommendation(None, status, [found.tokens[i] for i, _ in kept], [s for _, s in kept])
+        served = self._served[self.ids.items.ids(found.tokens)]
+        kept = nearest_vectors(found.values, found.tokens.index(token(item)), served, k)
+        return Recommendation(None, status, [found.tokens[i] for i, _ in kept], [value for _, value in kept])
 
     # -- requests -------------------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,7 @@ def update(
     margin: float = MARGIN,
     keep: int = KEEP,
     new_ids: bool = False,
+    without: Sequence[str] = (),
     dry_run: bool = False,
     model_class: type | None = None,
 ) -> Update:
@@ -96,6 +97,7 @@ def update(
         margin: Share of the old figure that the new one may fall short of it.
         keep: Versions that are kept.
         new_ids: Take a file in which no item is known to the run.
+        without: Users whose rows in the file are left out.
         dry_run: Train and compare, but change nothing in the run's folder.
         model_class: The model's class, where nobody here answers to its name.
 
@@ -111,7 +113,7 @@ def update(
     with contextlib.nullcontext() if dry_run or not folder.is_dir() else locked(folder):
         saved = SavedRun.open(run, model_class=model_class)
         changed = SavedRun.open(run, model_class=model_class, changes=changes) if changes else saved
-        incoming = read_incoming(saved, new_data, columns, new_ids)
+        incoming = read_incoming(saved, new_data, columns, new_ids, without)
         name = f"update {len(saved.stream) + 1}"
         stream, moves = extended(changed.config, saved.stream, incoming.rows, name)
         stage = stream.stages[-1]

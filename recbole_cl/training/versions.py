@@ -4,7 +4,7 @@
 
     RUN/checkpoints/          the run itself; version 0 where it was not trained on all rows for serving
     RUN/store/<hash>/         what the versions were trained over
-    RUN/versions/00000003/    a version: a checkpoint
+    RUN/versions/00000003/    a version: a checkpoint; one that was written anew (users forgotten) has another number
     RUN/versions/index.json   the list of versions and the champion; one file, replaced by one rename
 
 A version becomes one by that rename and not before, so whoever reads sees the old list or the new one. What a killed
@@ -42,12 +42,14 @@ class Versions:
         champion: Number of the version that is served.
         entries: One a version, oldest first: ``number``, ``parent``, ``created``, ``store`` and what an update tells.
         previous: Champions before this one, newest last: where a rollback goes.
+        retired: Tokens of the items that no version recommends.
     """
 
     folder: Path
     champion: int = 0
     entries: list[dict[str, Any]] = field(default_factory=list)
     previous: list[int] = field(default_factory=list)
+    retired: list[str] = field(default_factory=list)
 
     @classmethod
     def of(cls, folder: Path) -> Versions:
@@ -68,7 +70,8 @@ class Versions:
             read = json.loads(path.read_text(encoding="utf-8"))
             if read["format"] != FORMAT:
                 raise ValueError(f"format is {read['format']!r}")
-            found = cls(folder, int(read["champion"]), list(read["versions"]), [int(n) for n in read["previous"]])
+            previous, retired = [int(n) for n in read["previous"]], [str(one) for one in read.get("retired", [])]
+            found = cls(folder, int(read["champion"]), list(read["versions"]), previous, retired)
             found.entry(found.champion)
         except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
             raise CheckpointError(
@@ -96,7 +99,7 @@ class Versions:
         """
         if self.entry(number).get("where") != "run":
             try:
-                return _whole(lambda: checkpoint.read(self.folder / FOLDER / f"{number:08d}"))
+                return _whole(lambda: checkpoint.read(self.folder / FOLDER / place(self.entry(number))))
             except CheckpointError as error:
                 others = [entry["number"] for entry in self.entries if entry["number"] != number]
                 remedy = f"serve version {others[-1]} with recbole-cl rollback" if others else "run again"
@@ -112,8 +115,8 @@ class Versions:
         return state
 
     def next_number(self) -> int:
-        """Returns the number of the version that comes next; a number is never used twice."""
-        return 1 + max(entry["number"] for entry in self.entries)
+        """Returns the number of the version that comes next; a number, also of a folder, is never used twice."""
+        return 1 + max(max(entry["number"], entry.get("folder", 0)) for entry in self.entries)
 
     # -- changes --------------------------------------------------------------------------------------------------
 
@@ -176,20 +179,27 @@ class Versions:
             "champion": self.champion,
             "previous": self.previous,
             "versions": self.entries,
+            "retired": self.retired,
         }
         checkpoint.write_atomically(self.folder / FOLDER / INDEX, json.dumps(content, indent=1))
 
     def clean(self) -> None:
         """Removes what no version needs: folders of versions that are not listed, stores that nothing refers to."""
-        listed = {f"{entry['number']:08d}" for entry in self.entries}
+        listed = {place(entry) for entry in self.entries}
         for path in checkpoint.numbered(self.folder / FOLDER):
             if path.name not in listed:
                 shutil.rmtree(path, ignore_errors=True)
         stores = {entry["store"] for entry in self.entries if entry["store"]}
-        run = checkpoint.numbered(self.folder / "checkpoints")
+        runs = [self.folder, *self.folder.glob("earlier-*")]  # those moved aside find their stores here
+        run = [path for one in runs for name in ("checkpoints", FOLDER) for path in checkpoint.numbered(one / name)]
         with contextlib.suppress(OSError, ValueError):
             stores |= {json.loads((path / "state.json").read_text(encoding="utf-8")).get("store") for path in run}
             prune_stores(self.folder, stores)
+
+
+def place(entry: Mapping[str, Any]) -> str:
+    """Returns the name of the folder that a version lies in."""
+    return f"{entry.get('folder', entry['number']):08d}"
 
 
 def _whole(read: Callable[[], T]) -> T:
