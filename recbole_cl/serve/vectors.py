@@ -14,7 +14,6 @@ from recbole.data.interaction import Interaction
 from torch import nn
 
 from recbole_cl.errors import ConfigError
-from recbole_cl.evaluation.ranking import top_items
 from recbole_cl.model.contract import offers
 
 
@@ -65,23 +64,6 @@ def user_vectors(ctx: Any, name: str, batch: Interaction | None) -> torch.Tensor
             if found is not None and len(found) >= n:
                 return found[:n]
     raise ConfigError(f"vectors: {name} has no vector for each user; give its class a method user_representation()")
-
-
-def nearest_vectors(values: np.ndarray, own: int, allowed: np.ndarray, k: int) -> list[tuple[int, float]]:
-    """Returns the rows whose vectors point the same way as that of a row (cosine), nearest first, and their cosines.
-
-    Args:
-        values: The vectors, shape ``[n, d]``.
-        own: The row, which is left out.
-        allowed: Flags of the rows that may be told, shape ``[n]``.
-        k: Rows wanted; fewer come back where there are no more.
-    """
-    unit = torch.from_numpy(values)
-    unit = unit / unit.norm(dim=1, keepdim=True).clamp(min=1e-12)
-    near = torch.where(torch.from_numpy(allowed), unit @ unit[own], -torch.inf)
-    near[own] = -torch.inf
-    items, scores = top_items(torch.cat([torch.tensor([-torch.inf]), near]).unsqueeze(0), k)
-    return [(int(i) - 1, float(s)) for i, s in zip(items[0], scores[0], strict=True) if i]
 
 
 def _propagated(model: Any, side: int) -> torch.Tensor | None:

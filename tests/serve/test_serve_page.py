@@ -69,7 +69,7 @@ def test_the_page_runs_from_top_to_bottom(
 
 def test_the_page_tells_every_serving_command() -> None:
     named = {shlex.split(line)[1] for kind, text in pieces() if kind == "bash" for line in text.splitlines()}
-    assert named == {"import", "run", "recommend", "update", "versions", "rollback"}
+    assert named == {"import", "run", "recommend", "export", "update", "versions", "rollback"}
 
 
 # -- exit codes ---------------------------------------------------------------------------------------------------
