@@ -46,6 +46,9 @@ class Update(Command):
         parser.add_argument("--retire", metavar="FILE", help="items that no version recommends any more, one a line")
         parser.add_argument("--restore", metavar="FILE", help="retired items that are recommended again, one a line")
         parser.add_argument("--forget", metavar="FILE", help="users to be removed from all that is kept, one a line")
+        parser.add_argument(
+            "--as-challenger", action="store_true", help="keep the new version aside, even where it is as good"
+        )
         parser.add_argument("--dry-run", action="store_true", help="train and compare, but change nothing")
         parser.add_argument("--json", action="store_true", help="print the outcome as one line of JSON")
 
@@ -77,6 +80,7 @@ class Update(Command):
             keep=options.keep,
             new_ids=options.new_ids,
             without=forgotten,
+            as_challenger=options.as_challenger,
             dry_run=options.dry_run,
         )
         if options.json:
@@ -88,6 +92,8 @@ class Update(Command):
             )
             head = "promoted" if done.promoted else "not promoted"
             served = f"version {done.champion} is served"
+            if done.challenger is not None:
+                served += f", version {done.challenger} is the challenger"
             show("\n".join([f"{head}: {done.reason}", used, *done.notes, f"{served} ({done.seconds:.1f} s)"]))
         if not done.promoted and not options.dry_run:
             raise SystemExit(KEPT)

@@ -76,7 +76,7 @@ def forget(run: str | Path, users: Sequence[Any], model_class: type | None = Non
     folder = Path(run).expanduser()
     if not folder.is_dir():
         raise CheckpointError(f"{str(folder)!r} is no folder; give the output folder of a run")
-    with locked(folder):
+    with locked(folder, "forget"):
         return _forget(folder, [token(user) for user in users], model_class)
 
 
@@ -167,7 +167,7 @@ def retire(run: str | Path, items: Sequence[Any] = (), restore: Sequence[Any] = 
     folder = Path(run).expanduser()
     if not folder.is_dir():
         raise CheckpointError(f"{str(folder)!r} is no folder; give the output folder of a run")
-    with locked(folder):
+    with locked(folder, "retire"):
         versions = Versions.of(folder)
         back = {token(item) for item in restore}
         kept = [item for item in versions.retired if item not in back]

@@ -24,6 +24,8 @@ from tqdm import tqdm
 
 from recbole_cl.checkpoint import explained, write_atomically
 from recbole_cl.errors import ConfigError, RecBoleCLError
+from recbole_cl.lock import hold
+from recbole_cl.report import write_report
 from recbole_cl.study.plan import Cell, Plan
 from recbole_cl.study.probes import run_probe
 
@@ -48,11 +50,19 @@ def state(cell: Cell, folder: Path) -> str:
                 f"{own} holds a run with other settings ({', '.join(changed) or 'digest'} differ); give the study "
                 f"another --output_dir, or remove that folder"
             )
-        if (own / RESULT).is_file() and json.loads((own / CELL).read_text(encoding="utf-8")).get("done"):
+        if done(own, cell.digest):
             return "done"
         if (own / REFUSED).is_file():
             return "refused"
     return "open"
+
+
+def done(own: Path, digest: str) -> bool:
+    """Tells whether a folder holds the results of a cell."""
+    if not ((own / RESULT).is_file() and (own / CELL).is_file()):
+        return False
+    then = json.loads((own / CELL).read_text(encoding="utf-8"))
+    return bool(then["digest"] == digest and then.get("done"))
 
 
 def run_cell(
@@ -63,7 +73,7 @@ def run_cell(
     probe: dict[str, Any] | None = None,
     base: str | None = None,
 ) -> dict[str, Any]:
-    """Runs one cell in this process.
+    """Runs one cell in this process; nobody else works in its folder meanwhile.
 
     Args:
         settings: Properties of the run.
@@ -76,21 +86,34 @@ def run_cell(
     Returns:
         ``state`` (done, refused or failed), ``told``, ``error`` (its class) and ``seconds``.
     """
+    begun = time.perf_counter()
+    try:
+        with hold(Path(own), "a run of a study"):
+            found = _run_held(settings, Path(own), digest, threads, probe, base)
+    except RecBoleCLError as error:  # another process's, or no folder that can be written
+        found = {"state": "failed", "told": str(error), "error": type(error).__name__}
+    return {**found, "seconds": time.perf_counter() - begun}
+
+
+def _run_held(
+    settings: dict[str, Any], folder: Path, digest: str, threads: int, probe: dict[str, Any] | None, base: str | None
+) -> dict[str, Any]:
+    """Runs one cell whose folder is held; returns ``state``, ``told`` and ``error``."""
     import torch
 
     from recbole_cl.config import CLConfig
     from recbole_cl.training.runner import Runner
 
+    if done(folder, digest):
+        return {"state": "done", "told": "", "error": ""}  # another process has run it meanwhile
     torch.set_num_threads(threads)
     logging.getLogger().setLevel(logging.ERROR)
-    folder, begun = Path(own), time.perf_counter()
     with explained(folder):
-        folder.mkdir(parents=True, exist_ok=True)
         note = {"digest": digest, "settings": settings, **({"probe": probe} if probe else {}), "done": False}
         write_atomically(folder / CELL, json.dumps(note, indent=1, default=str))
-    given = {**settings, "output_dir": own, "show_progress": False, "checkpoint_keep": 1}
+    given = {**settings, "output_dir": str(folder), "show_progress": False, "checkpoint_keep": 1}
     given["resume"] = (folder / "checkpoints").is_dir()
-    if base == own:
+    if base == str(folder):
         given["keep_base"] = True
     elif base is not None and (Path(base) / BASE).is_dir():
         given["base_run"] = base
@@ -107,11 +130,10 @@ def run_cell(
         told = str(error) if isinstance(error, RecBoleCLError) else f"{type(error).__name__}: {error}"
         if not isinstance(error, RecBoleCLError):
             traceback.print_exc()
-        found = {"state": "refused" if refused else "failed", "told": told, "error": type(error).__name__}
-        return {**found, "seconds": time.perf_counter() - begun}
+        return {"state": "refused" if refused else "failed", "told": told, "error": type(error).__name__}
     write_atomically(folder / CELL, json.dumps({**note, "done": True}, indent=1, default=str))
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # a study keeps numbers, not weights
-    return {"state": "done", "told": "", "error": "", "seconds": time.perf_counter() - begun}
+    return {"state": "done", "told": "", "error": ""}
 
 
 def walk(plan: Plan, folder: Path, jobs: int = 1, threads: int = 1) -> list[str]:
@@ -158,9 +180,9 @@ def walk_cells(name: str, cells: Sequence[Cell], folder: Path, jobs: int = 1, th
             waiting[_submit(pool, cell, folder, threads)] = cell
             if len(waiting) < jobs:
                 continue
-            _collect(waiting, bar, failures)
+            _collect(waiting, bar, failures, folder)
         while waiting:
-            _collect(waiting, bar, failures)
+            _collect(waiting, bar, failures, folder)
     except BrokenProcessPool as error:
         names = ", ".join(cell.folder for cell in waiting.values())
         raise RecBoleCLError(
@@ -194,11 +216,14 @@ def _submit(pool: ProcessPoolExecutor, cell: Cell, folder: Path, threads: int) -
     return pool.submit(run_cell, dict(cell.settings), str(folder / cell.folder), cell.digest, threads, probe, base)
 
 
-def _collect(waiting: dict[Future[dict[str, Any]], Cell], bar: Any, failures: dict[str, str]) -> None:
+def _collect(waiting: dict[Future[dict[str, Any]], Cell], bar: Any, failures: dict[str, str], folder: Path) -> None:
     for future in wait(waiting, return_when=FIRST_COMPLETED).done:
         found = future.result()
         cell = waiting.pop(future)
         bar.update()
         bar.write(f"{cell.folder}: {found['state']} in {found['seconds']:.0f} s", file=bar.fp)
+        if found["state"] == "done":
+            own = folder / cell.folder
+            write_report(json.loads((own / RESULT).read_text(encoding="utf-8")), own, shared=folder)
         if found["state"] == "failed":
             failures[cell.folder] = str(found["told"])
