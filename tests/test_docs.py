@@ -221,7 +221,14 @@ def test_commands_name_what_exists() -> None:
             assert read_plan(words[2], "laptop").cells, told
             options = {word.partition("=")[0] for word in words[3:]}
             assert options <= {"--preset", "--output_dir", "--jobs", "--threads", "--only_table"}, told
-        elif words[:1] == ["recbole-cl"] and words[1] in ("import", "update", "recommend", "versions", "rollback"):
+        elif words[:1] == ["recbole-cl"] and words[1] in (
+            "import",
+            "update",
+            "recommend",
+            "export",
+            "versions",
+            "rollback",
+        ):
             table = cli._table()  # tests/serve/test_serve_page.py runs them
             _, rest = cli._parsers(table)[0].parse_known_args(words[1:])
             assert table[words[1]].takes_properties or not rest, told

@@ -27,7 +27,9 @@ from recbole_cl.stream.stage import Stage, Targets, Task
 from recbole_cl.stream.vocabulary import Growth
 
 if TYPE_CHECKING:
+    from recbole_cl.model.forget import Forgetting
     from recbole_cl.strategy.context import Pass, StageContext
+    from recbole_cl.stream.build import Stream
 
 
 class StageTrainer(Protocol):
@@ -126,6 +128,22 @@ class ContinualModel:
             state: As :func:`recbole_cl.model.state.owned_state` gave it.
         """
         return state
+
+    def without_users(self, state: Mapping[str, Any], forgetting: Forgetting) -> Mapping[str, Any]:
+        """Returns a saved :meth:`owned_state` without users who are to be forgotten.
+
+        By default named tensors lose their rows, and memories with a column ``user`` or ``users`` their entries.
+        """
+        return forgetting.nest(state)  # type: ignore[no-any-return]
+
+    def forget_users(self, stream: Stream, users: list[str]) -> int:
+        """Removes what side stores hold of users; returns how many entries there were.
+
+        Args:
+            stream: What the model was trained over, the users still in it.
+            users: Their tokens.
+        """
+        return 0
 
     def grow_in_place(self, view: Any, users: tuple[int, int], items: tuple[int, int]) -> Growth:
         """Grows this very model to the next stage; a model that has this method lives on, and no new one is made.
