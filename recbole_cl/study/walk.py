@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from recbole_cl.checkpoint import explained, write_atomically
 from recbole_cl.errors import ConfigError, RecBoleCLError
+from recbole_cl.study.found import FoundRun
 from recbole_cl.study.plan import Cell, Plan
 from recbole_cl.study.probes import run_probe
 
@@ -38,6 +39,8 @@ def state(cell: Cell, folder: Path) -> str:
         ConfigError: If the folder holds a run of other settings.
     """
     own = folder / cell.folder
+    if isinstance(cell, FoundRun):
+        return "done"  # only finished ones are found
     if (own / CELL).is_file():
         then = json.loads((own / CELL).read_text(encoding="utf-8"))
         if then["digest"] != cell.digest:
