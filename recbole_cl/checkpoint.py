@@ -4,6 +4,9 @@ A state is a nest of dicts and lists with tensors, arrays, numbers and strings a
 ``tensors.safetensors`` (tied ones once), everything else to ``state.json``, and ``manifest.json`` holds the hashes of
 both. A checkpoint becomes visible by one rename; a truncated or foreign one is refused by name and the one before it
 is used. Nothing is ever unpickled.
+
+Tensors that never change (:class:`~recbole_cl.tree.FrozenTensors`) are written once, under the hash of their content,
+into ``frozen/`` beside the folder of the checkpoints, which refer to them.
 """
 
 from __future__ import annotations
@@ -15,22 +18,31 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load, load_file, save_file
 from safetensors.torch import save as tensors_to_bytes
 
 from recbole_cl.errors import CheckpointError, OutputError
+from recbole_cl.tree import FrozenTensors
 
 FORMAT = "recbole-cl checkpoint"
 VERSION = 1
+FROZEN = "frozen"
 
 
-def _flatten(value: Any, path: str, tensors: dict[str, torch.Tensor], places: dict[tuple[Any, ...], str]) -> Any:
+def _flatten(
+    value: Any,
+    path: str,
+    tensors: dict[str, torch.Tensor],
+    places: dict[tuple[Any, ...], str],
+    frozen: dict[str, FrozenTensors] | None = None,
+) -> Any:
     if isinstance(value, torch.Tensor):
         value = value.detach()
         key = (value.data_ptr(), tuple(value.shape), tuple(value.stride()), value.dtype, value.device)
@@ -45,13 +57,16 @@ def _flatten(value: Any, path: str, tensors: dict[str, torch.Tensor], places: di
         wide = value.astype(np.int64) if value.dtype.kind == "u" else value
         tensors[path] = torch.from_numpy(np.ascontiguousarray(wide).copy())
         return {"__array__": path, "dtype": str(value.dtype)}
+    if isinstance(value, FrozenTensors) and value and frozen is not None:
+        frozen[value.name] = value
+        return {"__frozen__": value.name}
     if isinstance(value, Mapping):
         bad = [k for k in value if not isinstance(k, str)]
         if bad:
             raise TypeError(f"checkpoint: the key {bad[0]!r} under {path or 'the root'} is no string")
-        return {k: _flatten(v, f"{path}/{k}" if path else k, tensors, places) for k, v in value.items()}
+        return {k: _flatten(v, f"{path}/{k}" if path else k, tensors, places, frozen) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_flatten(v, f"{path}/{i}", tensors, places) for i, v in enumerate(value)]
+        return [_flatten(v, f"{path}/{i}", tensors, places, frozen) for i, v in enumerate(value)]
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
@@ -61,8 +76,12 @@ def _flatten(value: Any, path: str, tensors: dict[str, torch.Tensor], places: di
     raise TypeError(f"checkpoint: {path} is a {type(value).__name__}, which a checkpoint cannot hold")
 
 
-def _unflatten(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
+def _unflatten(
+    value: Any, tensors: Mapping[str, torch.Tensor], frozen: Callable[[str], FrozenTensors] | None = None
+) -> Any:
     if isinstance(value, dict):
+        if "__frozen__" in value and frozen is not None:
+            return frozen(value["__frozen__"])
         if "__tensor__" in value:
             return tensors[value["__tensor__"]]
         if "__array__" in value:
@@ -71,10 +90,67 @@ def _unflatten(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
             return np.array(value["__strings__"]).reshape(value["shape"])
         if "__float__" in value:
             return float(value["__float__"])
-        return {k: _unflatten(v, tensors) for k, v in value.items()}
+        return {k: _unflatten(v, tensors, frozen) for k, v in value.items()}
     if isinstance(value, list):
-        return [_unflatten(v, tensors) for v in value]
+        return [_unflatten(v, tensors, frozen) for v in value]
     return value
+
+
+def _write_frozen(root: Path, tensors: FrozenTensors) -> None:
+    """Writes frozen tensors, unless they are there already."""
+    target = root / f"{tensors.name}.safetensors"
+    if target.exists():
+        return
+    root.mkdir(parents=True, exist_ok=True)
+    flat: dict[str, torch.Tensor] = {}
+    body = _flatten(dict(tensors), "", flat, {})
+    temporary = root / f".writing-{os.getpid()}"
+    _save_tensors(flat, temporary, {"names": json.dumps(body)})
+    _sync(temporary)
+    os.replace(temporary, target)
+    _sync(root)
+
+
+def _read_frozen(folder: Path, name: Any) -> FrozenTensors:
+    """Returns frozen tensors that a checkpoint in a folder of a run refers to.
+
+    Raises:
+        CheckpointError: If they are missing, truncated or changed.
+    """
+    if not isinstance(name, str) or not name.isalnum():
+        raise CheckpointError(f"it refers to frozen tensors {name!r}, which is no name of a file; it was changed")
+    # An earlier run's checkpoints, moved aside, find the tensors of the folder above.
+    files = [root / FROZEN / f"{name}.safetensors" for root in (folder, folder.parent)]
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
+        raise CheckpointError(f"{FROZEN}/{name}.safetensors is missing; copy the whole folder of the run")
+    try:
+        with safe_open(str(file), framework="pt") as opened:
+            body = json.loads(opened.metadata()["names"])
+            flat = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+        tensors = FrozenTensors(_unflatten(body, flat))
+        whole = tensors.name == name
+    except Exception:  # whatever safetensors, JSON or a foreign content raise
+        whole = False
+    if not whole:
+        raise CheckpointError(f"{FROZEN}/{name}.safetensors is truncated or was changed")
+    return tensors
+
+
+def _prune_frozen(run: Path) -> None:
+    """Removes the frozen tensors of a run's folder that no checkpoint in it refers to."""
+    if not (run / FROZEN).is_dir():
+        return
+    needed: set[str] = set()
+    for pattern in ("*/*/manifest.json", "earlier-*/*/*/manifest.json"):
+        for path in run.glob(pattern):
+            try:
+                needed |= set(json.loads(path.read_text(encoding="utf-8")).get(FROZEN, ()))
+            except (OSError, ValueError, AttributeError, TypeError):
+                return  # what a broken one needs is not known
+    for file in (run / FROZEN).iterdir():
+        if file.stem not in needed:
+            file.unlink(missing_ok=True)
 
 
 def _sha256(path: Path) -> str:
@@ -143,20 +219,17 @@ def save(folder: Path, number: int, state: Mapping[str, Any], keep: int) -> Path
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         tensors: dict[str, torch.Tensor] = {}
-        body = _flatten(state, "", tensors, {})
-        try:
-            save_file(tensors, str(temporary / "tensors.safetensors"))
-        except OSError:
-            raise
-        except Exception as error:  # safetensors wraps the operating system's error in its own class
-            text = str(error)
-            code = errno.ENOSPC if "No space left" in text else errno.EIO
-            raise OSError(code, text) from error
+        frozen: dict[str, FrozenTensors] = {}
+        body = _flatten(state, "", tensors, {}, frozen)
+        for theirs in frozen.values():
+            _write_frozen(folder.parent / FROZEN, theirs)
+        _save_tensors(tensors, temporary / "tensors.safetensors")
         (temporary / "state.json").write_text(json.dumps(body, allow_nan=False), encoding="utf-8")
         manifest = {
             "format": FORMAT,
             "version": VERSION,
             "number": number,
+            FROZEN: sorted(frozen),
             "sha256": {name: _sha256(temporary / name) for name in ("tensors.safetensors", "state.json")},
         }
         (temporary / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
@@ -169,7 +242,20 @@ def save(folder: Path, number: int, state: Mapping[str, Any], keep: int) -> Path
         _sync(folder)
         for old in numbered(folder)[:-keep]:
             shutil.rmtree(old, ignore_errors=True)
+        _prune_frozen(folder.parent)
     return final
+
+
+def _save_tensors(tensors: dict[str, torch.Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
+    """Writes a file of tensors; an error of the operating system is raised as one."""
+    try:
+        save_file(tensors, str(file), metadata)
+    except OSError:
+        raise
+    except Exception as error:  # safetensors wraps the operating system's error in its own class
+        text = str(error)
+        code = errno.ENOSPC if "No space left" in text else errno.EIO
+        raise OSError(code, text) from error
 
 
 def to_bytes(state: Mapping[str, Any]) -> bytes:
@@ -216,7 +302,17 @@ def read(path: Path) -> dict[str, Any]:
             raise CheckpointError(f"checkpoint {path.name}: {name} is truncated or was changed")
     tensors = load_file(str(path / "tensors.safetensors"))
     body = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    state = _unflatten(body, tensors)
+    read_once: dict[str, FrozenTensors] = {}
+
+    def frozen(name: Any) -> FrozenTensors:
+        if name not in read_once:
+            try:
+                read_once[name] = _read_frozen(path.parent.parent, name)
+            except CheckpointError as error:
+                raise CheckpointError(f"checkpoint {path.name}: {error}") from error
+        return read_once[name]
+
+    state = _unflatten(body, tensors, frozen)
     assert isinstance(state, dict)
     return state
 

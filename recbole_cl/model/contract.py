@@ -94,6 +94,10 @@ class ContinualModel:
 
         Prefix of the parts' names to ``{"source": ..., "sha256": ...}``; ``"names"``, a list, says which tensors below
         the prefix belong to the base where not all do (adapters live below the same prefix).
+
+        The source ``"run"``, without a hash, says that the run has trained this part itself and that it is frozen from
+        now on: its checkpoints and versions share one file with it (``frozen/`` in the run's folder). A model that
+        takes such a state over has those parameters frozen, until :meth:`stage_trainer` says otherwise.
         """
         return {}
 

@@ -32,6 +32,7 @@ from recbole_cl.generative.trie import Pairs, Trie
 from recbole_cl.model.all_positions import passes
 from recbole_cl.model.contract import ContinualModel, StageTrainer
 from recbole_cl.model.small_llama import add_lora, factors, lora_layers, small_llama, token_loss, train_only
+from recbole_cl.model.state import RUN
 from recbole_cl.registry import Registry, encoders, models, tokenisers
 from recbole_cl.stream.batch import TARGETS
 
@@ -90,8 +91,15 @@ class PESO(ContinualModel, SequentialRecommender):
     # -- the contract ---------------------------------------------------------------------------------------------
 
     def frozen_bases(self) -> dict[str, dict[str, Any]]:
-        """Returns the index of the items' codes: a checkpoint of other codes is refused. It has no tensors."""
-        return {"semantic_ids": {**self._source, "names": []}}
+        """Returns the index of the items' codes, which has no tensors, and the language model under its adapter.
+
+        A checkpoint of other codes is refused; the base that the run has trained is frozen from the second pass on.
+        """
+        bases: dict[str, dict[str, Any]] = {"semantic_ids": {**self._source, "names": []}}
+        if not self.llm.get_input_embeddings().weight.requires_grad:
+            names = [f"llm.{name}" for name in self.llm.state_dict() if "lora_" not in name]
+            bases["llm"] = {"source": RUN, "names": names}
+        return bases
 
     def plan_stage(self, ctx: StageContext, passes: list[Pass]) -> list[Pass]:
         """Returns two passes for each that begins without a base: all weights, then the adapter."""
