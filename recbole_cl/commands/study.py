@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from pathlib import Path
 from typing import Any
 
 from recbole_cl.commands.base import Command
-from recbole_cl.commands.terminal import setup_logging, show
+from recbole_cl.commands.terminal import ended_by_sigterm, setup_logging, show
 from recbole_cl.errors import ConfigError, RecBoleCLError
 from recbole_cl.registry import commands
 
@@ -37,6 +38,8 @@ class Study(Command):
         parser.add_argument(
             "--only_table", "--table", action="store_true", help="write the tables of what is done, run nothing"
         )
+        parser.add_argument("--shard", metavar="I/N", help="this is process I of N that share the folder: 1/2, 2/2")
+        parser.add_argument("--max-hours", type=float, help="stop after so long; the same command goes on")
         comparing = parser.add_argument_group("statistics")
         comparing.add_argument("--compare", action="store_true", help="write compare.md, .tex and .csv, and figures")
         comparing.add_argument("--against", help="the method that others are tested against (default: FineTune)")
@@ -47,6 +50,7 @@ class Study(Command):
 
     def run(self, options: argparse.Namespace, properties: list[str]) -> None:
         from recbole_cl.study import found_plan, list_studies, read_plan, walk, write_tables
+        from recbole_cl.study.claims import alone, deadline
 
         setup_logging()
         for name in ("jobs", "threads"):
@@ -63,13 +67,35 @@ class Study(Command):
                 raise ConfigError(f"{options.name} is a folder; add --table for the tables of the runs in it")
             plan = read_plan(options.name, options.preset)
             folder = Path(options.output_dir or f"studies/{plan.name}-{plan.preset}").expanduser()
-        failures = [] if options.only_table else walk(plan, folder, options.jobs, options.threads)
-        show(write_tables(plan, folder).removesuffix("\n"))
+        shard = self._shard(options.shard)
+        if options.max_hours is not None and not options.max_hours > 0:
+            raise ConfigError(f"--max-hours={options.max_hours:g}: give a number above 0")
+        failures = []
+        if not options.only_table:
+            until = deadline(options.max_hours)
+            try:
+                with ended_by_sigterm():
+                    failures = walk(plan, folder, options.jobs, options.threads, shard, until)
+            except KeyboardInterrupt:
+                with alone(folder / ".tables") if shard else contextlib.nullcontext():
+                    write_tables(plan, folder)
+                raise
+        with alone(folder / ".tables") if shard else contextlib.nullcontext():
+            table = write_tables(plan, folder)
+        show(table.removesuffix("\n"))
         if comparison is not None:
             self._compare(plan, folder, comparison, options.formats)
         if failures:
             told = "; ".join(failures)
             raise RecBoleCLError(f"{len(failures)} runs failed; the same command tries them again: {told}")
+
+    def _shard(self, asked: str | None) -> tuple[int, int] | None:
+        from recbole_cl.study.claims import shard_of
+
+        try:
+            return None if asked is None else shard_of(asked)
+        except ValueError as error:
+            raise ConfigError(f"--shard={asked}: give I/N with I from 1 to N, such as 1/2") from error
 
     def _asked(self, options: argparse.Namespace) -> Any:
         """Returns how methods are compared, or ``None`` where that was not asked for."""
