@@ -2,8 +2,8 @@
 
 A state is a nest of dicts and lists with tensors, arrays, numbers and strings at its leaves. Tensors go to
 ``tensors.safetensors`` (tied ones once), everything else to ``state.json``, and ``manifest.json`` holds the hashes of
-both. A checkpoint becomes visible by one rename; a truncated or foreign one is refused by name and the one before it
-is used. Nothing is ever unpickled.
+both (:mod:`recbole_cl.seal`). A checkpoint becomes visible by one rename; a truncated, changed or foreign one is
+refused by name and the one before it is used. Nothing is ever unpickled.
 
 Tensors that never change (:class:`~recbole_cl.tree.FrozenTensors`) are written once, under the hash of their content,
 into ``frozen/`` beside the folder of the checkpoints, which refer to them.
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import math
 import os
@@ -28,11 +27,12 @@ from safetensors import safe_open
 from safetensors.torch import load, load_file, save_file
 from safetensors.torch import save as tensors_to_bytes
 
+from recbole_cl import seal
 from recbole_cl.errors import CheckpointError, OutputError
 from recbole_cl.tree import FrozenTensors
 
 FORMAT = "recbole-cl checkpoint"
-VERSION = 1
+VERSION = 2
 FROZEN = "frozen"
 
 
@@ -85,7 +85,7 @@ def _unflatten(
         if "__tensor__" in value:
             return tensors[value["__tensor__"]]
         if "__array__" in value:
-            return tensors[value["__array__"]].numpy().astype(value["dtype"])
+            return tensors[value["__array__"]].numpy().astype(_numbers(value["dtype"]))
         if "__strings__" in value:
             return np.array(value["__strings__"]).reshape(value["shape"])
         if "__float__" in value:
@@ -153,12 +153,11 @@ def _prune_frozen(run: Path) -> None:
             file.unlink(missing_ok=True)
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+def _numbers(name: str) -> np.dtype[Any]:
+    dtype = np.dtype(name)
+    if dtype.kind not in "biuf":
+        raise ValueError(f"an array of {name} in a checkpoint")
+    return dtype
 
 
 def _sync(path: Path) -> None:
@@ -223,16 +222,23 @@ def save(folder: Path, number: int, state: Mapping[str, Any], keep: int) -> Path
         body = _flatten(state, "", tensors, {}, frozen)
         for theirs in frozen.values():
             _write_frozen(folder.parent / FROZEN, theirs)
+        own_id = seal.new_id()
+        tensors[seal.KEY] = seal.id_tensor(own_id)
         _save_tensors(tensors, temporary / "tensors.safetensors")
-        (temporary / "state.json").write_text(json.dumps(body, allow_nan=False), encoding="utf-8")
+        hashes = {seal.TENSORS: seal.sha256(temporary / seal.TENSORS)}
+        (temporary / "state.json").write_text(
+            seal.state_text(body, own_id, str(hashes[seal.TENSORS])), encoding="utf-8"
+        )
+        hashes[seal.STATE] = seal.sha256(temporary / seal.STATE)
         manifest = {
             "format": FORMAT,
             "version": VERSION,
             "number": number,
             FROZEN: sorted(frozen),
-            "sha256": {name: _sha256(temporary / name) for name in ("tensors.safetensors", "state.json")},
+            "id": own_id,
+            "sha256": hashes,
         }
-        (temporary / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+        (temporary / "manifest.json").write_text(seal.manifest_text(manifest), encoding="utf-8")
         for name in ("tensors.safetensors", "state.json", "manifest.json"):
             _sync(temporary / name)
         final = folder / f"{number:08d}"
@@ -277,31 +283,24 @@ def numbered(folder: Path) -> list[Path]:
     """Returns the checkpoint folders, oldest first."""
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if path.is_dir() and path.name.isdigit())
+    found = [path for path in folder.iterdir() if path.name.isascii() and path.name.isdigit() and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name))
+
+
+def last_number(folder: Path) -> int:
+    """Returns the greatest number that a checkpoint has, a broken one's too; 0 where there is none."""
+    return max((int(path.name) for path in numbered(folder)), default=0)
 
 
 def read(path: Path) -> dict[str, Any]:
     """Returns the state of one checkpoint.
 
     Raises:
-        CheckpointError: If it is truncated, changed or of another program; the message names file and reason.
+        CheckpointError: If it is truncated, changed, mixed with another or of another program; the message names file
+            and reason.
     """
-    try:
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"checkpoint {path.name}: manifest.json is missing or broken ({error})") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise CheckpointError(f"checkpoint {path.name}: not written by RecBole-CL")
-    if manifest.get("version") != VERSION:
-        raise CheckpointError(
-            f"checkpoint {path.name}: written in format version {manifest.get('version')}, this is {VERSION}"
-        )
-    for name, expected in manifest["sha256"].items():
-        file = path / name
-        if not file.is_file() or _sha256(file) != expected:
-            raise CheckpointError(f"checkpoint {path.name}: {name} is truncated or was changed")
-    tensors = load_file(str(path / "tensors.safetensors"))
-    body = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    manifest = seal.read_manifest(path, FORMAT, VERSION)
+    seal.check_hashes(path, manifest)
     read_once: dict[str, FrozenTensors] = {}
 
     def frozen(name: Any) -> FrozenTensors:
@@ -312,28 +311,55 @@ def read(path: Path) -> dict[str, Any]:
                 raise CheckpointError(f"checkpoint {path.name}: {error}") from error
         return read_once[name]
 
-    state = _unflatten(body, tensors, frozen)
+    try:
+        tensors = load_file(str(path / seal.TENSORS))
+        body = seal.opened(path, manifest, json.loads((path / seal.STATE).read_bytes()), tensors)
+        state = _unflatten(body, tensors, frozen)
+    except (CheckpointError, MemoryError):
+        raise
+    except Exception as error:  # whatever safetensors, JSON or a foreign content raise
+        raise CheckpointError(
+            f"checkpoint {path.name}: a file is not what a run writes ({type(error).__name__}: {error})"
+        ) from error
     assert isinstance(state, dict)
     return state
 
 
-def newest(folder: Path) -> tuple[dict[str, Any] | None, int, list[str]]:
+def newest(
+    folder: Path, accept: Callable[[dict[str, Any]], None] | None = None, before: int | None = None
+) -> tuple[dict[str, Any] | None, int, list[str]]:
     """Returns the newest checkpoint that can be believed.
+
+    Args:
+        folder: The run's checkpoint folder.
+        accept: Raises a :class:`CheckpointError` for a state that cannot be used.
+        before: Only those with smaller numbers.
 
     Returns:
         Its state (``None`` where there is none at all), its number, and a warning for each refused one.
 
     Raises:
-        CheckpointError: If there are checkpoints and not one is whole.
+        CheckpointError: If there are checkpoints and not one can be used.
     """
-    warnings: list[str] = []
+    refused: dict[str, str] = {}  # checkpoint to the reason
     for path in reversed(numbered(folder)):
+        if before is not None and int(path.name) >= before:
+            continue
         try:
-            return read(path), int(path.name), warnings
+            state = read(path)
+            if accept is not None:
+                accept(state)
+            return state, int(path.name), [f"{_named(*one)}; the one before it is used" for one in refused.items()]
         except CheckpointError as error:
-            warnings.append(f"{error}; the one before it is used")
-    if warnings:
-        raise CheckpointError(
-            f"resume: no checkpoint in {folder} can be read: {'; '.join(warnings)}. Start anew without resume"
-        )
-    return None, 0, warnings
+            refused[path.name] = str(error)
+    reasons = list(dict.fromkeys(refused.values()))
+    if len(reasons) == 1 and not reasons[0].startswith("checkpoint "):
+        raise CheckpointError(reasons[0])  # the same of all: not they are wrong, but what is asked of them
+    if refused:
+        told = "; ".join(_named(*one) for one in refused.items())
+        raise CheckpointError(f"resume: no checkpoint in {folder} can be used: {told}. Start anew without resume")
+    return None, 0, []
+
+
+def _named(name: str, reason: str) -> str:
+    return reason if reason.startswith("checkpoint ") else f"checkpoint {name}: {reason.removeprefix('resume: ')}"

@@ -50,7 +50,7 @@ class Study(Command):
 
     def run(self, options: argparse.Namespace, properties: list[str]) -> None:
         from recbole_cl.study import found_plan, list_studies, read_plan, walk, write_tables
-        from recbole_cl.study.claims import alone, deadline
+        from recbole_cl.study.claims import TABLES, alone, deadline
 
         setup_logging()
         for name in ("jobs", "threads"):
@@ -77,10 +77,10 @@ class Study(Command):
                 with ended_by_sigterm():
                     failures = walk(plan, folder, options.jobs, options.threads, shard, until)
             except KeyboardInterrupt:
-                with alone(folder / ".tables") if shard else contextlib.nullcontext():
+                with alone(folder / TABLES) if shard else contextlib.nullcontext():
                     write_tables(plan, folder)
                 raise
-        with alone(folder / ".tables") if shard else contextlib.nullcontext():
+        with alone(folder / TABLES) if shard else contextlib.nullcontext():
             table = write_tables(plan, folder)
         show(table.removesuffix("\n"))
         if comparison is not None:

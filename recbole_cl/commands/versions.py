@@ -64,6 +64,6 @@ class Rollback(Command):
 
         folder = Path(options.folder).expanduser()
         found = Versions.of(folder)
-        with locked(folder):
+        with locked(folder, "rollback"):
             number = Versions.of(folder).roll_back(options.to)
         show(f"version {number} is served; it was {found.champion}")

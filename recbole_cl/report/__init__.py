@@ -7,23 +7,26 @@ are missing leave their section out or say that nothing was recorded.
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from recbole_cl.errors import DataError, OutputError
 from recbole_cl.report.html import page
 from recbole_cl.report.picture import picture
+from recbole_cl.report.skeleton import share_script
 from recbole_cl.report.terminal import terminal_summary
 
-__all__ = ["page", "picture", "render_folder", "terminal_summary", "write_report"]
+__all__ = ["page", "picture", "render_folder", "share_script", "terminal_summary", "write_report"]
 
 
-def write_report(result: dict[str, Any], folder: str | Path) -> Path:
+def write_report(result: dict[str, Any], folder: str | Path, shared: Path | None = None) -> Path:
     """Writes ``report.html`` of a run.
 
     Args:
         result: The run's result, as in ``result.json``.
         folder: The folder of the run; made where it is missing.
+        shared: A folder above it whose pages share one file with Plotly's script; by default the page holds it.
 
     Returns:
         The file. It is replaced in one step, so that a reader never sees half a page.
@@ -35,7 +38,8 @@ def write_report(result: dict[str, Any], folder: str | Path) -> Path:
     fresh = path.with_name(".report.html.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        fresh.write_text(page(result), encoding="utf-8", newline="\n")
+        script = None if shared is None else os.path.relpath(share_script(shared), path.parent).replace(os.sep, "/")
+        fresh.write_text(page(result, script), encoding="utf-8", newline="\n")
         fresh.replace(path)
     except OSError as error:
         raise OutputError(f"the report {path} cannot be written: {error}") from error

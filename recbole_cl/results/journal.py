@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -199,6 +199,7 @@ class Journal:
         return {
             "name": f"{self.config['model']} on {self.config['dataset']}: {self.config.strategy_name}",
             "config": settings(self.config),
+            "given": sorted({*getattr(self.config, "external_config_dict", ())} & {*settings(self.config)}),
             "versions": versions(),
             "seed": self.config["seed"],
             "output_dir": str(folder),
@@ -268,12 +269,12 @@ def versions() -> dict[str, str]:
     return found
 
 
-def open_folder(folder: Path, resume: bool) -> None:
-    """Makes sure before any work that the folder can be written; what lies there from an earlier run is kept.
+RESULTS = ("result.json", "records.csv", "report.html")
+"""What a run that is complete has found out."""
 
-    Args:
-        folder: The run's folder.
-        resume: The earlier run goes on, so its files stay where they are.
+
+def open_folder(folder: Path) -> None:
+    """Makes sure before any work that the folder can be written; what lies there from an earlier run stays.
 
     Raises:
         OutputError: If it cannot be written.
@@ -283,9 +284,19 @@ def open_folder(folder: Path, resume: bool) -> None:
         probe = folder / ".probe"
         probe.write_bytes(b"0" * 4096)
         probe.unlink()
-        if resume:
-            return
-        names = ("result.json", "records.csv", "report.html", "checkpoints", "versions")
+
+
+def set_aside(folder: Path, names: Sequence[str]) -> None:
+    """Moves what an earlier run left in a folder to ``earlier-1``, ``earlier-2``, ...: just before it would be lost.
+
+    Args:
+        folder: The run's folder.
+        names: What is about to be written.
+
+    Raises:
+        OutputError: If the folder cannot be written.
+    """
+    with checkpoint.explained(folder):
         old = [name for name in names if (folder / name).exists()]
         if not old:
             return

@@ -108,7 +108,7 @@ def update(
     if keep < 2:
         raise ConfigError(f"keep: {keep!r} must be at least 2, the champion and the one before it")
     folder = Path(run).expanduser()
-    with contextlib.nullcontext() if dry_run or not folder.is_dir() else locked(folder):
+    with contextlib.nullcontext() if dry_run or not folder.is_dir() else locked(folder, "update"):
         saved = SavedRun.open(run, model_class=model_class)
         changed = SavedRun.open(run, model_class=model_class, changes=changes) if changes else saved
         incoming = read_incoming(saved, new_data, columns, new_ids)

@@ -24,6 +24,8 @@ from typing import Any
 
 BEAT, STALE = 15.0, 600.0
 _FIRST = "claim-"
+TABLES = ".tables"
+"""Claimed by who writes what all cells share: tables, and the script of their reports."""
 
 
 class Claim:

@@ -6,6 +6,7 @@ strategy refuses is an answer, not a failure: its reason stands in ``refused.jso
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import multiprocessing
@@ -25,7 +26,9 @@ from tqdm import tqdm
 
 from recbole_cl.checkpoint import explained, write_atomically
 from recbole_cl.errors import ConfigError, RecBoleCLError
-from recbole_cl.study.claims import claim, give_back_of_the_dead, held, in_turn
+from recbole_cl.lock import NAME, Holder, hold
+from recbole_cl.report import write_report
+from recbole_cl.study.claims import TABLES, alone, claim, give_back_of_the_dead, held, in_turn
 from recbole_cl.study.found import FoundRun
 from recbole_cl.study.plan import Cell, Plan
 from recbole_cl.study.probes import run_probe
@@ -53,7 +56,19 @@ def state(cell: Cell, folder: Path) -> str:
                 f"{own} holds a run with other settings ({', '.join(changed) or 'digest'} differ); give the study "
                 f"another --output_dir, or remove that folder"
             )
-    return folder_state(own, cell.digest)
+        if done(own, cell.digest):
+            return "done"
+        if (own / REFUSED).is_file():
+            return "refused"
+    return "open"
+
+
+def done(own: Path, digest: str) -> bool:
+    """Tells whether a folder holds the results of a cell."""
+    if not ((own / RESULT).is_file() and (own / CELL).is_file()):
+        return False
+    then = json.loads((own / CELL).read_text(encoding="utf-8"))
+    return bool(then["digest"] == digest and then.get("done"))
 
 
 def run_cell(
@@ -65,7 +80,7 @@ def run_cell(
     base: str | None = None,
     shared: bool = False,
 ) -> dict[str, Any]:
-    """Runs one cell in this process.
+    """Runs one cell in this process; nobody else works in its folder meanwhile.
 
     Args:
         settings: Properties of the run.
@@ -80,55 +95,54 @@ def run_cell(
         ``state`` (done, refused, failed, or elsewhere where another process has it), ``told``, ``error`` (its class)
         and ``seconds``.
     """
-    if not shared:
-        return _run_cell(settings, own, digest, threads, probe, base)
-    with explained(Path(own)):
-        mine = claim(Path(own))
-    if mine is None:
-        return {"state": "elsewhere", "told": "", "error": "", "seconds": 0.0}
-    done = True
-    try:
-        found = folder_state(Path(own), digest)  # it may have been run between the look and the claim
-        if found == "open":
-            answer = _run_cell(settings, own, digest, threads, probe, base)
-            done = answer["state"] != "failed"
-            return answer
-        return {"state": found, "told": "", "error": "", "seconds": 0.0}
-    except BaseException:
-        done = False
-        raise
-    finally:
-        mine.release(done)
+    begun = time.perf_counter()
+    with contextlib.ExitStack() as stack:
+        if shared:
+            with explained(Path(own)):
+                mine = claim(Path(own))
+            if mine is None:
+                return {"state": "elsewhere", "told": "", "error": "", "seconds": 0.0}
+            stack.callback(lambda: mine.release(done(Path(own), digest) or (Path(own) / REFUSED).is_file()))
+            _forget_lock_of_the_dead(Path(own))
+        try:
+            with hold(Path(own), "a run of a study"):
+                found = _run_held(settings, Path(own), digest, threads, probe, base)
+        except RecBoleCLError as error:  # another process's, or no folder that can be written
+            found = {"state": "failed", "told": str(error), "error": type(error).__name__}
+        return {**found, "seconds": time.perf_counter() - begun}
 
 
-def folder_state(own: Path, digest: str) -> str:
-    """Returns ``done``, ``refused`` or ``open`` of a cell's folder; a run of other settings counts as open."""
-    if not (own / CELL).is_file():
-        return "open"
-    note = json.loads((own / CELL).read_text(encoding="utf-8"))
-    if note["digest"] == digest and (own / RESULT).is_file() and note.get("done"):
-        return "done"
-    return "refused" if note["digest"] == digest and (own / REFUSED).is_file() else "open"
+def _forget_lock_of_the_dead(own: Path) -> None:
+    """Removes the lock of another host from a cell that is claimed: its owner was silent for long (see claims)."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(own / NAME, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        try:
+            holder = Holder.read(descriptor)
+        finally:
+            os.close(descriptor)
+        if holder is not None and not holder.here:
+            (own / NAME).unlink(missing_ok=True)
 
 
-def _run_cell(
-    settings: dict[str, Any], own: str, digest: str, threads: int, probe: dict[str, Any] | None, base: str | None
+def _run_held(
+    settings: dict[str, Any], folder: Path, digest: str, threads: int, probe: dict[str, Any] | None, base: str | None
 ) -> dict[str, Any]:
+    """Runs one cell whose folder is held; returns ``state``, ``told`` and ``error``."""
     import torch
 
     from recbole_cl.config import CLConfig
     from recbole_cl.training.runner import Runner
 
+    if done(folder, digest):
+        return {"state": "done", "told": "", "error": ""}  # another process has run it meanwhile
     torch.set_num_threads(threads)
     logging.getLogger().setLevel(logging.ERROR)
-    folder, begun = Path(own), time.perf_counter()
     with explained(folder):
-        folder.mkdir(parents=True, exist_ok=True)
         note = {"digest": digest, "settings": settings, **({"probe": probe} if probe else {}), "done": False}
         write_atomically(folder / CELL, json.dumps(note, indent=1, default=str))
-    given = {**settings, "output_dir": own, "show_progress": False, "checkpoint_keep": 1}
+    given = {**settings, "output_dir": str(folder), "show_progress": False, "checkpoint_keep": 1}
     given["resume"] = (folder / "checkpoints").is_dir()
-    if base == own:
+    if base == str(folder):
         given["keep_base"] = True
     elif base is not None and (Path(base) / BASE).is_dir():
         given["base_run"] = base
@@ -145,11 +159,10 @@ def _run_cell(
         told = str(error) if isinstance(error, RecBoleCLError) else f"{type(error).__name__}: {error}"
         if not isinstance(error, RecBoleCLError):
             traceback.print_exc()
-        found = {"state": "refused" if refused else "failed", "told": told, "error": type(error).__name__}
-        return {**found, "seconds": time.perf_counter() - begun}
+        return {"state": "refused" if refused else "failed", "told": told, "error": type(error).__name__}
     write_atomically(folder / CELL, json.dumps({**note, "done": True}, indent=1, default=str))
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # a study keeps numbers, not weights
-    return {"state": "done", "told": "", "error": "", "seconds": time.perf_counter() - begun}
+    return {"state": "done", "told": "", "error": ""}
 
 
 def walk(
@@ -302,6 +315,10 @@ def _collect(waiting: dict[Future[dict[str, Any]], Cell], bar: Any, failures: di
         bar.update()
         bar.write(f"{cell.folder}: {found['state']} in {found['seconds']:.0f} s", file=bar.fp)
         ran += found["state"] != "elsewhere"
+        if found["state"] == "done":
+            own = asked.folder / cell.folder
+            with alone(asked.folder / TABLES) if asked.shard else contextlib.nullcontext():
+                write_report(json.loads((own / RESULT).read_text(encoding="utf-8")), own, shared=asked.folder)
         if found["state"] == "failed":
             failures[cell.folder] = str(found["told"])
     return ran

@@ -12,6 +12,7 @@ from recbole.data.transform import construct_transform
 from recbole_cl.config.restore import RestoredConfig
 from recbole_cl.errors import CheckpointError
 from recbole_cl.stream.build import Stream
+from recbole_cl.training.resume import loading
 from recbole_cl.training.runner import Runner
 from recbole_cl.training.store import read_stream
 from recbole_cl.training.versions import Versions
@@ -92,5 +93,6 @@ class SavedRun:
         runner = Runner(config)
         runner.folder = self.folder
         runner.begin(self.stream if stream is None else stream)
-        runner.adopt(self.state)
+        with loading(f"version {self.number}"):
+            runner.adopt(self.state)
         return runner

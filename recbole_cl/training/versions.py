@@ -14,23 +14,24 @@ update leaves behind stands in no list and is cleared away by the next one.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from recbole_cl import checkpoint
 from recbole_cl.errors import CheckpointError, ConfigError
+from recbole_cl.lock import hold
+from recbole_cl.seal import read_plain
+from recbole_cl.training.resume import check_state
 from recbole_cl.training.store import prune_stores
 
 FOLDER, INDEX = "versions", "index.json"
 FORMAT = "recbole-cl versions"
-T = TypeVar("T")
 
 
 @dataclass
@@ -57,7 +58,7 @@ class Versions:
             CheckpointError: If the folder holds no run, or the list is broken.
         """
         path = folder / FOLDER / INDEX
-        if not path.is_file():
+        if not os.path.lexists(path):
             if not checkpoint.numbered(folder / "checkpoints"):
                 raise CheckpointError(
                     f"{folder} holds no trained model (no checkpoints, no versions); give the output folder of a run "
@@ -65,12 +66,14 @@ class Versions:
                 )
             return cls(folder, 0, [{"number": 0, "parent": None, "created": None, "store": None, "where": "run"}])
         try:
-            read = json.loads(path.read_text(encoding="utf-8"))
+            read = json.loads(read_plain(path))
             if read["format"] != FORMAT:
                 raise ValueError(f"format is {read['format']!r}")
             found = cls(folder, int(read["champion"]), list(read["versions"]), [int(n) for n in read["previous"]])
+            if not all(isinstance(e["number"], int) and isinstance(e["store"], str | None) for e in found.entries):
+                raise ValueError("a version has no number or no store")
             found.entry(found.champion)
-        except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, ConfigError) as error:
             raise CheckpointError(
                 f"{FOLDER}/{INDEX} in {folder} is broken ({error}); restore it from a copy"
             ) from error
@@ -96,20 +99,22 @@ class Versions:
         """
         if self.entry(number).get("where") != "run":
             try:
-                return _whole(lambda: checkpoint.read(self.folder / FOLDER / f"{number:08d}"))
-            except CheckpointError as error:
+                state = checkpoint.read(self.folder / FOLDER / f"{number:08d}")
+                check_state(state)
+            except (CheckpointError, OSError) as error:
                 others = [entry["number"] for entry in self.entries if entry["number"] != number]
                 remedy = f"serve version {others[-1]} with recbole-cl rollback" if others else "run again"
                 raise CheckpointError(f"version {number}: {error}; restore it from a copy, or {remedy}") from error
-        state, _, _ = _whole(lambda: checkpoint.newest(self.folder / "checkpoints"))
-        if state is None:
+            return state
+        newest, _, _ = checkpoint.newest(self.folder / "checkpoints", check_state)
+        if newest is None:
             raise CheckpointError(f"{self.folder} holds no checkpoint; give the output folder of a run that kept them")
-        if state["phase"] != "done":
+        if newest["phase"] != "done":
             raise CheckpointError(
-                f"the run in {self.folder} was interrupted in stage {state['stage'] + 1}; finish it with the same "
+                f"the run in {self.folder} was interrupted in stage {newest['stage'] + 1}; finish it with the same "
                 f"command and --resume=True"
             )
-        return state
+        return newest
 
     def next_number(self) -> int:
         """Returns the number of the version that comes next; a number is never used twice."""
@@ -192,39 +197,15 @@ class Versions:
             prune_stores(self.folder, stores)
 
 
-def _whole(read: Callable[[], T]) -> T:
-    """Returns what is read; a file that is no safetensors file in spite of its hash is refused as all foreign ones."""
-    try:
-        return read()
-    except (CheckpointError, OSError):
-        raise
-    except Exception as error:
-        raise CheckpointError(
-            f"checkpoint: a file is not what a run writes ({type(error).__name__}: {error})"
-        ) from error
-
-
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """A context in which no other process changes the versions of a run; a killed process holds no lock.
+def locked(folder: Path, what: str = "a change of its versions") -> Iterator[None]:
+    """A context in which no other process runs in a run's folder or changes its versions; see :mod:`recbole_cl.lock`.
 
     Raises:
         ConfigError: If another process does so now.
     """
-    root = folder / FOLDER
-    with checkpoint.explained(folder):
-        root.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(root / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ConfigError(
-                f"another process is changing the versions of {folder}; wait until it has ended"
-            ) from error
+    with hold(folder, what):
         yield
-    finally:
-        os.close(descriptor)
 
 
 def now() -> str:

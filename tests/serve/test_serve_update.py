@@ -297,7 +297,7 @@ def test_a_broken_version_is_told_and_can_be_left(log: PlantedDrift, folder: Pat
 
 
 def test_two_updates_at_a_time_are_refused(log: PlantedDrift, folder: Path, tmp_path: Path) -> None:
-    with locked(folder), pytest.raises(ConfigError, match="another process is changing the versions"):
+    with locked(folder), pytest.raises(ConfigError, match=r"is in use by .a change of its versions"):
         updated(folder, log, tmp_path / "n.csv", 0)
     assert updated(folder, log, tmp_path / "n.csv", 0).promoted
 

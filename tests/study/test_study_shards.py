@@ -181,6 +181,8 @@ def test_two_shards_run_each_cell_once(tmp_path: Path, log: PlantedDrift) -> Non
         assert walk(plan, out, shard=(1, 2)) == []
         assert [state(cell, out) for cell in plan.cells] == ["open", "done", "done"]
         living.kill()
+    silent = {"host": "another", "boot": None, "pid": 1, "start": None, "since": "long ago", "what": "a run of a study"}
+    (out / plan.cells[0].folder / ".lock").write_text(json.dumps(silent), encoding="utf-8")
     assert walk(plan, out, shard=(2, 2)) == []
     assert [state(cell, out) for cell in plan.cells] == ["done"] * 3 and not list(out.rglob("claim-*"))
 
