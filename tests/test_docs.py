@@ -225,7 +225,14 @@ def test_commands_name_what_exists() -> None:
         elif words[:2] == ["recbole-cl", "tune"]:
             _, rest = cli._parsers(cli._table())[0].parse_known_args(words[1:])
             assert {word.removeprefix("--").partition("=")[0] for word in rest} <= known, told
-        elif words[:1] == ["recbole-cl"] and words[1] in ("import", "update", "recommend", "versions", "rollback"):
+        elif words[:1] == ["recbole-cl"] and words[1] in (
+            "import",
+            "health",
+            "update",
+            "recommend",
+            "versions",
+            "rollback",
+        ):
             table = cli._table()  # tests/serve/test_serve_page.py runs them
             _, rest = cli._parsers(table)[0].parse_known_args(words[1:])
             assert table[words[1]].takes_properties or not rest, told
