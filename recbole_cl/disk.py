@@ -46,6 +46,7 @@ def explained(folder: Path, field: str = "output_dir") -> Iterator[None]:
         remedy = {
             errno.ENOSPC: f"the disk is full; free space and {again}",
             errno.EDQUOT: f"the quota is used up; free space and {again}",
+            errno.EFBIG: f"the file would be larger than this process may write (ulimit -f); raise that, and {again}",
             errno.EROFS: f"the file system is read-only; choose another {field}",
         }.get(error.errno or 0, another)
         raise OutputError(f"{field}: cannot write to {folder}: {error.strerror or error}; {remedy}") from error
@@ -209,12 +210,13 @@ def write_atomically(path: Path, content: str | bytes, field: str = "output_dir"
         sync(path.parent)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
     """Writes a new safetensors file with the mode of all other files; safetensors itself makes one of mode 0600.
 
     Args:
         path: The file; a rename brings it to its place.
         tensors: The tensors.
+        metadata: Texts that the file holds beside them.
 
     Raises:
         OSError: If it cannot be written. Safetensors has a class of its own for that.
@@ -225,7 +227,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     mode = stat.S_IMODE(os.fstat(descriptor).st_mode)  # what the umask, or the folder's own rules, leave of 0666
     os.close(descriptor)
     try:
-        save_file(dict(tensors), str(path))
+        save_file(dict(tensors), str(path), metadata)
     except OSError:
         raise
     except Exception as error:

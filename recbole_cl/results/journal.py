@@ -11,7 +11,7 @@ import logging
 import math
 import os
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -33,9 +33,9 @@ from recbole_cl.stream.stage import Stage
 LOGGER = logging.getLogger("recbole_cl")
 PRIMARY = "primary"
 """Name of the matrix whose columns each hold their task's own primary metric, where those differ."""
-RESULTS = ("result.json", "records.csv", "report.html", "checkpoints", "versions")
-"""Names in a run's folder that make way for those of the next run."""
-OWN = (*RESULTS, "store", "base")
+RESULTS = ("result.json", "records.csv", "report.html")
+"""What a run that is complete has found out."""
+OWN = (*RESULTS, "checkpoints", "versions", "store", "base", "frozen")
 """All that a run writes into its folder."""
 PACKAGES = ("recbole-cl", "recbole", "torch", "numpy", "pandas", "scipy", "peft", "transformers", "faiss-cpu")
 
@@ -204,6 +204,7 @@ class Journal:
         return {
             "name": f"{self.config['model']} on {self.config['dataset']}: {self.config.strategy_name}",
             "config": settings(self.config),
+            "given": sorted({*getattr(self.config, "external_config_dict", ())} & {*settings(self.config)}),
             "versions": versions(),
             "seed": self.config["seed"],
             "output_dir": str(folder),
@@ -273,12 +274,8 @@ def versions() -> dict[str, str]:
     return found
 
 
-def open_folder(folder: Path, resume: bool) -> None:
-    """Makes sure before any work that the folder can be written; what lies there from an earlier run is kept.
-
-    Args:
-        folder: The run's folder.
-        resume: The earlier run goes on, so its files stay where they are.
+def open_folder(folder: Path) -> None:
+    """Makes sure before any work that the folder can be written; what lies there from an earlier run stays.
 
     Raises:
         OutputError: If it cannot be written, or something that a run writes is a link there.
@@ -290,9 +287,20 @@ def open_folder(folder: Path, resume: bool) -> None:
         with open(disk.create(probe), "wb") as file:
             file.write(b"0" * 4096)
         probe.unlink()
-        if resume:
-            return
-        old = [name for name in RESULTS if (folder / name).exists()]
+
+
+def set_aside(folder: Path, names: Sequence[str]) -> None:
+    """Moves what an earlier run left in a folder to ``earlier-1``, ``earlier-2``, ...: just before it would be lost.
+
+    Args:
+        folder: The run's folder.
+        names: What is about to be written.
+
+    Raises:
+        OutputError: If the folder cannot be written.
+    """
+    with checkpoint.explained(folder):
+        old = [name for name in names if (folder / name).exists()]
         if not old:
             return
         number = 1
