@@ -178,7 +178,11 @@ OWN = {
     ("llm/clients/transformers_folder.py", "Transformers._load", "AutoModelForCausalLM.from_pretrained"): "safetensors",
     ("llm/clients/transformers_folder.py", "Transformers._load", "AutoTokenizer.from_pretrained"): "no remote code",
     ("llm/encoders/sentence_transformers_folder.py", "load", "SentenceTransformer"): "classes are checked before",
+    ("llm/partition_store.py", "PartitionStore.read", "np.load"): "with allow_pickle=False",
     ("model/content_rows.py", "read_vectors", "np.load"): "with allow_pickle=False",
+    ("model/llama_checkpoint.py", "load_checkpoint", "AutoConfig.from_pretrained"): "no remote code",
+    ("model/llama_checkpoint.py", "load_checkpoint", "AutoModelForCausalLM.from_pretrained"): "safetensors",
+    ("model/llama_checkpoint.py", "load_checkpoint", "AutoTokenizer.from_pretrained"): "no remote code",
     ("registry.py", "Registry._load_members", "importlib.import_module"): "a file of this package",
     ("stream/reader.py", "fast_reader", "importlib.import_module"): "a fixed name",
 }
