@@ -107,7 +107,6 @@ ELSEWHERE = {
     ("training/peak_memory.py", "write_text"): "the counter of /proc",
     ("cli.py", "os.open"): "the null device",
     ("lock.py", "os.open"): "the lock, which stays where it is; O_NOFOLLOW",
-    ("seal.py", "os.open"): "for reading",
 }
 """Writes that do not go through :mod:`recbole_cl.disk`, and why they need not."""
 
@@ -352,6 +351,39 @@ def test_vectors_of_liber(tmp_path: Path, victim: Victim, caplog: pytest.LogCapt
         (tmp_path / "vectors" / name).symlink_to(victim.file)
     liber_knowledge._write(tmp_path / "vectors" / "a.safetensors", made)
     assert [path.is_symlink() for path in (tmp_path / "vectors").iterdir()] == [False]
+
+
+@pytest.mark.parametrize("kind, name", [("npy", "items.npy"), ("faiss", "items.faiss"), ("npy", "items.tokens.txt")])
+def test_exported_vectors(finished: Path, tmp_path: Path, victim: Victim, kind: str, name: str) -> None:
+    import recbole_cl
+    from recbole_cl.serve.export import export
+
+    served, folder = recbole_cl.load(finished), tmp_path / "out"
+    folder.mkdir()
+    (folder / f".{os.getpid()}-{name}").symlink_to(victim.file)
+    (folder / name).symlink_to(victim.file)
+    with pytest.raises(OutputError, match=f"{name} {LINK}"):
+        export(served, folder, kind=kind)
+    (folder / name).unlink()
+    export(served, folder, kind=kind)
+    assert (folder / name).is_file() and not (folder / name).is_symlink()
+
+
+def test_questions_for_a_batch_service(tmp_path: Path, victim: Victim) -> None:
+    from recbole_cl.llm.batch_files import write_requests
+    from recbole_cl.llm.clients.base import Request
+
+    class Speaks:
+        def body(self, request: Request) -> dict[str, str]:
+            return {"prompt": request.prompt}
+
+    out = tmp_path / "questions.jsonl"
+    (tmp_path / f".{os.getpid()}-{out.name}.part").symlink_to(victim.file)
+    assert write_requests(out, [Request("summary", "What of 1?", {}, "k")], Speaks()) == 1
+    out.unlink()
+    out.symlink_to(victim.file)
+    with pytest.raises(ConfigError, match=f"--batch-out: .*{LINK}"):
+        write_requests(out, [], Speaks())
 
 
 # -- studies --------------------------------------------------------------------------------------------------------
