@@ -225,6 +225,14 @@ class AnswerCache:
             self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         return count
 
+    def everything(self) -> list[tuple[Kept, str]]:
+        """Returns all answers, each with the JSON that tells where it came from."""
+        with self._lock:
+            rows = self._connection.execute(
+                "SELECT key, kind, text, prompt_tokens, answer_tokens, seconds, fallback, about FROM answers"
+            ).fetchall()
+        return [(Kept(*row[:-1]), str(row[-1])) for row in rows]
+
     def __len__(self) -> int:
         with self._lock:
             return int(self._connection.execute("SELECT COUNT(*) FROM answers").fetchone()[0])
