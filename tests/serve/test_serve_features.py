@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -38,9 +39,27 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> PlantedDrift:
     return log
 
 
-def test_what_comes_has_its_features(log: PlantedDrift, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def early(log: PlantedDrift, tmp_path_factory: pytest.TempPathFactory) -> PlantedDrift:
+    """The same, as it stood before the last stage: whoever comes then is in no file."""
+    folder = tmp_path_factory.mktemp("early")
+    source, target = log.folder / log.name, folder / log.name
+    target.mkdir()
+    rows = (source / f"{log.name}.inter").read_text().splitlines()
+    kept = [rows[0], *(row for row in rows[1:] if int(row.split("\t")[2]) < 3_000_000)]
+    (target / f"{log.name}.inter").write_text("\n".join(kept) + "\n")
+    for side, ending in ((0, "user"), (1, "item")):
+        there = {row.split("\t")[side] for row in kept[1:]}
+        lines = (source / f"{log.name}.{ending}").read_text().splitlines()
+        told = [lines[0], *(line for line in lines[1:] if line.split("\t")[0] in there)]
+        assert len(told) < len(lines)
+        (target / f"{log.name}.{ending}").write_text("\n".join(told) + "\n")
+    return dataclasses.replace(log, folder=folder)
+
+
+def test_what_comes_has_its_features(log: PlantedDrift, early: PlantedDrift, tmp_path: Path) -> None:
     """As a run that had the rows and the features from the start: the same tables, the same figures."""
-    run(log, tmp_path / "run", "DeepFM", **FIRST, **COLUMNS)
+    run(early, tmp_path / "run", "DeepFM", **FIRST, **COLUMNS)
     whole, result = run(log, tmp_path / "whole", "DeepFM", **COLUMNS)
     folder = log.folder / log.name
     users, items = folder / f"{log.name}.user", folder / f"{log.name}.item"
@@ -78,9 +97,9 @@ def test_a_table_of_the_shop_is_read(log: PlantedDrift, tmp_path: Path) -> None:
     assert float(dataset.item_feat["price"][row]) == pytest.approx(float(dataset.item_feat["price"][1:row].mean()))
 
 
-def test_files_of_features_that_make_no_sense(log: PlantedDrift, tmp_path: Path) -> None:
-    run(log, tmp_path / "run", "DeepFM", **FIRST, **COLUMNS)
-    run(log, tmp_path / "bare", "BPR", **FIRST)
+def test_files_of_features_that_make_no_sense(log: PlantedDrift, early: PlantedDrift, tmp_path: Path) -> None:
+    run(early, tmp_path / "run", "DeepFM", **FIRST, **COLUMNS)
+    run(early, tmp_path / "bare", "BPR", **FIRST)
     path, file = new_rows(log, tmp_path / "new.csv"), tmp_path / "items.csv"
     for text, message in (
         ("name,price\nx,1\n", "there is no column 'item_id' of items; it has name, price"),
