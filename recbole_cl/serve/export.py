@@ -8,7 +8,7 @@ from pathlib import Path
 import faiss
 import numpy as np
 
-from recbole_cl.checkpoint import explained, write_atomically
+from recbole_cl.disk import explained, write_atomically
 from recbole_cl.errors import ConfigError
 from recbole_cl.serve.answers import Vectors
 from recbole_cl.serve.recommender import Recommender

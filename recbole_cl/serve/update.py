@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from recbole_cl.errors import ConfigError, nearest
+from recbole_cl.model.contract import contract
 from recbole_cl.results.matrix import smaller_is_better
 from recbole_cl.serve.features import read_features
 from recbole_cl.serve.incoming import read_incoming
@@ -138,6 +139,7 @@ def update(
         )  # fmt: skip
         new = standing_at(changed, stream, moves)
         new.train_stages(stage.index)
+        costs = contract(new.standing(stage.index).model).stage_costs()
         metric, old_figure, new_figure = _compared(saved, stream, moves, new, guard)
         promoted, reason = judged(metric, old_figure, new_figure, margin)
         if promoted and as_challenger:
@@ -151,7 +153,10 @@ def update(
             new_figure,
             len(stage.test),
             used,
-            notes=incoming.notes,
+            notes=[
+                *incoming.notes,
+                *(f"{name}: {value}" for name, value in costs.items() if isinstance(value, int) and value),
+            ],
         )
         if not dry_run:
             number = _keep(changed, stream, moves, new, result, Path(new_data).name, keep)

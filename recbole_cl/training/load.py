@@ -82,7 +82,7 @@ class SavedRun:
                 f"the run in {folder} did not keep what it was trained over (it was made by an older version of "
                 f"RecBole-CL), so it cannot be loaded; run it again"
             )
-        config = RestoredConfig(state["config"], model_class, changes)
+        config = RestoredConfig(state["config"], model_class, changes, folder)
         stream, fingerprint, log = read_stream(folder, state["store"], config)
         if fingerprint != state["data"]:
             raise CheckpointError(f"version {number}: its store {state['store']} is that of another log; run again")

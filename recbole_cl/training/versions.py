@@ -23,7 +23,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from recbole_cl import checkpoint
+from recbole_cl import checkpoint, disk
 from recbole_cl.errors import CheckpointError, ConfigError
 from recbole_cl.lock import hold
 from recbole_cl.seal import read_plain
@@ -196,7 +196,9 @@ class Versions:
             "retired": self.retired,
             "challenger": self.challenger,
         }
-        checkpoint.write_atomically(self.folder / FOLDER / INDEX, json.dumps(content, indent=1))
+        with disk.explained(self.folder):
+            root = disk.own_folder(self.folder / FOLDER)
+        disk.write_atomically(root / INDEX, json.dumps(content, indent=1))
 
     def clean(self) -> None:
         """Removes what no version needs: folders of versions that are not listed, stores that nothing refers to."""
