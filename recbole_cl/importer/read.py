@@ -190,28 +190,6 @@ def _kept(path: Path, frame: pd.DataFrame, keep: Mapping[str, Sequence[str]] | N
     return frame
 
 
-def read_table(path: str | Path) -> pd.DataFrame:
-    """Returns any table as text, empty cells as ``""``: RecBole's ``.user`` and ``.item`` files, or as for logs.
-
-    Raises:
-        DataError: If it cannot be read, or is empty.
-    """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise DataError(f"{path}: there is no such file")
-    kind = KINDS.get(path.suffix.lower(), "csv" if path.suffix in (".user", ".item") else None)
-    if kind is None:
-        raise DataError(f"{path.name}: give a file ending in .user, .item, {', '.join(sorted(KINDS))}")
-    if kind == "csv":
-        encoding = _encoding(path)
-        frame = _csv(path, encoding, _separator(path, encoding))
-    else:
-        frame = _parquet(path) if kind == "parquet" else _jsonl(path, _encoding(path))
-    if frame.empty:
-        raise DataError(f"{path.name}: it holds no row")
-    return frame.astype(object).where(frame.notna(), "").astype(str)
-
-
 # -- kinds of files -----------------------------------------------------------------------------------------------
 
 

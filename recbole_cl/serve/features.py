@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from recbole_cl.errors import ConfigError, DataError
-from recbole_cl.importer.read import read_table
+from recbole_cl.importer.read import Columns, read_table
 from recbole_cl.stream.features import KINDS
 from recbole_cl.training.load import SavedRun
 
@@ -33,16 +33,21 @@ def read_features(saved: SavedRun, path: str | Path, side: str) -> tuple[pd.Data
     option = f"--new-{side}s"
     if feature is None:
         raise ConfigError(f"{option}: the run reads no features of {side}s (load_col); leave it out")
-    frame = read_table(path)
+    file = Path(path).expanduser()
+    frame, _ = read_table(file, Columns(kind="csv" if file.suffix in (".user", ".item") else None))
+    if frame.empty:
+        raise DataError(f"{file.name}: it holds no row")
+    frame = frame.astype(object).where(frame.notna(), "").astype(str)
     frame.columns = [str(name).partition(":")[0] for name in frame.columns]
     told = dict((saved.log or {}).get("columns") or {})
     name = next((name for name in (field, told.get(side), side) if name in frame.columns), None)
-    file = Path(path).name
     if name is None:
-        raise DataError(f"{file}: there is no column {field!r} of {side}s; it has {', '.join(frame.columns)}")
+        raise DataError(f"{file.name}: there is no column {field!r} of {side}s; it has {', '.join(frame.columns)}")
     tokens = frame[name].str.strip()
     if tokens.duplicated().any():
-        raise DataError(f"{file}: {side} {tokens[tokens.duplicated()].iloc[0]!r} stands there twice; keep one line")
+        raise DataError(
+            f"{file.name}: {side} {tokens[tokens.duplicated()].iloc[0]!r} stands there twice; keep one line"
+        )
     scaled = set(saved.config["normalize_field"] or ()) | set(saved.config["discretization"] or ())
     if saved.config["normalize_all"]:
         scaled |= {one for one in feature.interaction if feature[one].is_floating_point()}
@@ -55,9 +60,9 @@ def read_features(saved: SavedRun, path: str | Path, side: str) -> tuple[pd.Data
         ("has columns that were scaled by the whole log and are left out:", [c for c in wanted if c in scaled]),
     ):
         if names:
-            notes.append(f"{file} {what} {', '.join(names)}")
+            notes.append(f"{file.name} {what} {', '.join(names)}")
     lookup = dataset.field2token_id[field]
     known = int(sum(token in lookup for token in tokens))
     if known:
-        notes.append(f"{known} {side}s of {file} are known to the run; their features stay what they are")
+        notes.append(f"{known} {side}s of {file.name} are known to the run; their features stay what they are")
     return frame.set_index(tokens)[read], notes
