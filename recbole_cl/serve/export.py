@@ -50,7 +50,7 @@ def export(
         content = _parquet(Vectors(tokens, values))
     elif kind == "npy":
         buffer = io.BytesIO()
-        np.save(buffer, values, allow_pickle=False)
+        np.lib.format.write_array(buffer, values, allow_pickle=False)
         content = buffer.getvalue()
     else:
         content = faiss.serialize_index(make_index(values, approximate)).tobytes()
