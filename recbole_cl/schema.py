@@ -299,7 +299,7 @@ SCHEMA: dict[str, Rule] = {
     "window_stride": integer(1).optional(),
     "window_shift": boolean(),
     "graph": choice("all", "stage"),
-    "new_rows": choice("random", "mean"),
+    "new_rows": choice("random", "mean", "one_hop", "two_hop", "text"),
     "trainable": choice("all", "prompt", "adapter", "lora"),
     "trainable_from": integer(1),
     "trainable_size": integer(1),

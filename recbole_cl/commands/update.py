@@ -36,6 +36,8 @@ class Update(Command):
     def arguments(self, parser: argparse.ArgumentParser) -> None:
         parser.add_argument("folder", metavar="RUN", help="output folder of the run")
         parser.add_argument("--new-data", metavar="FILE", help="new interactions, as for import")
+        parser.add_argument("--new-items", metavar="FILE", help="features of new items: a .item file, or a table")
+        parser.add_argument("--new-users", metavar="FILE", help="features of new users: a .user file, or a table")
         column_arguments(parser, " (default: as the log was imported)")
         parser.add_argument("--guard", help="metric that must not fall (default: valid_metric); none: always promote")
         parser.add_argument("--margin", type=float, default=0.05, help="share of it that may be lost (default: 0.05)")
@@ -81,6 +83,8 @@ class Update(Command):
             new_ids=options.new_ids,
             without=forgotten,
             as_challenger=options.as_challenger,
+            new_users=options.new_users,
+            new_items=options.new_items,
             dry_run=options.dry_run,
         )
         if options.json:

@@ -120,7 +120,7 @@ class Forgetting:
                 out[key] = self.by_user(inner)
             else:
                 out[key] = self.tensor(key, inner) if is_array(inner) else self.nest(inner)
-        return out
+        return value if all(out[key] is inner for key, inner in value.items()) else out  # frozen tensors stay such
 
     def by_user(self, value: Any) -> Any:
         """Returns flags or a table by user id with 0 at the users."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
+import io
 from pathlib import Path
 
 import faiss
 import numpy as np
 
-from recbole_cl.disk import create, explained, refuse_link, write_atomically
+from recbole_cl.disk import explained, write_atomically
 from recbole_cl.errors import ConfigError
 from recbole_cl.serve.answers import Vectors
 from recbole_cl.serve.recommender import Recommender
@@ -45,36 +45,30 @@ def export(
     kept = [row for row, name in enumerate(found.tokens) if of == "users" or name not in run.retired]
     tokens, values = [found.tokens[row] for row in kept], np.ascontiguousarray(found.values[kept], dtype=np.float32)
     folder = Path(folder).expanduser()
-    with explained(folder):
+    target, names = folder / f"{of}.{kind}", folder / f"{of}.tokens.txt"
+    if kind == "parquet":
+        content = _parquet(Vectors(tokens, values))
+    elif kind == "npy":
+        buffer = io.BytesIO()
+        np.lib.format.write_array(buffer, values, allow_pickle=False)
+        content = buffer.getvalue()
+    else:
+        content = faiss.serialize_index(make_index(values, approximate)).tobytes()
+    with explained(folder, "--to"):
         folder.mkdir(parents=True, exist_ok=True)
-        if kind == "parquet":
-            return [_parquet(folder / f"{of}.parquet", Vectors(tokens, values))]
-        target = folder / f"{of}.{kind}"
-        refuse_link(target)
-        part = target.with_name(f".{os.getpid()}-{target.name}")
-        if kind == "npy":
-            with open(create(part), "wb") as file:
-                np.save(file, values, allow_pickle=False)
-        else:
-            os.close(create(part))
-            faiss.write_index(make_index(values, approximate), str(part))
-        names = folder / f"{of}.tokens.txt"
-        write_atomically(names, "".join(f"{name}\n" for name in tokens))
-        os.replace(part, target)
-    return [target, names]
+        if kind != "parquet":
+            write_atomically(names, "".join(f"{name}\n" for name in tokens), "--to")
+        write_atomically(target, content, "--to")
+    return [target] if kind == "parquet" else [target, names]
 
 
-def _parquet(target: Path, found: Vectors) -> Path:
+def _parquet(found: Vectors) -> bytes:
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError as error:
         raise ConfigError("export: parquet needs pyarrow; install it (pip install 'recbole-cl[parquet]')") from error
-    flat = pa.array(found.values.ravel())
-    vectors = pa.FixedSizeListArray.from_arrays(flat, found.values.shape[1])
-    refuse_link(target)
-    part = target.with_name(f".{os.getpid()}-{target.name}")
-    os.close(create(part))
-    pq.write_table(pa.table({"token": pa.array(found.tokens, pa.string()), "vector": vectors}), part)
-    os.replace(part, target)
-    return target
+    vectors = pa.FixedSizeListArray.from_arrays(pa.array(found.values.ravel()), found.values.shape[1])
+    buffer = io.BytesIO()
+    pq.write_table(pa.table({"token": pa.array(found.tokens, pa.string()), "vector": vectors}), buffer)
+    return buffer.getvalue()

@@ -26,6 +26,7 @@ import numpy as np
 from recbole_cl.errors import ConfigError, nearest
 from recbole_cl.model.contract import contract
 from recbole_cl.results.matrix import smaller_is_better
+from recbole_cl.serve.features import read_features
 from recbole_cl.serve.incoming import read_incoming
 from recbole_cl.stream.build import Stream
 from recbole_cl.stream.extend import Moves, extended
@@ -87,6 +88,8 @@ def update(
     new_ids: bool = False,
     without: Sequence[str] = (),
     as_challenger: bool = False,
+    new_users: str | Path | None = None,
+    new_items: str | Path | None = None,
     dry_run: bool = False,
     model_class: type | None = None,
 ) -> Update:
@@ -102,6 +105,8 @@ def update(
         keep: Versions that are kept.
         new_ids: Take a file in which no item is known to the run.
         without: Users whose rows in the file are left out.
+        new_users: File with the features of users who come with the rows (``.user``, or a table).
+        new_items: File with those of items.
         as_challenger: Keep the new version as the challenger even where it is as good.
         dry_run: Train and compare, but change nothing in the run's folder.
         model_class: The model's class, where nobody here answers to its name.
@@ -120,7 +125,12 @@ def update(
         changed = SavedRun.open(run, model_class=model_class, changes=changes) if changes else saved
         incoming = read_incoming(saved, new_data, columns, new_ids, without)
         name = f"update {len(saved.stream) + 1}"
-        stream, moves = extended(changed.config, saved.stream, incoming.rows, name)
+        features = {}
+        for side, file in (("user", new_users), ("item", new_items)):
+            if file is not None:
+                features[side], notes = read_features(saved, file, side)
+                incoming.notes += notes
+        stream, moves = extended(changed.config, saved.stream, incoming.rows, name, features)
         stage = stream.stages[-1]
         used = incoming.figures
         LOGGER.info(

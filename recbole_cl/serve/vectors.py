@@ -55,7 +55,7 @@ def user_vectors(ctx: Any, name: str, batch: Interaction | None) -> torch.Tensor
         if hasattr(model, "ITEM_SEQ"):
             try:
                 found = model.forward(batch[model.ITEM_SEQ], batch[model.ITEM_SEQ_LEN])
-            except TypeError:
+            except (TypeError, NotImplementedError):
                 found = None
             if torch.is_tensor(found) and found.dim() == 2 and len(found) == len(batch):
                 return found
@@ -72,7 +72,7 @@ def _propagated(model: Any, side: int) -> torch.Tensor | None:
         return None
     try:
         found = model.forward()
-    except TypeError:  # it asks for more
+    except (TypeError, NotImplementedError):  # it asks for more
         return None
     if (
         isinstance(found, tuple)

@@ -24,6 +24,7 @@ from recbole.utils import FeatureType, ModelType
 
 from recbole_cl.errors import ConfigError, DataError
 from recbole_cl.stream.build import Stream
+from recbole_cl.stream.features import filled
 from recbole_cl.stream.split import roles, vocabulary_phase
 from recbole_cl.stream.stage import Stage, Targets, Task
 from recbole_cl.stream.table import TEST, TRAIN, VALID, InteractionTable
@@ -69,7 +70,9 @@ class Moves:
         return [self.state(inner) for inner in value] if isinstance(value, list) else value
 
 
-def extended(config: Any, stream: Stream, rows: pd.DataFrame, name: str) -> tuple[Stream, Moves]:
+def extended(
+    config: Any, stream: Stream, rows: pd.DataFrame, name: str, features: Mapping[str, pd.DataFrame] | None = None
+) -> tuple[Stream, Moves]:
     """Returns a stream with one more stage, and where the ranges of its histories went.
 
     The new rows are split as every stage is (``stage_split``, ``stage_ratios``); ``next_stage`` has no stage to test
@@ -81,6 +84,7 @@ def extended(config: Any, stream: Stream, rows: pd.DataFrame, name: str) -> tupl
         rows: The new interactions, a column for each of the dataset's, users and items as tokens, times in seconds
             (float64).
         name: Name of the stage.
+        features: What is told of new users (``user``) and items (``item``), see :func:`.features.filled`.
 
     Raises:
         ConfigError: If streams of this kind cannot be continued.
@@ -128,7 +132,11 @@ def extended(config: Any, stream: Stream, rows: pd.DataFrame, name: str) -> tupl
     for feature, field in (("user_feat", uid), ("item_feat", iid)):
         table = getattr(base, feature)
         if table is not None:
-            setattr(dataset, feature, _with_rows(dataset, table, field, len(dataset.field2id_token[field])))
+            longer_table = _with_rows(dataset, table, field, len(dataset.field2id_token[field]))
+            told = (features or {}).get(feature.removesuffix("_feat"))
+            if told is not None:
+                longer_table = filled(dataset, longer_table, field, len(table), told)
+            setattr(dataset, feature, longer_table)
     before, table = stream.table, dataset.build_table()
     table.seq = np.concatenate([table.seq, before.seq[len(before) :]])
     moves = Moves(before, table)

@@ -7,6 +7,7 @@ histories, knowledge graphs) gets the same view, bit for bit.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -82,6 +83,7 @@ def _dataset(config: Any, state: Mapping[str, Any]) -> StreamDatasetMixin:
     dataset: Any = kind.__new__(kind)
     vars(dataset).update({name: _unpacked(value) for name, value in state["dataset"].items()})
     dataset.config, dataset._scheduler = config, None
+    dataset.logger = logging.getLogger()  # as RecBole's constructor has it; some models' views are told to it
     tokens = {id(array): array for array in dataset.field2id_token.values()}
     ids = {key: {token: i for i, token in enumerate(array)} for key, array in tokens.items()}
     dataset.field2token_id = {field: ids[id(array)] for field, array in dataset.field2id_token.items()}

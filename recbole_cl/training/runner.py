@@ -26,7 +26,7 @@ from recbole_cl.evaluation.known import Known
 from recbole_cl.evaluation.metrics import check_tasks
 from recbole_cl.lock import hold
 from recbole_cl.model.contract import contract, offers
-from recbole_cl.model.state import grow_model, load_owned_state, owned_state
+from recbole_cl.model.state import load_owned_state, owned_state
 from recbole_cl.results.journal import Journal, open_folder, settings, versions
 from recbole_cl.results.records import Records
 from recbole_cl.rng import ModelRandomness, derive
@@ -114,7 +114,7 @@ class Runner:
         return self.state.known
 
     def build_model(self, view: Any, randomness: ModelRandomness) -> nn.Module:
-        """Returns a new model over a view, initialised from the given random state."""
+        """Returns a new model over a view; see :func:`~recbole_cl.training.stage_models.build_model`."""
         return build_model(self.config, view, randomness)
 
     # -- the run --------------------------------------------------------------------------------------------------
@@ -297,7 +297,7 @@ class Runner:
             lost: list[str] = []
             if growth is None:
                 with randomness.owned():
-                    growth, lost = grow_model(old, model, users, items, self.config["new_rows"])
+                    growth, lost = models.grow(index, old, model, users, items)
             if lost:
                 self.journal.warn(f"stage {index + 1}: {', '.join(lost)} of the one before have no place in the model")
             if not growth.identity:

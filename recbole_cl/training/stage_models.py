@@ -11,12 +11,14 @@ from torch import nn
 from recbole_cl.config.model_values import told_with_properties
 from recbole_cl.config.models import configured_classes
 from recbole_cl.model.contract import contract, offers
-from recbole_cl.model.state import load_owned_state, owned_state
+from recbole_cl.model.new_rows import WAYS, start_new_rows
+from recbole_cl.model.state import grow_model, load_owned_state, owned_state
 from recbole_cl.rng import ModelRandomness, derive
 from recbole_cl.strategy.composite import Composite
 from recbole_cl.strategy.context import StageContext
 from recbole_cl.stream.batch import Batcher
 from recbole_cl.stream.build import Stream
+from recbole_cl.stream.vocabulary import Growth
 
 Build = Callable[[Any, ModelRandomness], nn.Module]
 """Makes a model over a view, initialised from a random state."""
@@ -81,6 +83,27 @@ class StageModels:
         ctx = self.context(index, self.build(view, randomness), view)
         self.prepare(ctx, randomness)
         return ctx
+
+    def grow(
+        self, index: int, old: nn.Module, new: nn.Module, users: tuple[int, int], items: tuple[int, int]
+    ) -> tuple[Growth, list[str]]:
+        """Carries the weights of the stage before into a stage's new model; new rows begin as ``new_rows`` says.
+
+        Args:
+            index: The stage.
+            old: Model of the stage before.
+            new: Model of this stage.
+            users: Users (before, after).
+            items: Items (before, after).
+
+        Returns:
+            The growth, and the names of old tensors that have no place in the new model.
+        """
+        way = self.config["new_rows"]
+        growth, lost = grow_model(old, new, users, items, way)
+        if way in WAYS:
+            start_new_rows(new, growth, self.stream, index, way, int(self.config["seed"]))
+        return growth, lost
 
     def frozen(self, index: int, state: Mapping[str, Any]) -> tuple[nn.Module, Any, Batcher]:
         """Returns a model with a stage's numbers of rows and the given weights, frozen; its view and its batcher."""

@@ -151,7 +151,7 @@ class Versions:
         beaten = {self.challenger} - {self.champion, *previous[-1:]} if not serve else set[int | None]()
         entries = [*(e for e in self.entries if e["number"] not in beaten), told]
         champion, challenger = (number, self.challenger) if serve else (self.champion, number)
-        needed = {champion, challenger, *previous[-1:]}
+        needed = {champion, challenger, *previous[-1:]} - {None}
         for old in [entry["number"] for entry in entries if entry["number"] not in needed]:
             if len(entries) > max(keep, len(needed)):
                 entries = [entry for entry in entries if entry["number"] != old]

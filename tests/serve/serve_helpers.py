@@ -75,7 +75,7 @@ def ask(folder: str, out: str, ranked: str) -> None:
         histories = [
             items.names(table.item[table.seq[lo:hi]]) for lo, hi in zip(rows.targets.lo, rows.targets.hi, strict=True)
         ]
-        found = run.recommend(histories=histories, k=k)
+        found = run.recommend(users.names(rows.targets.user), k, histories=histories)
     else:
         excluded = [items.names(rows.mask_item[rows.mask_row == n]) for n in range(len(rows.targets))]
         found = run.recommend(users.names(rows.targets.user), k, excluded=excluded, filter_seen=False)

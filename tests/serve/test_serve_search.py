@@ -118,6 +118,7 @@ def test_vectors_are_exported(root: Path, tmp_path: Path, capsys: Any) -> None:
 
 def test_parquet(root: Path, tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow, of the extra 'parquet', is not installed")
+    retire(root / "SASRec", ["i3"])
     assert cli.main(["export", str(root / "SASRec"), "--to", str(tmp_path), "--format", "parquet"]) == 0
     table = parquet.read_table(tmp_path / "items.parquet").to_pydict()
     found = recbole_cl.load(root / "SASRec").vectors("items")

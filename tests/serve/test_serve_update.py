@@ -12,14 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import safetensors.torch
 from run_helpers import configure, run
 from serve_helpers import MODELS, SETTINGS, fresh
 from task_helpers import SETTINGS as TASK_SETTINGS
 from task_helpers import write_task_log
 
 import recbole_cl
-from recbole_cl import cli
+from recbole_cl import cli, disk
 from recbole_cl.config import CLConfig
 from recbole_cl.errors import CheckpointError, ConfigError, DataError, OutputError
 from recbole_cl.model.state import owned_state
@@ -350,7 +349,7 @@ KILLED = """
 import os, shutil, signal, sys
 import torch
 torch.set_num_threads(1)
-from recbole_cl import checkpoint
+from recbole_cl import disk
 from recbole_cl.serve.update import update
 from recbole_cl.training import runner, versions
 
@@ -367,7 +366,7 @@ def counted(module, name):
         return inner(*arguments, **more)
     setattr(module, name, call)
 
-for module, name in ((os, "fsync"), (os, "replace"), (shutil, "rmtree"), (checkpoint, "save_file"),
+for module, name in ((os, "fsync"), (os, "replace"), (shutil, "rmtree"), (disk, "write_tensors"),
                      (runner.Runner, "_stage")):
     counted(module, name)
 update(folder, new, columns={"user": "user", "item": "item", "time": "time"}, guard="none", keep=2)
@@ -413,15 +412,15 @@ def test_a_full_disk_leaves_the_champion(
     log: PlantedDrift, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
     """The disk is full while the store, or the version, is written."""
-    whole, calls = safetensors.torch.save_file, []
+    whole, calls = disk.write_tensors, []
 
-    def full(tensors: Any, path: str, metadata: Any = None) -> None:
+    def full(path: Path, *more: Any) -> None:
         calls.append(path)
         if len(calls) == at:
             raise OSError(errno.ENOSPC, "No space left on device")
-        whole(tensors, path, metadata)
+        whole(path, *more)
 
-    monkeypatch.setattr("safetensors.torch.save_file", full)
+    monkeypatch.setattr(disk, "write_tensors", full)
     with pytest.raises(OutputError, match="the disk is full"):
         updated(folder, log, tmp_path / "n.csv", 0)
     assert recbole_cl.load(folder).position.version == 0
