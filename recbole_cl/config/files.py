@@ -6,6 +6,7 @@ import contextlib
 import copy
 import inspect
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,22 @@ def _file_beside(component: type) -> Path | None:
         if file.is_file():
             return file
     return None
+
+
+def with_presets(
+    component: type, values: dict[str, Any], declared: dict[str, tuple[str, ...]], asked: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, tuple[str, ...]]]:
+    """Returns a model's defaults with those that a preset of its ``presets`` has in their place.
+
+    Args:
+        component: The model's class.
+        values: Its defaults.
+        declared: Their types.
+        asked: Properties that were given; they win, and they choose the presets.
+    """
+    for key, layers in getattr(component, "presets", {}).items():
+        values = {**values, **layers.get(asked.get(key, values.get(key)), {})}
+    return values, declared
 
 
 def component_defaults(component: type, name: str, folder: str) -> tuple[dict[str, Any], dict[str, tuple[str, ...]]]:
