@@ -346,6 +346,7 @@ SCHEMA: dict[str, Rule] = {
     "output_dir": path().optional(),
     "resume": boolean(),
     "keep_base": boolean(),
+    "own_metric_rows": boolean(),
     "base_run": text().optional(),
     "checkpoint_steps": integer(1).optional(),
     "checkpoint_keep": integer(1),

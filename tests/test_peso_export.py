@@ -69,7 +69,7 @@ def test_an_adapter_for_a_checkpoint(log: Path, tmp_path: Path, tied: bool, caps
 
     llama = save_checkpoint(tmp_path / "llama", tied)
     run = trained(log, tmp_path, llm=str(llama), strategy="SingleLoRA", n_stages=2)
-    assert main(["export-adapter", str(tmp_path / "run"), str(tmp_path / "out")]) == 0
+    assert main(["export", str(tmp_path / "run"), "--of", "adapter", "--to", str(tmp_path / "out")]) == 0
     assert "adapter of rank 2, rows of 12 tokens" in capsys.readouterr().out
     words = AutoTokenizer.from_pretrained(tmp_path / "out")
     base = AutoModelForCausalLM.from_pretrained(llama)

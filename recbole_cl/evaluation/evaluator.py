@@ -340,3 +340,5 @@ class Evaluator:
         self._everyones(*values.values())
         flags = {name: flag[warm] for name, flag in self._strata_of(stage, split, all_targets=True).items()}
         outcome.add_own(stage, targets[warm], values, flags)
+        if self.config["own_metric_rows"] and split == "test":
+            outcome.rows = {"user": targets.user[warm], **values}

@@ -42,6 +42,7 @@ class Outcome:
         levels: Coarser level of items to its strata, ``all`` among them.
         measured: Stratum, ``all`` among them, to the rows that the model's own metrics are means over.
         own: Names of the model's own metrics.
+        rows: ``user`` and the model's own metrics of each target that was measured; kept under ``own_metric_rows``.
     """
 
     metrics: dict[str, float]
@@ -54,6 +55,7 @@ class Outcome:
     levels: dict[str, dict[str, Measured]] = field(default_factory=dict)
     measured: dict[str, int] = field(default_factory=dict)
     own: frozenset[str] = frozenset()
+    rows: dict[str, np.ndarray] = field(default_factory=dict)
 
     def parts(self) -> Iterator[tuple[str, str, dict[str, float], int]]:
         """Yields level, stratum, metrics and the number of rows that they are taken over."""

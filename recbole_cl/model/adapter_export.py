@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from recbole_cl import disk
-from recbole_cl.errors import ConfigError, OutputError
+from recbole_cl.errors import ConfigError
 from recbole_cl.generative.lora import Factors
 from recbole_cl.model.contract import offers
 from recbole_cl.model.small_llama import lora_config
@@ -75,10 +75,8 @@ def export_adapter(
     settings.base_model_name_or_path = base["source"] if base else "base"
     settings.inference_mode = True
     written = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-    try:
+    with disk.explained(into, "--to"):
         _write(into, settings, written, model)
-    except OSError as error:
-        raise OutputError(f"cannot write the adapter into {str(folder)!r}: {error.strerror or error}") from error
     return {
         "bytes": sum(t.numel() * t.element_size() for t in written.values()),
         "numbers": sum(t.numel() for t in written.values()),
@@ -88,14 +86,14 @@ def export_adapter(
 
 
 def _write(into: Path, settings: Any, tensors: dict[str, torch.Tensor], model: Any) -> None:
-    disk.own_folder(into, "the folder of the adapter")
-    for folder in (into, into / "base"):
-        for path in folder.iterdir() if folder.is_dir() else ():
-            disk.refuse_link(path, "the folder of the adapter")  # peft and transformers would write through it
+    from safetensors.torch import save
+
+    disk.own_folder(into, "--to")
+    disk.refuse_links(
+        into, [path.name for path in into.iterdir()]
+    )  # what peft and transformers write would follow them
     settings.save_pretrained(into)
-    part = into / ".adapter_model.safetensors.tmp"
-    disk.write_tensors(part, tensors, {"format": "pt"})
-    part.replace(into / "adapter_model.safetensors")
+    disk.write_atomically(into / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}), "--to")
     if model.language.tokenizer is not None:
         model.language.tokenizer.save_pretrained(into)
         return

@@ -65,8 +65,10 @@ class PESO(ContinualModel, SequentialRecommender):
         super().__init__(config, dataset)
         self.config = config
         self.ids, self._source = _semantic_ids(config)
-        tokens = [str(token) for token in dataset.field2id_token[self.ITEM_ID][1 : self.n_items]]
-        rows = self.ids.of(tokens, repr(self._source["source"]))
+        # Also items of later stages: one without codes is told before anything is trained.
+        tokens = [str(token) for token in dataset.field2id_token[self.ITEM_ID][1:]]
+        rows = self.ids.of(tokens, repr(self._source["source"]))[: self.n_items - 1]
+        self._strange = len(self.ids.items) - len(tokens)
         codes = torch.from_numpy(np.r_[np.zeros((1, self.ids.levels), dtype=np.int64), rows])
         self.register_buffer("codes", codes, persistent=False)
         self.language = language(config, self.ids, self.max_seq_length)
@@ -163,6 +165,7 @@ class PESO(ContinualModel, SequentialRecommender):
         after = told["after"]
         numbers = {
             "items with codes": told["items"],
+            "items of the index that the log does not have": self._strange,
             "different semantic ids": after["unique"],
             "items that share one": after["colliding"],
             "largest leaf": after["largest"],

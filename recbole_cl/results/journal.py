@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 
 from recbole_cl import checkpoint, disk
@@ -33,7 +34,7 @@ from recbole_cl.stream.stage import Stage
 LOGGER = logging.getLogger("recbole_cl")
 PRIMARY = "primary"
 """Name of the matrix whose columns each hold their task's own primary metric, where those differ."""
-RESULTS = ("result.json", "records.csv", "report.html")
+RESULTS = ("result.json", "records.csv", "rows.csv", "report.html")
 """What a run that is complete has found out."""
 OWN = (*RESULTS, "checkpoints", "versions", "store", "base", "frozen")
 """All that a run writes into its folder."""
@@ -71,6 +72,7 @@ class Journal:
         self.scratch: dict[str, list[float | None]] = {}
         self.reports: list[dict[str, Any]] = []
         self.warnings: list[str] = []
+        self.rows: list[dict[str, Any]] = []  # own metrics of each target: arrays, under own_metric_rows
         self.listeners: list[Callable[[dict[str, Any]], None]] = []
 
     # -- writing into it ------------------------------------------------------------------------------------------
@@ -123,6 +125,8 @@ class Journal:
                 # The columns of "primary" differ in how they were scored; as a matrix they are one.
                 self.records.add(metric=metric, value=value, mode=PRIMARY if metric == PRIMARY else mode, **told)
         self.cold.append({"t": t, "s": stage.index, "n": outcome.n, "n_cold": outcome.n_cold})
+        if outcome.rows:
+            self.rows.append({"t": t, "s": stage.index, **outcome.rows})
 
     def record_reference(self, outcome: Outcome, stage: Stage) -> None:
         """Adds b[s] of an untrained model."""
@@ -179,7 +183,8 @@ class Journal:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns everything in it."""
-        return {"records": self.records.state_dict(), **{key: getattr(self, key) for key in self.KEYS}}
+        own = {"rows": self.rows} if self.rows else {}
+        return {"records": self.records.state_dict(), **{key: getattr(self, key) for key in self.KEYS}, **own}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Puts everything back; warnings of this process stay."""
@@ -187,6 +192,7 @@ class Journal:
         fresh = self.warnings
         for key in self.KEYS:
             setattr(self, key, state[key])
+        self.rows = list(state.get("rows", []))
         self.warnings = list(dict.fromkeys([*state["warnings"], *fresh]))
 
     # -- results --------------------------------------------------------------------------------------------------
@@ -253,6 +259,9 @@ class Journal:
         with checkpoint.explained(folder):
             checkpoint.write_atomically(folder / "result.json", json.dumps(result, indent=1, allow_nan=False))
             self.records.to_csv(folder / "records.csv")
+            if self.rows:
+                told = pd.concat([pd.DataFrame(cell) for cell in self.rows], ignore_index=True)
+                disk.write_atomically(folder / "rows.csv", told.to_csv(index=False))
         return result
 
 

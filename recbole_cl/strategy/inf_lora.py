@@ -40,8 +40,8 @@ class InfLoRA(Folded):
         super().check(config, model)
         if self.params["inherit"]:
             raise ConfigError(
-                "property 'inf_lora_inherit' is True, but A is fixed anew at every stage, so there is no B to go on "
-                "from; leave it out"
+                "strategy: InfLoRA: property 'inf_lora_inherit' is True, but A is fixed anew at every stage, so there "
+                "is no B to go on from; leave it out"
             )
         if self.params["side"] not in ("outside", "inside"):
             raise ConfigError(f"property 'inf_lora_side' is {self.params['side']!r}; it must be 'outside' or 'inside'")

@@ -85,7 +85,7 @@ class SDLoRA(Cumulative):
         return self.magnitudes[SHARED if self.params["shared"] else name]
 
     def own_weight(self, name: str) -> float:
-        return float(self.of(name)[-1]) if self.params["current"] and self.used else 1.0
+        return float(self.of(name).detach()[-1]) if self.params["current"] and self.used else 1.0
 
     def output(self, name: str, inputs: torch.Tensor, base: nn.Linear) -> torch.Tensor:
         if name not in self._directions or self._directions[name][0].device != base.weight.device:
