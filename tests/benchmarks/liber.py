@@ -205,7 +205,7 @@ def calls(picture: str | None = None) -> None:
             axis.set(xscale="log", yscale="log", xlabel="behaviours of a user", ylabel="calls", title=dataset)
             axis.legend(frameon=False)
         figure.tight_layout()
-        figure.savefig(picture, metadata={"Software": None, "Date": None})
+        figure.savefig(picture, dpi=110)
 
 
 def load(n: int = 600, delay: float = 0.05) -> None:
