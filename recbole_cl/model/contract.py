@@ -27,7 +27,9 @@ from recbole_cl.stream.stage import Stage, Targets, Task
 from recbole_cl.stream.vocabulary import Growth
 
 if TYPE_CHECKING:
+    from recbole_cl.model.forget import Forgetting
     from recbole_cl.strategy.context import Pass, StageContext
+    from recbole_cl.stream.build import Stream
 
 
 class StageTrainer(Protocol):
@@ -70,6 +72,7 @@ class ContinualModel:
         builds_on_stages: A stage leaves what earlier ones trained as it is and builds on it, so no pass may begin from
             new weights, and there is nothing for replay or pruning to keep.
         own_metrics: Metrics that :meth:`measure` gives for each target, to whether more is better.
+        presets: Properties that stand for many others: ``{property: {value: {other property: its default}}}``.
         strategy_hooks: Hooks of strategies (``loss_terms``) that this model's own trainer runs.
         changeable: Properties of its own that an update may set: what it spends, not what it is.
     """
@@ -86,6 +89,7 @@ class ContinualModel:
     scores_untrained_items: bool = False
     builds_on_stages: ClassVar[bool] = False
     own_metrics: ClassVar[Mapping[str, bool]] = {}
+    presets: ClassVar[Mapping[str, Mapping[str, Mapping[str, Any]]]] = {}
     strategy_hooks: ClassVar[frozenset[str]] = frozenset()
     changeable: ClassVar[frozenset[str]] = frozenset()
 
@@ -96,6 +100,10 @@ class ContinualModel:
 
         Prefix of the parts' names to ``{"source": ..., "sha256": ...}``; ``"names"``, a list, says which tensors below
         the prefix belong to the base where not all do (adapters live below the same prefix).
+
+        The source ``"run"``, without a hash, says that the run has trained this part itself and that it is frozen from
+        now on: its checkpoints and versions share one file with it (``frozen/`` in the run's folder). A model that
+        takes such a state over has those parameters frozen, until :meth:`stage_trainer` says otherwise.
         """
         return {}
 
@@ -120,6 +128,22 @@ class ContinualModel:
             state: As :func:`recbole_cl.model.state.owned_state` gave it.
         """
         return state
+
+    def without_users(self, state: Mapping[str, Any], forgetting: Forgetting) -> Mapping[str, Any]:
+        """Returns a saved :meth:`owned_state` without users who are to be forgotten.
+
+        By default named tensors lose their rows, and memories with a column ``user`` or ``users`` their entries.
+        """
+        return forgetting.nest(state)  # type: ignore[no-any-return]
+
+    def forget_users(self, stream: Stream, users: list[str]) -> int:
+        """Removes what side stores hold of users; returns how many entries there were.
+
+        Args:
+            stream: What the model was trained over, the users still in it.
+            users: Their tokens.
+        """
+        return 0
 
     def grow_in_place(self, view: Any, users: tuple[int, int], items: tuple[int, int]) -> Growth:
         """Grows this very model to the next stage; a model that has this method lives on, and no new one is made.

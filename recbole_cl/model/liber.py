@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from recbole.data.interaction import Interaction
@@ -20,6 +21,7 @@ from recbole_cl.model.contract import ContinualModel
 from recbole_cl.model.liber_fusion import InterestFusion, KnowledgeAdded, KnowledgeField
 from recbole_cl.model.liber_items import item_vectors, no_items
 from recbole_cl.model.liber_knowledge import Knowledge, Learner
+from recbole_cl.model.liber_profile import Profiles
 from recbole_cl.model.liber_report import report_of
 from recbole_cl.model.liber_rows import COUNT, USER, with_partitions
 from recbole_cl.model.liber_tables import READINGS, SHIFTS, VECTORS, interest_tables, item_table
@@ -28,6 +30,10 @@ from recbole_cl.registry import encoders, llm_clients, models
 from recbole_cl.rng import derive, seeded
 from recbole_cl.stream.batch import TARGETS, Batcher
 from recbole_cl.stream.stage import Targets
+
+if TYPE_CHECKING:
+    from recbole_cl.model.forget import Forgetting
+    from recbole_cl.stream.build import Stream
 
 PROBED = 64
 _LOG = logging.getLogger("recbole_cl")
@@ -217,6 +223,19 @@ class LIBER(ContinualModel, AbstractRecommender):
 
     def side_stores(self) -> dict[str, str]:
         return {} if self.way == "none" else {"knowledge": str(folder_of(self.config))}
+
+    def without_users(self, state: Mapping[str, Any], forgetting: Forgetting) -> dict[str, Any]:
+        """Returns the knowledge without users' partitions; the projection is nobody's."""
+        rows = dict(state["knowledge"])
+        projection = {name: rows.pop(name) for name in ("mean", "matrix")}
+        return {"knowledge": {**forgetting.removal.rows(rows, "user"), **projection}}
+
+    def forget_users(self, stream: Stream, users: list[str]) -> int:
+        """Removes what was written about users, and the vectors made of it."""
+        if self.way == "none":
+            return 0
+        profiles = Profiles(self.config, stream)
+        return sum(profiles.forget(user) for user in users)
 
     # -- batches --------------------------------------------------------------------------------------------------
 

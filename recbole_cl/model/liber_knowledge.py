@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
+from recbole_cl import disk
 from recbole_cl.errors import ConfigError
 from recbole_cl.llm.cache import Kept
 from recbole_cl.llm.cascade import Cascade
@@ -239,9 +240,9 @@ def _read(file: Path) -> dict[str, torch.Tensor] | None:
 
 def _write(file: Path, made: dict[str, torch.Tensor]) -> None:
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
+        disk.own_folder(file.parent, "liber_cache")
         part = file.with_name(f".{os.getpid()}-{file.name}.part")
-        save_file(made, part)
-        os.replace(part, file)
+        disk.write_tensors(part, made)
+        os.replace(part, file)  # a link in its place goes, what it leads to stays
     except OSError as error:
-        _LOG.warning("LIBER: vectors are not kept in %s: %s", file.parent, error.strerror)
+        _LOG.warning("LIBER: vectors are not kept in %s: %s", file.parent, error.strerror or error)

@@ -19,7 +19,7 @@ from recbole_cl.llm.clients.base import Request
 from recbole_cl.llm.texts import tokens
 from recbole_cl.model.liber_check import audit
 from recbole_cl.model.liber_texts import History, cascade_of, folder_of, history_of
-from recbole_cl.stream.build import build_stream
+from recbole_cl.stream.build import Stream, build_stream
 
 GUESSED_ANSWER = 60
 """Tokens of an answer that nobody has seen yet."""
@@ -30,11 +30,12 @@ class Profiles:
 
     Args:
         config: A configuration of ``LIBER``.
+        stream: The stream; default that of the configured dataset.
     """
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any, stream: Stream | None = None) -> None:
         self.config = config
-        self.stream = build_stream(config)
+        self.stream = build_stream(config) if stream is None else stream
         self.history: History = history_of(config, self.stream)
 
     def _rows(self, user: str) -> np.ndarray:
