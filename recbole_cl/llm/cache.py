@@ -188,12 +188,13 @@ class AnswerCache:
             pass
         return True
 
-    def keep(self, answers: Sequence[Kept], about: Mapping[str, Any]) -> None:
+    def keep(self, answers: Sequence[Kept], about: Mapping[str, Any], leased: bool = True) -> None:
         """Commits answers and gives their leases back.
 
         Args:
             answers: The answers.
             about: Client, model, parameters and version of the prompt: where they came from.
+            leased: Their questions were leased.
         """
         told, now = json.dumps(about, sort_keys=True), time.time()
         with self._writing() as connection:
@@ -204,7 +205,8 @@ class AnswerCache:
                     for a in answers
                 ],
             )
-            connection.executemany("DELETE FROM leases WHERE key = ?", [(a.key,) for a in answers])
+            if leased:
+                connection.executemany("DELETE FROM leases WHERE key = ?", [(a.key,) for a in answers])
 
     def give_back(self, keys: Iterable[str]) -> None:
         """Gives leases back without answers."""

@@ -135,14 +135,16 @@ class Cascade:
         bar = tqdm(total=len(todo), desc=title, disable=not self.progress or not todo, leave=False)
         try:
             while todo:
-                mine = self.cache.take(todo[: _AT_ONCE if self.client.instant else _LEASED * self.limits.concurrency])
+                # An instant answer costs less than a lease; of two processes that give it the first is kept.
+                at_once = _AT_ONCE if self.client.instant else _LEASED * self.limits.concurrency
+                mine = todo[:at_once] if self.client.instant else self.cache.take(todo[:at_once])
                 if mine and self.client.instant:
                     kept = [self._try(once[key]) for key in mine]
-                    self.cache.keep(kept, about)
+                    self.cache.keep(kept, about, leased=False)
                     bar.update(len(kept))
                 elif mine:
                     self._ask_all([once[key] for key in mine], about, lambda kept: bar.update(1))
-                answers = self.cache.find(todo)
+                answers = self.cache.find(mine if self.client.instant else todo)
                 found.update(answers)
                 todo = [key for key in todo if key not in answers]
                 if todo and not mine:  # others are asking

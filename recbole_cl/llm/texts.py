@@ -53,7 +53,8 @@ def fault(answer: str) -> str | None:
         return "is empty"
     if len(answer) > LONGEST_ANSWER:
         return f"has {len(answer)} characters, more than {LONGEST_ANSWER}"
-    if len(clauses(answer)) > CLAUSES:
+    ends = answer.count(".") + answer.count(";") + answer.count("\n")
+    if ends >= CLAUSES and len(clauses(answer)) > CLAUSES:  # most answers are too short for too many
         return f"has more than {CLAUSES} sentences"
     lower = answer.lower()
     if any(echo in lower for echo in _ECHOES):

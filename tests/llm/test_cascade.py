@@ -18,6 +18,7 @@ from recbole_cl.errors import ConfigError
 from recbole_cl.llm.cache import AnswerCache, Kept
 from recbole_cl.llm.cascade import Cascade, Limits
 from recbole_cl.llm.clients.base import Request
+from recbole_cl.llm.clients.items import Items
 from recbole_cl.llm.clients.offline import Offline
 from recbole_cl.llm.clients.openai_compatible import OpenAICompatible
 from recbole_cl.llm.prompts import read_prompt
@@ -203,3 +204,15 @@ def test_prompts_are_versioned_files(tmp_path: Path) -> None:
         read_prompt("summary", str(tmp_path))
     with pytest.raises(ConfigError, match="neither a version"):
         read_prompt("shift", "v99")
+
+
+def test_the_items_client_writes_what_is_there() -> None:
+    """A sentence an item, so that the mean over clauses is the mean over items; it fits what answers may be."""
+    ask_ = Items({}).ask
+    rows = [{"title": ["Mr.", "Bean"], "tags": ["fun"], "liked": True}, {"title": ["Heat"], "liked": None}]
+    text = ask_(Request("summary", "p", {"behaviours": rows})).text
+    assert clauses(text) == ["Mr Bean fun", "Heat"]
+    many = [{"title": [f"{'x' * 70}{n}"]} for n in range(60)]
+    long = ask_(Request("summary", "p", {"behaviours": many})).text
+    assert fault(long) is None and len(clauses(long)) == 24 and clauses(long)[-1].endswith("59")
+    assert not Items.remote and fault(ask_(Request("shift", "p", {"previous": "a", "current": "b"})).text) is None
