@@ -115,8 +115,13 @@ class ModelRandomness:
         return _capture() if self._depth else dict(self._state)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Puts a state back."""
+        """Puts a state back; one that cannot be restored is an error now, and not when it is needed."""
         if self._depth:
             _restore(state)
-        else:
-            self._state = dict(state)
+            return
+        outer = _capture()
+        try:
+            _restore(state)
+        finally:
+            _restore(outer)
+        self._state = dict(state)

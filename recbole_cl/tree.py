@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -10,6 +11,18 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+
+
+class FrozenTensors(dict[str, torch.Tensor]):
+    """Tensors of a frozen base that a run has made itself: its checkpoints refer to one file that holds them.
+
+    Whoever holds one takes it that its tensors do not change.
+    """
+
+    @functools.cached_property
+    def name(self) -> str:
+        """The name of that file: a hash of names, shapes and content."""
+        return tree_hash({key: (list(tensor.shape), tensor) for key, tensor in sorted(self.items())})
 
 
 @contextlib.contextmanager
@@ -46,7 +59,12 @@ def clone_tree(value: Any) -> Any:
         if isinstance(value, np.ndarray):
             return value.copy()
         if isinstance(value, Mapping):
-            return {k: clone(v) for k, v in value.items()}
+            copy = {k: clone(v) for k, v in value.items()}
+            if not isinstance(value, FrozenTensors):
+                return copy
+            frozen = FrozenTensors(copy)
+            frozen.__dict__.update(value.__dict__)  # the name, where it is known: it costs a pass over the tensors
+            return frozen
         if isinstance(value, (list, tuple)):
             return [clone(v) for v in value]
         return value

@@ -26,7 +26,7 @@ from recbole_cl.config.keys import library_keys
 from recbole_cl.registry import Registry, models, schedulers, strategies
 from recbole_cl.results.matrix import SUMMARIES
 from recbole_cl.stream.build import build_stream
-from recbole_cl.study import read_plan
+from recbole_cl.study import list_studies, read_plan
 from recbole_cl.testing.contract import SMALL
 from recbole_cl.testing.model_contract import ModelContract
 from recbole_cl.testing.toy import PlantedDrift, write_planted_drift
@@ -63,14 +63,14 @@ def anchor(heading: str) -> str:
 # -- figures ------------------------------------------------------------------------------------------------------
 
 
-def test_pages_show_the_figures_that_the_benchmarks_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pages_show_the_figures_that_the_benchmarks_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "tests" / "benchmarks"))
-    import kept
+    import figures
 
-    shown = {name for page in PAGES for block in kept._BLOCK.findall(page.read_text()) for name in block[1].split()}
-    assert shown and set(kept.read()) <= shown | {f"{name}.cuda" for name in shown}
+    shown = {name for page in PAGES for block in figures._BLOCK.findall(page.read_text()) for name in block[1].split()}
+    assert shown and set(figures.read()) <= shown | {f"{name}.cuda" for name in shown}
     for page in PAGES:
-        assert kept.filled(page.read_text()) == page.read_text(), f"run tests/benchmarks/kept.py for {page.name}"
+        assert figures.filled(page.read_text()) == page.read_text(), f"run tests/benchmarks/figures.py for {page.name}"
 
 
 # -- code ---------------------------------------------------------------------------------------------------------
@@ -218,16 +218,28 @@ def test_commands_name_what_exists() -> None:
                 if key == "strategy":
                     assert all(name in strategies for name in re.findall(r"\w+", value)), told
         elif words[:2] == ["recbole-cl", "study"]:
-            assert read_plan(words[2], "laptop").cells, told
-            options = {word.partition("=")[0] for word in words[3:]}
-            assert options <= {"--preset", "--output_dir", "--jobs", "--threads", "--only_table"}, told
-        elif words[:1] == ["recbole-cl"] and words[1] in ("import", "update", "recommend", "versions", "rollback"):
+            options, rest = cli._parsers(cli._table())[0].parse_known_args(words[1:])
+            assert not rest, told
+            folder = options.only_table and options.name not in list_studies()  # of runs that a page made before
+            assert folder or options.name.endswith(".yaml") or read_plan(options.name, options.preset).cells, told
+        elif words[:2] == ["recbole-cl", "tune"]:
+            _, rest = cli._parsers(cli._table())[0].parse_known_args(words[1:])
+            assert {word.removeprefix("--").partition("=")[0] for word in rest} <= known, told
+        elif words[:1] == ["recbole-cl"] and words[1] in (
+            "import",
+            "health",
+            "update",
+            "recommend",
+            "export",
+            "versions",
+            "rollback",
+        ):
             table = cli._table()  # tests/serve/test_serve_page.py runs them
             _, rest = cli._parsers(table)[0].parse_known_args(words[1:])
             assert table[words[1]].takes_properties or not rest, told
         elif words[:2] == ["recbole-cl", "profile"]:
             options = {word.removeprefix("--").partition("=")[0] for word in words[2:] if word.startswith("--")}
-            assert options <= {"dry-run", "show-prompt", "dataset"} | known, told
+            assert options <= {"dry-run", "show-prompt", "dataset", "batch-out", "batch-in", "check"} | known, told
         elif words[0] == "recbole-cl":
             assert words[1] in ("list", "report") and (words[1] == "report" or words[2] in KINDS), told
         for word in words:

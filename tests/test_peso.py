@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -132,7 +133,8 @@ def test_lists_hold_items_only(whole: Walk) -> None:
 def test_the_base_is_frozen_byte_for_byte(whole: Walk) -> None:
     """The first pass trains the base and not the adapter, all later ones the adapter alone."""
     states = [checkpoint.read(path) for path in checkpoints(whole)]
-    tensors = [(s["stage"], s.get("progress", {}).get("number"), s["model"]["tensors"]) for s in states]
+    held = [{**s["model"]["tensors"], **s["model"]["frozen"]} for s in states]
+    tensors = [(s["stage"], s.get("progress", {}).get("number"), t) for s, t in zip(states, held, strict=True)]
     first = [t for stage, number, t in tensors if (stage, number) == (0, 0)]
     later = [t for stage, number, t in tensors if (stage, number) != (0, 0)]
     adapter = [name for name in later[0] if "lora_" in name]
@@ -145,8 +147,47 @@ def test_the_base_is_frozen_byte_for_byte(whole: Walk) -> None:
     for name in adapter:  # the second pass is what gives B a direction
         done = next(s for s in states if s["phase"] == "done" and s["stage"] == 0)
         assert "lora_B" not in name or done["model"]["tensors"][name].abs().sum() > 0
+    for state in states:
+        names = set(state["model"]["frozen"])
+        trains_base = (state["stage"], state.get("progress", {}).get("number")) == (0, 0)
+        assert names == (set() if trains_base else set(base)), "what is frozen is not written again"
     costs = whole.result["cost"]
     assert costs[-1]["trainable_parameters"] == sum(later[-1][name].numel() for name in adapter)
+
+
+def test_the_frozen_base_is_written_once(whole: Walk, tmp_path: Path) -> None:
+    """All checkpoints share one file; a moved folder finds it, and one that is changed or gone is refused by name."""
+    folder = tmp_path / "moved"
+    shutil.copytree(whole.runner.folder, folder)
+    paths = sorted((folder / "checkpoints").iterdir())
+    states = [checkpoint.read(path) for path in paths]
+    state = states[-1]
+    name = state["model"]["frozen"].name
+    file = folder / "frozen" / f"{name}.safetensors"
+    first = states[0]["stage_start"]["model"]["frozen"].name  # the weights that the base began with
+    assert {path.stem for path in (folder / "frozen").iterdir()} == {first, name}
+    assert state["previous"]["model"]["frozen"].name == name
+    assert json.loads((paths[-1] / "manifest.json").read_text())["frozen"] == [name]
+    assert "llm.model.embed_tokens.weight" not in (paths[-1] / "state.json").read_text()
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"frozen/{name}.safetensors is truncated or was changed"):
+        checkpoint.read(paths[-1])
+    file.unlink()
+    with pytest.raises(CheckpointError, match=f"frozen/{name}.safetensors is missing"):
+        checkpoint.read(paths[-1])
+
+
+def test_bases_that_no_checkpoint_needs_are_removed(job: Job, tmp_path: Path) -> None:
+    """A base trained anew at every stage is a file a stage; those of checkpoints that are gone go with them."""
+    for keep, expected in ((100, 4), (1, 1)):
+        walk = job.walk(tmp_path / str(keep), strategy="FullRetrain", checkpoint_keep=keep)
+        needed = {
+            name for path in checkpoints(walk) for name in json.loads((path / "manifest.json").read_text())["frozen"]
+        }
+        files = {file.stem for file in (walk.runner.folder / "frozen").iterdir()}
+        assert files == needed and len(files) == expected, "what the first began with, and what each stage made"
 
 
 def test_nll_in_the_matrix_is_that_of_one_row_at_a_time(whole: Walk) -> None:

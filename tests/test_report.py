@@ -10,11 +10,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from report_fixture import METRICS, make_result
 
 from recbole_cl.errors import DataError, OutputError
 from recbole_cl.report import page, picture, render_folder, terminal_summary, text, write_report
+from recbole_cl.report.skeleton import plotly_script
 from recbole_cl.results import summarise_all
 
 SECTIONS = ["headline", "stages", "matrix", "forgetting", "curves", "strata", "disparity", "costs", "terms"]
@@ -122,6 +124,9 @@ def test_numbers_of_the_figures_are_those_of_the_matrix() -> None:
         heat = found[f"matrix {metric}"]
         assert heat["data"][0]["z"] == result["matrix"][metric]
         assert len(heat["layout"]["shapes"]) == 5, "one frame a diagonal cell"
+        cells = {(n["y"], n["x"]): n["text"] for n in heat["layout"]["annotations"]}
+        for t, row in enumerate(result["matrix"][metric]):
+            assert [cells[t, s] for s in range(5)] == [f"{value:.4f}" for value in row]
         curves = found[f"forgetting {metric}"]["data"]
         solid = [c for c in curves if "dash" not in c["line"]]
         dotted = [c for c in curves if "dash" in c["line"]]
@@ -132,6 +137,56 @@ def test_numbers_of_the_figures_are_those_of_the_matrix() -> None:
     stars = [t["marker"]["symbol"].count("star") for t in found["curves NDCG@10"]["data"]]
     assert stars == [1] * 5
     assert not found["matrix NDCG@10"]["data"][0]["reversescale"]
+
+
+@pytest.mark.parametrize("metrics", [{"NDCG@10": 0.11}, {"RMSE": 0.9}])
+def test_numbers_are_legible_on_their_cells(metrics: dict[str, float]) -> None:
+    """WCAG 2.2 asks for a contrast of 4.5 to 1; the colours are mixed here from the page's own colour scale."""
+    heat = check(page(make_result(8, metrics=metrics))).figures[f"matrix {next(iter(metrics))}"]
+    trace = heat["data"][0]
+    scale = [(share, np.array([int(c[i : i + 2], 16) for i in (1, 3, 5)])) for share, c in trace["colorscale"]]
+
+    def light(rgb: np.ndarray) -> float:
+        linear = np.where(rgb / 255 <= 0.04045, rgb / 255 / 12.92, ((rgb / 255 + 0.055) / 1.055) ** 2.4)
+        return float(linear @ [0.2126, 0.7152, 0.0722])
+
+    worst = 99.0
+    for note in heat["layout"]["annotations"]:
+        share = (trace["z"][note["y"]][note["x"]] - trace["zmin"]) / (trace["zmax"] - trace["zmin"])
+        share = 1 - share if trace["reversescale"] else share
+        shares, colours = zip(*scale, strict=True)
+        cell = np.array([np.interp(share, shares, [c[i] for c in colours]) for i in range(3)])
+        ink = np.array([int(note["font"]["color"][i : i + 2], 16) for i in (1, 3, 5)])
+        bright, faint = sorted([light(cell), light(ink)], reverse=True)
+        worst = min(worst, (bright + 0.05) / (faint + 0.05))
+    assert 4.5 <= worst < 21
+
+
+def test_what_was_given_stands_first() -> None:
+    result = make_result(2)
+    keys = sorted(result["config"])
+    result["given"] = [keys[-1], "gone"]
+    words = check(page(result)).words
+    assert words.index("given for this run") < words.index(keys[-1]) < words.index("as the files have it")
+    assert words.index("as the files have it") < words.index(keys[0])
+    del result["given"]
+    assert "given for this run" not in check(page(result)).words
+
+
+def test_pages_of_a_study_share_one_script(tmp_path: Path) -> None:
+    """Each page refers to the one file beside the study; without it a line says what is missing."""
+    pages = [write_report(make_result(2), tmp_path / "cells" / name, shared=tmp_path) for name in "ab"]
+    (script,) = tmp_path.glob("plotly-*.min.js")
+    for path in pages:
+        html = path.read_text(encoding="utf-8")
+        assert len(html) < 1_000_000 and f'<script src="../../{script.name}"></script>' in html
+        assert 'id="unscripted"' in html
+    before = script.stat().st_mtime_ns
+    write_report(make_result(2), tmp_path / "cells" / "c", shared=tmp_path)
+    assert script.stat().st_mtime_ns == before
+    script.write_text("cut")
+    write_report(make_result(2), tmp_path / "cells" / "c", shared=tmp_path)
+    assert script.read_text(encoding="utf-8") == plotly_script()[0]
 
 
 def test_smaller_is_better_reverses_the_colours() -> None:
@@ -194,7 +249,8 @@ def test_null_cells_and_infinite_numbers() -> None:
     read = check(page(result))
     assert "not defined" in " ".join(read.words)
     assert "stage 1 left out" in " ".join(read.words)
-    assert len(read.figures["matrix NDCG@10"]["layout"]["annotations"]) == 5
+    cells = [note["text"] for note in read.figures["matrix NDCG@10"]["layout"]["annotations"]]
+    assert len(cells) == 16 and cells.count("-") == 5
     told = terminal_summary(result)
     assert re.search(r"^ +1 +- +- +- +-$", told, re.M)
     assert "no reference b[s] was run" in told
@@ -329,7 +385,7 @@ def test_render_folder(tmp_path: Path) -> None:
 
 def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="cannot be written"):
+    with pytest.raises(OutputError, match="output_dir: cannot write to"):
         write_report(make_result(1), tmp_path / "file")
 
 
@@ -347,7 +403,7 @@ def test_picture_without_a_browser_is_none(tmp_path: Path, monkeypatch: pytest.M
     def fail(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("Kaleido requires Google Chrome to be installed.")
 
-    monkeypatch.setattr(go.Figure, "write_image", fail)
+    monkeypatch.setattr(go.Figure, "to_image", fail)
     assert picture(make_result(3), tmp_path / "picture.png") is None
     assert picture({}, tmp_path / "picture.png") is None
 
@@ -357,7 +413,7 @@ def test_picture_is_a_valid_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     import plotly.graph_objects as go
 
     drawn: list[Any] = []
-    monkeypatch.setattr(go.Figure, "write_image", lambda self, path, **_: (drawn.append(self), Path(path).touch()))
+    monkeypatch.setattr(go.Figure, "to_image", lambda self, **_: (drawn.append(self), b"png")[1])
     assert picture(make_result(3), tmp_path / "picture.png") == tmp_path / "picture.png"
     assert len(drawn[0].data) == 1 + 5
     for name, figure in check(page(make_result(3))).figures.items():

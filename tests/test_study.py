@@ -186,11 +186,15 @@ def test_table_holds_the_means_of_the_results(
     assert cli.main(["study", str(path), "--output_dir", str(out)]) == 0
     printed = capsys.readouterr().out
     files = [out / cell.folder / "result.json" for cell in read_plan(path, "laptop").cells]
+    assert len(list(out.glob("plotly-*.min.js"))) == 1
+    assert all(file.with_name("report.html").stat().st_size < 1_000_000 for file in files), "they share that script"
     results = [json.loads(file.read_text(encoding="utf-8")) for file in files]
     metric = results[0]["primary_metric"]
     mean, half = mean_and_interval([r["summary"]["final_average"][metric] for r in results])
     assert f"| FineTune | 2 | {mean:.4f} ± {half:.4f} |" in printed
     assert cli.main(["study", str(path), "--output_dir", str(out), "--jobs", "0"]) == 2
+    assert cli.main(["report", str(out)]) == 2
+    assert f"'recbole-cl study STUDY --output_dir={out} --only_table'" in capsys.readouterr().err
     # Learning curves of what is done: a panel for each stage, the mean over the seeds of the validation metric.
     asked = yaml.safe_load(path.read_text(encoding="utf-8"))
     by_stage = {"metric": metric, "published": {"FineTune": [0.5, 0.25]}}

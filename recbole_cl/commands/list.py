@@ -98,6 +98,13 @@ def _studies() -> dict[str, str]:
     return _files("study", list_studies())
 
 
+def _formats() -> dict[str, str]:
+    from recbole_cl.config import properties_dir
+    from recbole_cl.importer import list_formats
+
+    return _files("import", list_formats(properties_dir() / "import"))
+
+
 def _metrics() -> dict[str, str]:
     from recbole.evaluator.register import metrics_dict
 
@@ -114,6 +121,7 @@ KINDS: dict[str, Callable[[], dict[str, str]]] = {
     "datasets": _datasets,
     "metrics": _metrics,
     "studies": _studies,
+    "formats": _formats,
     "strata": lambda: described(strata),
     "encoders": lambda: described(encoders),
     "clients": lambda: described(llm_clients),

@@ -24,6 +24,12 @@ class Report(Command):
     def run(self, options: argparse.Namespace, properties: list[str]) -> None:
         folder: str = options.folder
         if not (Path(folder) / "result.json").is_file():
+            cells = sorted(Path(folder).glob("**/cell.json"))[:1]
+            if cells:
+                raise ConfigError(
+                    f"{folder!r} is the folder of a study: 'recbole-cl study STUDY --output_dir={folder} --only_table' "
+                    f"writes its tables and plots; a run of it is {str(cells[0].parent)!r}"
+                )
             raise ConfigError(f"{folder!r} holds no result.json; give the output folder of a run that has finished")
         from recbole_cl.report import render_folder
 

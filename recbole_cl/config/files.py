@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,13 @@ def properties_dir() -> Path:
         if (folder / "overall.yaml").is_file():
             return folder
     raise ConfigError("the folder 'properties' with RecBole-CL's defaults is missing; install the package again")
+
+
+def config_file(asked: str | os.PathLike[str]) -> str:
+    """Returns the path of a config file: a file, or a preset by its name (``properties/preset/<name>.yaml``)."""
+    path = os.fspath(asked)
+    preset = properties_dir() / "preset" / f"{path}.yaml"
+    return str(preset) if not Path(path).exists() and Path(path).name == path and preset.is_file() else path
 
 
 def _file_beside(component: type) -> Path | None:

@@ -51,4 +51,8 @@ def health_lines(told: dict[str, Any]) -> list[str]:
     ]
     if "positive_labels" in told:
         lines.append(f"labels        {told['positive_labels']:.1%} are above 0")
+    for which in ("item", "user"):
+        if f"{which}s_told" in told:
+            left = f"{told[f'{which}_rows_left']:,} rows of others or repeated are left out"
+            lines.append(f"{which}s told    {told[f'{which}s_told']:,} of {told[f'{which}s']:,}; {left}")
     return lines

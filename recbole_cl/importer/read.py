@@ -6,12 +6,13 @@ summary says which separator, encoding and clock were found.
 
 from __future__ import annotations
 
+import gzip
 import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import numpy as np
 import pandas as pd
@@ -23,7 +24,7 @@ USER, ITEM, TIME, LABEL = "user_id", "item_id", "timestamp", "label"
 """Columns of the log that is written."""
 KINDS = {
     ".csv": "csv", ".tsv": "csv", ".txt": "csv", ".inter": "csv", ".parquet": "parquet", ".pq": "parquet",
-    ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl",
+    ".dat": "csv", ".data": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl",
 }  # fmt: skip
 MISSING = frozenset({
     "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA", "NULL",
@@ -31,6 +32,8 @@ MISSING = frozenset({
 })  # fmt: skip
 """Tokens that do not survive being read by RecBole."""
 SEPARATORS = (",", "\t", ";", "|")
+ROW = "_row"
+"""Column of the places of rows, for a log that has an order and no times."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +45,13 @@ class Columns:
         item: Column of items.
         time: Column of times.
         label: Column of labels or ratings, or ``None``.
-        unit: Clock: ``s``, ``ms``, ``us``, ``ns``, ``iso``, or ``None`` to find out.
+        unit: Clock: ``s``, ``ms``, ``us``, ``ns``, ``iso``, ``row`` (the place of the row, where a log has an order and
+            no times), or ``None`` to find out.
         encoding: Encoding of text, or ``None`` to find out.
-        separator: What separates the columns of a text file, or ``None`` to find out.
+        separator: What separates the columns of a text file, or ``None`` to find out; several characters are allowed.
+        kind: ``csv``, ``parquet`` or ``jsonl``, where the ending of the file does not say so.
+        header: Names of the columns of a text file that has no line of them.
+        keep: Column to the values of rows that count as interactions.
     """
 
     user: str = USER
@@ -54,6 +61,9 @@ class Columns:
     unit: str | None = None
     encoding: str | None = None
     separator: str | None = None
+    kind: str | None = None
+    header: tuple[str, ...] | None = None
+    keep: Mapping[str, tuple[str, ...]] | None = None
 
     def names(self) -> dict[str, str]:
         """Returns the column of the log to that of the table."""
@@ -68,7 +78,15 @@ class Columns:
     def of(cls, told: Mapping[str, Any]) -> Columns:
         """Returns what :meth:`to_dict` gave."""
         known = cls.__dataclass_fields__
-        return cls(**{name: value for name, value in told.items() if name in known})
+        given = {name: value for name, value in told.items() if name in known}
+        if given.get("header") is not None:
+            given["header"] = tuple(map(str, given["header"]))
+        if given.get("keep") is not None:
+            given["keep"] = {str(name): tuple(map(str, values)) for name, values in given["keep"].items()}
+        return cls(**given)
+
+
+KEYS = tuple(Columns.__dataclass_fields__)
 
 
 def read_log(path: str | Path, columns: Columns, more: Sequence[str] = ()) -> tuple[pd.DataFrame, Columns]:
@@ -87,32 +105,21 @@ def read_log(path: str | Path, columns: Columns, more: Sequence[str] = ()) -> tu
         DataError: If the file cannot be read, a column is missing, or a value makes no sense; with file and line.
     """
     path = Path(path).expanduser()
-    if not path.is_file():
-        raise DataError(f"{path}: there is no such file")
-    kind = KINDS.get(path.suffix.lower())
-    if kind is None:
-        raise DataError(
-            f"{path.name}: {path.suffix or 'no ending'} is no kind of file that can be imported; give a file ending in "
-            f"{', '.join(sorted(KINDS))}"
-        )
-    encoding = separator = None
-    if kind == "csv":
-        encoding = columns.encoding or _encoding(path)
-        separator = columns.separator or _separator(path, encoding)
-        frame = _csv(path, encoding, separator)
-    elif kind == "parquet":
-        frame = _parquet(path)
-    else:
-        encoding = columns.encoding or _encoding(path)
-        frame = _jsonl(path, encoding)
-    frame = _chosen(path, frame, columns, more, kind == "csv")
+    table, found_of = read_table(path, columns)
+    table = _kept(path, table, columns.keep)
+    if columns.unit == "row":
+        columns = replace(columns, time=ROW)
+        table = table.assign(**{ROW: np.arange(len(table))})
+    frame = _chosen(path, table, columns, more, found_of["kind"] == "csv")
     if frame.empty:
         raise DataError(f"{path.name}: it holds no interaction; give a file with at least one row")
     out = pd.DataFrame(index=frame.index)
     for name in (USER, ITEM):
-        out[name] = _tokens(path, frame[name], columns.names()[name])
+        out[name] = tokens(path, frame[name], columns.names()[name])
     try:
-        out[TIME], unit = seconds(frame[TIME], columns.unit)
+        numbered = columns.unit == "row"
+        out[TIME], unit = seconds(frame[TIME], "s" if numbered else columns.unit)
+        unit = "row" if numbered else unit
     except ValueError as error:
         line, value = error.args
         raise DataError(
@@ -131,23 +138,77 @@ def read_log(path: str | Path, columns: Columns, more: Sequence[str] = ()) -> tu
         out[LABEL] = number.astype(np.float64)
     for name in more:
         out[name] = frame[name]
-    found = Columns(columns.user, columns.item, columns.time, columns.label, unit, columns.encoding, columns.separator)
-    out.attrs.update({"encoding": encoding, "separator": separator, "kind": kind})
-    return out, found
+    out.attrs.update(found_of)
+    return out, replace(columns, unit=unit)
+
+
+def read_table(path: Path, columns: Columns) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Reads all of a file as it stands there.
+
+    Args:
+        path: The file; one that ends in ``.gz`` is unpacked as it is read.
+        columns: Its kind, encoding, separator and header are read.
+
+    Returns:
+        The table, whose index is the line of the file or the row of a parquet file; and ``kind``, ``encoding`` and
+        ``separator`` as they were found.
+
+    Raises:
+        DataError: If the file cannot be read.
+    """
+    if not path.is_file():
+        raise DataError(f"{path}: there is no such file")
+    ending = Path(path.stem).suffix if path.suffix.lower() == ".gz" else path.suffix
+    kind = columns.kind or KINDS.get(ending.lower())
+    if kind is None:
+        raise DataError(
+            f"{path.name}: {ending or 'no ending'} is no kind of file that can be imported; give a file ending in "
+            f"{', '.join(sorted(KINDS))}"
+        )
+    encoding = separator = None
+    if kind == "csv":
+        encoding = columns.encoding or _encoding(path)
+        separator = columns.separator or _separator(path, encoding)
+        frame = _csv(path, encoding, separator, columns.header)
+    elif kind == "parquet":
+        frame = _parquet(path)
+    else:
+        encoding = columns.encoding or _encoding(path)
+        frame = _jsonl(path, encoding)
+    return frame, {"encoding": encoding, "separator": separator, "kind": kind}
+
+
+def _kept(path: Path, frame: pd.DataFrame, keep: Mapping[str, Sequence[str]] | None) -> pd.DataFrame:
+    for name, values in (keep or {}).items():
+        if name not in frame:
+            hint = nearest(name, map(str, frame.columns)) or "."
+            raise DataError(
+                f"{path.name}: there is no column {name!r} to keep rows by{hint} "
+                f"It has {', '.join(map(str, frame.columns))}"
+            )
+        frame = frame[frame[name].map(_token).isin(values)]
+    return frame
 
 
 # -- kinds of files -----------------------------------------------------------------------------------------------
 
 
+def _opened(path: Path, mode: str, encoding: str | None = None) -> IO[Any]:
+    """Opens a file, unpacked where it ends in ``.gz``."""
+    if path.suffix.lower() == ".gz":
+        return cast(IO[Any], gzip.open(path, mode, encoding=encoding))
+    return path.open(mode.replace("t", ""), encoding=encoding)
+
+
 def _encoding(path: Path) -> str:
     """Returns the first encoding that reads the whole file: UTF-8, UTF-16 by its mark, else Windows' Western one."""
-    with path.open("rb") as file:
+    with _opened(path, "rb") as file:
         start = file.read(4)
     if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
         return "utf-16"
     for encoding in ("utf-8-sig", "cp1252"):
         try:
-            with path.open(encoding=encoding) as file:
+            with _opened(path, "rt", encoding) as file:
                 while file.read(1 << 20):
                     pass
             return encoding
@@ -158,16 +219,21 @@ def _encoding(path: Path) -> str:
 
 def _separator(path: Path, encoding: str) -> str:
     """Returns the separator that parts the first line into most columns."""
-    with path.open(encoding=encoding, newline="") as file:
+    with _opened(path, "rt", encoding) as file:
         header = file.readline()
     return max(SEPARATORS, key=header.count)
 
 
-def _csv(path: Path, encoding: str, separator: str) -> pd.DataFrame:
+def _csv(path: Path, encoding: str, separator: str, header: Sequence[str] | None = None) -> pd.DataFrame:
+    if len(separator) > 1:
+        return _long_separator(path, encoding, separator, header)
+    names: dict[str, Any] = {} if header is None else {"names": list(header), "header": None}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)  # rows longer than the first line names
-            frame = pd.read_csv(path, sep=separator, encoding=encoding, dtype=str, na_filter=False, index_col=False)
+            frame = pd.read_csv(
+                path, sep=separator, encoding=encoding, dtype=str, na_filter=False, index_col=False, **names
+            )
     except pd.errors.EmptyDataError as error:
         raise DataError(f"{path.name}: it is empty; give a file with a line of column names and rows below") from error
     except UnicodeDecodeError as error:
@@ -176,8 +242,27 @@ def _csv(path: Path, encoding: str, separator: str) -> pd.DataFrame:
         ) from error
     except (pd.errors.ParserError, pd.errors.ParserWarning, ValueError) as error:
         raise DataError(f"{path.name}: {_words(error)}; mend the line, or give the right --separator") from error
-    frame.index = pd.RangeIndex(2, len(frame) + 2)  # line 1 names the columns
+    first = 1 if header is not None else 2  # line 1 names the columns
+    frame.index = pd.RangeIndex(first, len(frame) + first)
     return frame
+
+
+def _long_separator(path: Path, encoding: str, separator: str, header: Sequence[str] | None) -> pd.DataFrame:
+    """Reads columns that several characters part, such as ``::``; values hold no quotation."""
+    names, rows, lines = list(header or ()), [], []
+    for number, text in _lines(path, encoding):
+        values = text.rstrip("\r\n").split(separator)
+        if not names:
+            names = values
+            continue
+        if len(values) != len(names):
+            raise DataError(
+                f"{path.name}, line {number}: it has {len(values)} columns, not {len(names)} ({', '.join(names)}); "
+                f"mend the line, or give the right --separator"
+            )
+        rows.append(values)
+        lines.append(number)
+    return pd.DataFrame(rows, columns=names, index=pd.Index(lines, dtype=np.int64), dtype=object)
 
 
 def _parquet(path: Path) -> pd.DataFrame:
@@ -208,7 +293,7 @@ def _jsonl(path: Path, encoding: str) -> pd.DataFrame:
 
 
 def _lines(path: Path, encoding: str) -> Iterator[tuple[int, str]]:
-    with path.open(encoding=encoding) as file:
+    with _opened(path, "rt", encoding) as file:
         for number, text in enumerate(file, start=1):
             if text.strip():
                 yield number, text
@@ -247,7 +332,7 @@ def _chosen(path: Path, frame: pd.DataFrame, columns: Columns, more: Sequence[st
     return pd.DataFrame(out, index=frame.index)
 
 
-def _tokens(path: Path, column: pd.Series, name: str) -> pd.Series:
+def tokens(path: Path, column: pd.Series, name: str) -> pd.Series:
     """Returns users or items as text; none may be empty, or hold what separates the columns of an atomic file."""
     text = column.map(_token)
     for bad, why in (

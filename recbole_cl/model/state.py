@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,45 +14,71 @@ from recbole_cl.config.models import traits_of
 from recbole_cl.errors import CheckpointError
 from recbole_cl.model.contract import contract, offers
 from recbole_cl.stream.vocabulary import Growth, carry, infer_axes
-from recbole_cl.tree import clone_tree
+from recbole_cl.tree import FrozenTensors, clone_tree
+
+RUN = "run"
+"""Source of a frozen base that the run has trained itself: it is written once, beside the checkpoints."""
 
 
 def frozen_bases(model: Any) -> dict[str, dict[str, str]]:
-    """Returns the frozen parts of a model: prefix of their names to ``{"source": ..., "sha256": ...}``.
+    """Returns the frozen parts of a model that come from elsewhere: prefix of their names to source and sha256.
 
     A model that builds on a pretrained base declares it (:class:`~recbole_cl.model.contract.ContinualModel`); the base
-    is referred to in checkpoints, not stored.
+    is referred to in checkpoints, not stored. Parts that the run has made itself are not among them.
     """
     declared = contract(model).frozen_bases()
-    return {prefix: {key: base[key] for key in ("source", "sha256")} for prefix, base in declared.items()}
+    return {
+        prefix: {key: base[key] for key in ("source", "sha256")}
+        for prefix, base in declared.items()
+        if base["source"] != RUN
+    }
 
 
-def base_names(model: Any) -> frozenset[str]:
+def base_names(model: Any, made_here: bool = False) -> frozenset[str]:
     """Returns the names of the tensors that belong to frozen bases: those that are named, or all below the prefix.
 
     ``base`` holds ``base.weight``, not ``base2.weight``.
+
+    Args:
+        model: The model.
+        made_here: The bases that the run has made itself, in place of those that come from elsewhere.
     """
     names: set[str] = set()
     for prefix, base in contract(model).frozen_bases().items():
+        if (base["source"] == RUN) != made_here:
+            continue
         below = {n for n in model.state_dict() if n == prefix or n.startswith(prefix.rstrip(".") + ".")}
         names |= below & set(base["names"]) if "names" in base else below
     return frozenset(names)
 
 
+def freeze(model: nn.Module, names: Container[str]) -> None:
+    """Says of the named parameters that they are not trained."""
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name in names:
+            parameter.requires_grad_(False)
+
+
 def owned_state(model: Any) -> dict[str, Any]:
-    """Returns the tensors that a checkpoint holds, RecBole's ``other_parameter`` and state that is no parameter."""
-    theirs = base_names(model)
+    """Returns the tensors that a checkpoint holds, RecBole's ``other_parameter`` and state that is no parameter.
+
+    ``frozen`` has those of bases that the run has made itself, which its checkpoints share.
+    """
+    theirs, frozen = base_names(model), base_names(model, made_here=True)
+    tensors = {k: v for k, v in model.state_dict().items() if k not in theirs}
     state = {
-        "tensors": {k: v for k, v in model.state_dict().items() if k not in theirs},
+        "tensors": {k: v for k, v in tensors.items() if k not in frozen},
+        "frozen": FrozenTensors({k: v for k, v in tensors.items() if k in frozen}),
         "bases": frozen_bases(model),
-        "other": _others(model),
+        "other": others(model),
     }
     if offers(model, "owned_state"):
         state["owned"] = model.owned_state()
     return state
 
 
-def _others(model: Any) -> dict[str, Any]:
+def others(model: Any) -> dict[str, Any]:
+    """Returns what a checkpoint holds of RecBole's ``other_parameter``."""
     # Memory-based models (ItemKNN, EASE) compute theirs from the data when they are made; only what training
     # accumulates (Pop's counts) is carried.
     if not hasattr(model, "other_parameter"):
@@ -76,8 +102,10 @@ def load_owned_state(model: Any, state: Mapping[str, Any]) -> None:
                 f"give it that base, or start anew in another output_dir"
             )
     state = contract(model).fit_state(state)
-    missing = model.load_state_dict(state["tensors"], strict=False)
+    frozen = state.get("frozen", {})
+    missing = model.load_state_dict({**state["tensors"], **frozen}, strict=False)
     theirs = base_names(model)
+    freeze(model, frozen)
     lost = [k for k in missing.missing_keys if k not in theirs]
     if lost or missing.unexpected_keys:
         raise CheckpointError(
@@ -118,6 +146,7 @@ def grow_model(
     theirs = base_names(new)
     state = {k: v for k, v in old.state_dict().items() if k not in theirs}
     lost = carry(state, new, growth, new_rows)
+    freeze(new, base_names(old, made_here=True))
     if getattr(new, "type", None) != ModelType.TRADITIONAL or traits_of(new).counts:
         _carry_others(old, new, n_users, n_items)
     if offers(old, "owned_state"):
@@ -126,7 +155,7 @@ def grow_model(
 
 
 def _carry_others(old: Any, new: Any, n_users: tuple[int, int], n_items: tuple[int, int]) -> None:
-    before, after = _others(old), _others(new)
+    before, after = others(old), others(new)
     grown: dict[str, Any] = {}
     for name, value in before.items():
         fresh = after.get(name)

@@ -6,6 +6,7 @@ No figure library is imported to write a page.
 from __future__ import annotations
 
 import html
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,8 @@ FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, s
 INK, MUTED, GRID, PALE = "#1f2933", "#52606d", "#e4e9ee", "#f4f6f8"
 #: Stages have an order, so their colours have one, too; from dark to light at the same hue steps for colour-blind eyes.
 RAMP = ((38, 24, 95), (106, 30, 148), (178, 42, 125), (226, 96, 84), (246, 165, 45))
+#: Colours of a heat map's cells by the share of the way from the smallest value to the largest.
+HEAT = ((0.0, "#f3f8fc"), (0.55, "#9cc7e4"), (0.8, "#3d84bd"), (1.0, "#134b78"))
 #: Colours of things without order (loss terms, costs).
 COLOURS = ("#2b6cb0", "#dd6b20", "#2f855a", "#b83280", "#6b46c1", "#718096", "#b7791f", "#0987a0")
 
@@ -88,6 +91,34 @@ def stage_axis(title: str, names: Sequence[str], upright: bool = False, **more: 
     return axis(title, **ticks, range=[-0.5, len(names) - 0.5], **more)
 
 
+def heat_colour(share: float) -> tuple[int, int, int]:
+    """Returns the colour of a heat map's cell, red, green and blue from 0 to 255, as Plotly mixes it."""
+    for (low, first), (high, second) in itertools.pairwise(HEAT):
+        if share <= high:
+            at = (share - low) / (high - low)
+            mixed = (round(a + (b - a) * at) for a, b in zip(_rgb(first), _rgb(second), strict=True))
+            red, green, blue = mixed
+            return red, green, blue
+    return _rgb(HEAT[-1][1])
+
+
+def _rgb(colour: str) -> tuple[int, int, int]:
+    return int(colour[1:3], 16), int(colour[3:5], 16), int(colour[5:7], 16)
+
+
+def luminance(colour: tuple[int, int, int]) -> float:
+    """Returns the relative luminance of a colour as WCAG 2.2 defines it, from 0 to 1."""
+    parts = [v / 255 for v in colour]
+    red, green, blue = (v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def legible_on(colour: tuple[int, int, int]) -> str:
+    """Returns black or white, whichever stands out more: at least 4.5 to 1 on any colour."""
+    light = luminance(colour) + 0.05
+    return "#000000" if light / 0.05 > 1.05 / light else "#fefefe"
+
+
 def heat_map(result: Mapping[str, Any], metric: str) -> Figure:
     """Draws R[t, s]: rows trained, columns evaluated, the diagonal framed, null cells grey.
 
@@ -98,20 +129,19 @@ def heat_map(result: Mapping[str, Any], metric: str) -> Figure:
     matrix, names = text.matrix_of(result, metric), text.stage_names(result)
     stages = len(matrix)
     names = names[:stages]
-    small = stages <= 12
+    small, reverse = stages <= 12, text.is_smaller_better(result, metric)
+    there = [v for row in matrix for v in row if v is not None]
+    low, high = (min(there), max(there)) if there else (0.0, 0.0)
     trace = {
         "type": "heatmap",
         "z": matrix,
         "x": list(range(stages)),
         "y": list(range(stages)),
         "customdata": [[text.number(v) for v in row] for row in matrix],
-        "text": [[text.number(v, "") for v in row] for row in matrix],
-        "texttemplate": "%{text}" if small else "",
-        "textfont": {"size": 14 if stages <= 6 else 12 if stages <= 9 else 10},
         "hovertemplate": "trained up to %{y}, evaluated on %{x}: <b>%{customdata}</b><extra></extra>",
         "hoverongaps": False,
-        "colorscale": [[0, "#f3f8fc"], [0.55, "#9cc7e4"], [0.8, "#3d84bd"], [1, "#134b78"]],
-        "reversescale": text.is_smaller_better(result, metric),
+        "colorscale": [list(point) for point in HEAT],
+        "reversescale": reverse,
         "colorbar": {"thickness": 12, "outlinewidth": 0, "tickfont": {"color": MUTED, "size": 11}},
         "xgap": 2,
         "ygap": 2,
@@ -121,17 +151,24 @@ def heat_map(result: Mapping[str, Any], metric: str) -> Figure:
         | {"line": {"color": INK, "width": 2 if small else 1}}
         for s in range(stages)
     ]
-    nulls = [
-        {"x": s, "y": t, "text": "-", "showarrow": False, "font": {"color": "#9aa5b1"}}
-        for t, row in enumerate(matrix)
-        for s, value in enumerate(row)
-        if value is None and small
-    ]
+    # The numbers are annotations, each in a colour that is legible on its cell; Plotly's own choice is not everywhere.
+    numbers = []
+    for t, s in itertools.product(range(stages), range(stages)) if small else ():
+        value = matrix[t][s]
+        if value is None:
+            font: dict[str, Any] = {"color": MUTED}
+        else:
+            share = (value - low) / (high - low) if high > low else 0.5
+            size = 14 if stages <= 6 else 12 if stages <= 9 else 10
+            font = {"color": legible_on(heat_colour(1 - share if reverse else share)), "size": size}
+        numbers.append({"x": s, "y": t, "text": text.number(value), "showarrow": False, "font": font})
+    if high > low:
+        trace |= {"zmin": low, "zmax": high}
     look = layout("evaluated on stage", "trained up to stage", height=min(700, max(280, 130 + 58 * stages)))
     look["xaxis"] = stage_axis("evaluated on stage", names, side="top", showgrid=False, ticks="")
     look["yaxis"] = stage_axis("trained up to stage", names, upright=True, showgrid=False, ticks="")
     look["yaxis"]["range"] = [stages - 0.5, -0.5]
-    look |= {"shapes": frames, "annotations": nulls, "plot_bgcolor": PALE}
+    look |= {"shapes": frames, "annotations": numbers, "plot_bgcolor": PALE}
     look["margin"] = {"l": 64, "r": 20, "t": 60, "b": 20}
     return {"data": [trace], "layout": look}
 
@@ -240,7 +277,9 @@ def learning_curves(result: Mapping[str, Any], metric: str) -> Figure:
                 "y": 1.02,
                 "yanchor": "bottom",
                 "pad": {"t": 0, "b": 2},
-                "font": {"size": 11, "color": MUTED},
+                # Plotly draws the pressed one pale on any page, so that the others are, too, also on a dark one.
+                "font": {"size": 11, "color": "#3e4c59"},
+                "bgcolor": "#dde4ea",
                 "bordercolor": GRID,
                 "showactive": True,
                 "buttons": [

@@ -9,17 +9,19 @@ from recbole_cl.report import figures, text
 from recbole_cl.report.skeleton import document
 
 
-def gallery(title: str, about: str, drawn: Mapping[str, tuple[str, figures.Figure]]) -> str:
+def gallery(title: str, about: str, drawn: Mapping[str, tuple[str, figures.Figure]], script: str | None = None) -> str:
     """Returns the HTML text of a page of figures.
 
     Args:
         title: Title of the page.
         about: A paragraph above them.
-        drawn: Name to heading and figure.
+        drawn: Name to heading and figure. One of several panels scrolls by itself where the page is narrow.
+        script: Where Plotly's script lies, relative to the page; by default the page holds it.
     """
     body = "".join(
-        f'<section><h2>{escape(text.clean(heading))}</h2><div class="figure" data-figure="{escape(name)}" '
-        f'style="height:{figure["layout"]["height"]:.0f}px"></div></section>'
+        f"<section><h2>{escape(text.clean(heading))}</h2><div{' class=wide-figure' if _panels(figure) > 1 else ''}>"
+        f'<div class="figure" data-figure="{escape(name)}" style="height:{figure["layout"]["height"]:.0f}px"></div>'
+        "</div></section>"
         for name, (heading, figure) in drawn.items()
     )
     told = escape(text.clean(title))
@@ -28,4 +30,9 @@ def gallery(title: str, about: str, drawn: Mapping[str, tuple[str, figures.Figur
         f'<main><header><h1>{told}</h1><p class="note">{escape(text.clean(about))}</p></header>'
         f"<noscript><p>The figures need JavaScript.</p></noscript>{body}</main>",
         {name: figure for name, (_, figure) in drawn.items()},
+        script,
     )
+
+
+def _panels(figure: figures.Figure) -> int:
+    return sum(key.startswith("xaxis") for key in figure["layout"])

@@ -45,16 +45,17 @@ COST = {
 }
 
 
-def page(result: Mapping[str, Any]) -> str:
+def page(result: Mapping[str, Any], script: str | None = None) -> str:
     """Builds the whole page.
 
     Args:
         result: The run's result, as in ``result.json``; missing keys leave their part out or say so.
+        script: Where Plotly's script lies, relative to the page; by default the page holds it.
 
     Returns:
         The HTML text.
     """
-    return _Page(result).build()
+    return _Page(result).build(script)
 
 
 class _Page:
@@ -66,8 +67,8 @@ class _Page:
         self.names = text.stage_names(result)
         self.figures: dict[str, figures.Figure] = {}
 
-    def build(self) -> str:
-        """Returns the HTML text."""
+    def build(self, script: str | None = None) -> str:
+        """Returns the HTML text; see :func:`page`."""
         sections = [
             ("headline", "Headline numbers", self.headline()),
             ("stages", "Stages", self.stages()),
@@ -97,6 +98,7 @@ class _Page:
             "<noscript><p>The figures need JavaScript; the tables do not.</p></noscript>"
             f"{body}<footer>RecBole-CL{': ' + escape(folder) if folder else ''}. Stages count from 1.</footer></main>",
             self.figures,
+            script,
         )
 
     # ----------------------------------------------------------------------------------------------------------
@@ -373,13 +375,20 @@ class _Page:
         return f'<ul class="warnings">{"".join(f"<li>{escape(w)}</li>" for w in warnings)}</ul>'
 
     def configuration(self) -> str:
-        """Returns the table of the configuration."""
-        rows = [
-            [str(k), _setting(v)] for k, v in sorted((self.result.get("config") or {}).items(), key=lambda i: str(i[0]))
-        ]
-        if not rows:
+        """Returns the tables of the configuration: what was given for this run first."""
+        config = dict(self.result.get("config") or {})
+        if not config:
             return _none("No configuration was recorded.")
-        return f'<div class="tall">{table(["property", "value"], rows, left=(0,), long=(1,), wide=True)}</div>'
+        given = [key for key in self.result.get("given") or () if key in config]
+        blocks = [("given for this run", given), ("as the files have it", sorted({*config} - {*given}, key=str))]
+        found = []
+        for heading, keys in blocks:
+            rows = [[str(key), _setting(config[key])] for key in keys]
+            if rows:
+                shown = table(["property", "value"], rows, left=(0,), long=(1,), wide=True)
+                head = f"<h3>{heading}</h3>" if given else ""
+                found.append(f'{head}<div class="tall">{shown}</div>')
+        return "".join(found)
 
     def versions(self) -> str:
         """Returns the table of the versions."""

@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from recbole_cl import checkpoint
+from recbole_cl import checkpoint, disk
 from recbole_cl.evaluation.metrics import constant_answer
 from recbole_cl.evaluation.outcome import Outcome
 from recbole_cl.results.exposure import exposure_disparity, head_mask
@@ -32,6 +33,10 @@ from recbole_cl.stream.stage import Stage
 LOGGER = logging.getLogger("recbole_cl")
 PRIMARY = "primary"
 """Name of the matrix whose columns each hold their task's own primary metric, where those differ."""
+RESULTS = ("result.json", "records.csv", "report.html")
+"""What a run that is complete has found out."""
+OWN = (*RESULTS, "checkpoints", "versions", "store", "base", "frozen")
+"""All that a run writes into its folder."""
 PACKAGES = ("recbole-cl", "recbole", "torch", "numpy", "pandas", "scipy", "peft", "transformers", "faiss-cpu")
 
 
@@ -199,6 +204,7 @@ class Journal:
         return {
             "name": f"{self.config['model']} on {self.config['dataset']}: {self.config.strategy_name}",
             "config": settings(self.config),
+            "given": sorted({*getattr(self.config, "external_config_dict", ())} & {*settings(self.config)}),
             "versions": versions(),
             "seed": self.config["seed"],
             "output_dir": str(folder),
@@ -268,29 +274,37 @@ def versions() -> dict[str, str]:
     return found
 
 
-def open_folder(folder: Path, resume: bool) -> None:
-    """Makes sure before any work that the folder can be written; what lies there from an earlier run is kept.
-
-    Args:
-        folder: The run's folder.
-        resume: The earlier run goes on, so its files stay where they are.
+def open_folder(folder: Path) -> None:
+    """Makes sure before any work that the folder can be written; what lies there from an earlier run stays.
 
     Raises:
-        OutputError: If it cannot be written.
+        OutputError: If it cannot be written, or something that a run writes is a link there.
     """
     with checkpoint.explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
+        disk.refuse_links(folder, OWN)
         probe = folder / ".probe"
-        probe.write_bytes(b"0" * 4096)
+        with open(disk.create(probe), "wb") as file:
+            file.write(b"0" * 4096)
         probe.unlink()
-        if resume:
-            return
-        names = ("result.json", "records.csv", "report.html", "checkpoints", "versions")
+
+
+def set_aside(folder: Path, names: Sequence[str]) -> None:
+    """Moves what an earlier run left in a folder to ``earlier-1``, ``earlier-2``, ...: just before it would be lost.
+
+    Args:
+        folder: The run's folder.
+        names: What is about to be written.
+
+    Raises:
+        OutputError: If the folder cannot be written.
+    """
+    with checkpoint.explained(folder):
         old = [name for name in names if (folder / name).exists()]
         if not old:
             return
         number = 1
-        while (folder / f"earlier-{number}").exists():
+        while os.path.lexists(folder / f"earlier-{number}"):
             number += 1
         aside = folder / f"earlier-{number}"
         aside.mkdir()

@@ -18,9 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from recbole_cl.checkpoint import write_atomically
+from recbole_cl.disk import write_atomically
 from recbole_cl.report.figures import COLOURS, Figure, axis, layout, safe
 from recbole_cl.report.gallery import gallery
+from recbole_cl.report.skeleton import share_script
 from recbole_cl.report.text import is_smaller_better
 from recbole_cl.study.plan import Cell, Plan
 from recbole_cl.study.walk import PROBE, RESULT, state
@@ -76,7 +77,7 @@ def axes(panel: int) -> dict[str, str]:
     return {"xaxis": f"x{number}", "yaxis": f"y{number}"}
 
 
-def add_lines(figure: Figure, panel: int, series: Series, digits: int = 4) -> None:
+def add_lines(figure: Figure, panel: int, series: Series, digits: int = 4, order: Sequence[str] = ()) -> None:
     """Adds to a panel the mean over runs of each series, by epoch, with the range of the runs where that is legible.
 
     Args:
@@ -84,9 +85,10 @@ def add_lines(figure: Figure, panel: int, series: Series, digits: int = 4) -> No
         panel: Number of the panel.
         series: Name to one array a run, all of one length.
         digits: Digits of what is told when one points at it.
+        order: Names that have their colours in this order, whether they are here or not.
     """
     known = [trace["name"] for trace in figure["data"] if "legendgroup" in trace]
-    names = list(dict.fromkeys([*known, *map(safe, series)]))
+    names = list(dict.fromkeys([*map(safe, order), *known, *map(safe, series)]))
     for name, runs in series.items():
         values = np.array(runs, dtype=float)
         number = names.index(safe(name))
@@ -114,7 +116,7 @@ def add_lines(figure: Figure, panel: int, series: Series, digits: int = 4) -> No
         )
 
 
-def curves(group: Group) -> Figure | None:
+def curves(group: Group, strategies: Sequence[str] = ()) -> Figure | None:
     """Draws the validation metric by epoch, a panel for each stage, a line for each strategy.
 
     A line is the mean over the runs, that is over seeds and, where the study has them, orders. A run that stopped early
@@ -122,6 +124,7 @@ def curves(group: Group) -> Figure | None:
 
     Args:
         group: Finished cells of one log, scheduler and model, and their results.
+        strategies: All strategies of the study: each has one colour in all its figures.
     """
     stages: dict[str, str] = {}
     less: dict[str, bool] = {}
@@ -143,7 +146,8 @@ def curves(group: Group) -> Figure | None:
         return None
     figure = grid(list(stages), "epoch", [f"validation {metric}" for metric in stages.values()])
     for panel, (name, metric) in enumerate(stages.items()):
-        add_lines(figure, panel, {who: _held(runs, less[metric]) for who, runs in found[name].items()})
+        held = {who: _held(runs, less[metric]) for who, runs in found[name].items()}
+        add_lines(figure, panel, held, order=strategies)
     return figure
 
 
@@ -153,13 +157,14 @@ def _held(runs: Sequence[np.ndarray], less: bool) -> list[np.ndarray]:
     return [np.r_[run, np.full(length - len(run), best(run))] for run in runs]
 
 
-def orders(group: Group) -> Figure | None:
+def orders(group: Group, strategies: Sequence[str] = ()) -> Figure | None:
     """Draws each task's figure after the last task in every order of the tasks, a panel for each task.
 
     The colour tells at which place the task came. With several seeds a point is their mean and the bar their range.
 
     Args:
         group: As in :func:`curves`; its cells have a label ``order``. One strategy is drawn, the first.
+        strategies: Not needed here: colours tell places.
     """
     strategy = group[0][0].labels["strategy"]
     found: dict[str, dict[str, list[float]]] = {}
@@ -212,8 +217,13 @@ def orders(group: Group) -> Figure | None:
     return figure
 
 
-def probe(group: Group) -> Figure | None:
-    """Draws the curves of a probe's variants and what each came to, mean and range over the runs."""
+def probe(group: Group, strategies: Sequence[str] = ()) -> Figure | None:
+    """Draws the curves of a probe's variants and what each came to, mean and range over the runs.
+
+    Args:
+        group: As in :func:`curves`.
+        strategies: Not needed here: colours tell variants.
+    """
     found: Series = {}
     ends: dict[str, list[float]] = {}
     metric = task = ""
@@ -239,7 +249,7 @@ def probe(group: Group) -> Figure | None:
     return figure
 
 
-KINDS: dict[str, tuple[str, Callable[[Group], Figure | None]]] = {
+KINDS: dict[str, tuple[str, Callable[[Group, Sequence[str]], Figure | None]]] = {
     "curves": ("Learning curves", curves),
     "orders": ("Orders of the tasks", orders),
     "probe": ("Fixed vectors", probe),
@@ -250,11 +260,12 @@ def figures_of(plan: Plan, folder: Path) -> dict[str, tuple[str, Figure]]:
     """Returns what the report asks for, by the name of its file: heading and figure; open cells are left out."""
     found: dict[str, tuple[str, Figure]] = {}
     kinds = plan.report.get("plots") or ()
+    strategies = list(dict.fromkeys(cell.labels["strategy"] for cell in plan.cells))
     groups = list(_groups(plan, folder)) if kinds else []
     for kind in kinds:
         heading, draw = KINDS[kind]
         for labels, group in groups:
-            figure = draw(group)
+            figure = draw(group, strategies)
             if figure is not None:
                 parts = [kind, *(labels if len(groups) > 1 else ())]
                 name = re.sub(r"[^\w.+-]+", "_", "-".join(parts))
@@ -282,7 +293,8 @@ def write_plots(plan: Plan, folder: Path) -> list[Path]:
     if not drawn:
         return []
     page = folder / "plots.html"
-    write_atomically(page, gallery(f"{plan.name}, {plan.preset}", plan.about, drawn))
+    script = share_script(folder).name
+    write_atomically(page, gallery(f"{plan.name}, {plan.preset}", plan.about, drawn, script))
     return [page, *(path for name, (_, figure) in drawn.items() if (path := _png(figure, folder / f"{name}.png")))]
 
 
@@ -292,7 +304,8 @@ def _png(figure: Mapping[str, Any], path: Path) -> Path | None:
     try:
         import plotly.graph_objects as go
 
-        go.Figure(figure).write_image(str(path), format="png", scale=2, width=WIDTH)
+        drawn = go.Figure(figure).to_image(format="png", scale=2, width=WIDTH)
     except Exception:  # kaleido, its browser and their versions fail in many ways; a study must not fail for a picture
         return None
-    return path if path.exists() else None
+    write_atomically(path, drawn)
+    return path

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from recbole_cl.checkpoint import explained, write_atomically
+from recbole_cl.disk import explained, write_atomically
 from recbole_cl.study.by_stage import OWN, by_stage_table
 from recbole_cl.study.orders import degradation_table
 from recbole_cl.study.plan import Plan
@@ -91,7 +91,7 @@ def comparison(plan: Plan, folder: Path) -> str:
     lines: list[str] = []
     done = int((frame["state"] == "done").sum())
     for (dataset, scheduler, model), group in frame.groupby(["dataset", "scheduler", "model"], sort=False):
-        columns = _columns(group, report)
+        columns = columns_of(group, report)
         if not columns:
             continue
         lines += [f"### {model} on {dataset}, {scheduler}", ""]
@@ -175,7 +175,8 @@ def probe_table(plan: Plan, folder: Path) -> list[str]:
     return [*lines, ""]
 
 
-def _columns(group: pd.DataFrame, report: Any) -> list[str]:
+def columns_of(group: pd.DataFrame, report: Any) -> list[str]:
+    """Returns the columns of figures that a report asks for, those that the runs of a group have."""
     if report.get("summaries") == ["last"]:  # the last model on each stage: the tables of task streams
         found = [name for name in group if name.startswith("last:") and group[name].notna().any()]
         strata = tuple(f", {stratum}" for stratum in report.get("strata") or ())

@@ -6,24 +6,29 @@ strategy refuses is an answer, not a failure: its reason stands in ``refused.jso
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import multiprocessing
 import os
-import shutil
 import threading
 import time
 import traceback
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from recbole_cl.checkpoint import explained, write_atomically
+from recbole_cl.disk import clear, explained, refuse_links, refuse_links_to, write_atomically
 from recbole_cl.errors import ConfigError, RecBoleCLError
+from recbole_cl.lock import NAME, Holder, hold
+from recbole_cl.report import write_report
+from recbole_cl.study.claims import TABLES, alone, claim, give_back_of_the_dead, held, in_turn
+from recbole_cl.study.found import FoundRun
 from recbole_cl.study.plan import Cell, Plan
 from recbole_cl.study.probes import run_probe
 
@@ -36,8 +41,12 @@ def state(cell: Cell, folder: Path) -> str:
 
     Raises:
         ConfigError: If the folder holds a run of other settings.
+        OutputError: If a part of its path inside the study's folder is a link.
     """
     own = folder / cell.folder
+    if isinstance(cell, FoundRun):
+        return "done"  # only finished ones are found
+    refuse_links_to(folder, cell.folder)
     if (own / CELL).is_file():
         then = json.loads((own / CELL).read_text(encoding="utf-8"))
         if then["digest"] != cell.digest:
@@ -48,11 +57,19 @@ def state(cell: Cell, folder: Path) -> str:
                 f"{own} holds a run with other settings ({', '.join(changed) or 'digest'} differ); give the study "
                 f"another --output_dir, or remove that folder"
             )
-        if (own / RESULT).is_file() and json.loads((own / CELL).read_text(encoding="utf-8")).get("done"):
+        if done(own, cell.digest):
             return "done"
         if (own / REFUSED).is_file():
             return "refused"
     return "open"
+
+
+def done(own: Path, digest: str) -> bool:
+    """Tells whether a folder holds the results of a cell."""
+    if not ((own / RESULT).is_file() and (own / CELL).is_file()):
+        return False
+    then = json.loads((own / CELL).read_text(encoding="utf-8"))
+    return bool(then["digest"] == digest and then.get("done"))
 
 
 def run_cell(
@@ -62,8 +79,9 @@ def run_cell(
     threads: int,
     probe: dict[str, Any] | None = None,
     base: str | None = None,
+    shared: bool = False,
 ) -> dict[str, Any]:
-    """Runs one cell in this process.
+    """Runs one cell in this process; nobody else works in its folder meanwhile.
 
     Args:
         settings: Properties of the run.
@@ -72,25 +90,61 @@ def run_cell(
         threads: Threads of torch.
         probe: What is measured of the finished model.
         base: Folder of the run whose first stage is taken over, where it still keeps it.
+        shared: Other processes work on the study, too: the cell is claimed first (:mod:`recbole_cl.study.claims`).
 
     Returns:
-        ``state`` (done, refused or failed), ``told``, ``error`` (its class) and ``seconds``.
+        ``state`` (done, refused, failed, or elsewhere where another process has it), ``told``, ``error`` (its class)
+        and ``seconds``.
     """
+    begun = time.perf_counter()
+    with contextlib.ExitStack() as stack:
+        if shared:
+            with explained(Path(own)):
+                mine = claim(Path(own))
+            if mine is None:
+                return {"state": "elsewhere", "told": "", "error": "", "seconds": 0.0}
+            stack.callback(lambda: mine.release(done(Path(own), digest) or (Path(own) / REFUSED).is_file()))
+            _forget_lock_of_the_dead(Path(own))
+        try:
+            with hold(Path(own), "a run of a study"):
+                found = _run_held(settings, Path(own), digest, threads, probe, base)
+        except RecBoleCLError as error:  # another process's, or no folder that can be written
+            found = {"state": "failed", "told": str(error), "error": type(error).__name__}
+        return {**found, "seconds": time.perf_counter() - begun}
+
+
+def _forget_lock_of_the_dead(own: Path) -> None:
+    """Removes the lock of another host from a cell that is claimed: its owner was silent for long (see claims)."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(own / NAME, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        try:
+            holder = Holder.read(descriptor)
+        finally:
+            os.close(descriptor)
+        if holder is not None and not holder.here:
+            (own / NAME).unlink(missing_ok=True)
+
+
+def _run_held(
+    settings: dict[str, Any], folder: Path, digest: str, threads: int, probe: dict[str, Any] | None, base: str | None
+) -> dict[str, Any]:
+    """Runs one cell whose folder is held; returns ``state``, ``told`` and ``error``."""
     import torch
 
     from recbole_cl.config import CLConfig
     from recbole_cl.training.runner import Runner
 
+    if done(folder, digest):
+        return {"state": "done", "told": "", "error": ""}  # another process has run it meanwhile
     torch.set_num_threads(threads)
     logging.getLogger().setLevel(logging.ERROR)
-    folder, begun = Path(own), time.perf_counter()
     with explained(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        refuse_links(folder, (CELL, REFUSED, PROBE))
         note = {"digest": digest, "settings": settings, **({"probe": probe} if probe else {}), "done": False}
         write_atomically(folder / CELL, json.dumps(note, indent=1, default=str))
-    given = {**settings, "output_dir": own, "show_progress": False, "checkpoint_keep": 1}
+    given = {**settings, "output_dir": str(folder), "show_progress": False, "checkpoint_keep": 1}
     given["resume"] = (folder / "checkpoints").is_dir()
-    if base == own:
+    if base == str(folder):
         given["keep_base"] = True
     elif base is not None and (Path(base) / BASE).is_dir():
         given["base_run"] = base
@@ -107,14 +161,20 @@ def run_cell(
         told = str(error) if isinstance(error, RecBoleCLError) else f"{type(error).__name__}: {error}"
         if not isinstance(error, RecBoleCLError):
             traceback.print_exc()
-        found = {"state": "refused" if refused else "failed", "told": told, "error": type(error).__name__}
-        return {**found, "seconds": time.perf_counter() - begun}
+        return {"state": "refused" if refused else "failed", "told": told, "error": type(error).__name__}
     write_atomically(folder / CELL, json.dumps({**note, "done": True}, indent=1, default=str))
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # a study keeps numbers, not weights
-    return {"state": "done", "told": "", "error": "", "seconds": time.perf_counter() - begun}
+    clear(folder / "checkpoints")  # a study keeps numbers, not weights
+    return {"state": "done", "told": "", "error": ""}
 
 
-def walk(plan: Plan, folder: Path, jobs: int = 1, threads: int = 1) -> list[str]:
+def walk(
+    plan: Plan,
+    folder: Path,
+    jobs: int = 1,
+    threads: int = 1,
+    shard: tuple[int, int] | None = None,
+    until: float | None = None,
+) -> list[str]:
     """Runs what is open of a study.
 
     Args:
@@ -122,45 +182,94 @@ def walk(plan: Plan, folder: Path, jobs: int = 1, threads: int = 1) -> list[str]
         folder: Its folder.
         jobs: Cells at a time, each in a process.
         threads: Threads of torch in each.
+        shard: This process is number i of n that share the folder: it takes its own share first, then helps the others.
+            Cells are claimed (:mod:`recbole_cl.study.claims`).
+        until: Moment (of ``time.monotonic``) at which what runs is interrupted; it goes on from its checkpoint later.
 
     Returns:
         A sentence for each cell that failed.
 
     Raises:
         ConfigError: If a folder holds a run of other settings.
+        OutputError: If something that the study writes is a link in its folder.
     """
+    refuse_links(folder, ("table.md", "table.csv", "plots.html"))  # what is written when all runs are done
+    asked = _Asked(folder, jobs, threads, shard, until)
     bases = [cell for cell in plan.cells if cell.base == cell.folder]
     failures = {}
     if bases:  # others wait for what they take over
-        failures = walk_cells(f"{plan.name} {plan.preset}, first stages", bases, folder, jobs, threads)
-    failures |= walk_cells(f"{plan.name} {plan.preset}", plan.cells, folder, jobs, threads)
+        failures = _walk_cells(f"{plan.name} {plan.preset}, first stages", bases, asked)
+    failures |= _walk_cells(f"{plan.name} {plan.preset}", plan.cells, asked)
     for cell in bases:
-        shutil.rmtree(folder / cell.folder / BASE, ignore_errors=True)
+        users = [other for other in plan.cells if other.base == cell.folder]
+        if (shard is None and until is None) or all(state(other, folder) != "open" for other in users):
+            clear(folder / cell.folder / BASE)
     return [f"{name}: {told}" for name, told in failures.items()]
+
+
+@dataclass(frozen=True)
+class _Asked:
+    folder: Path
+    jobs: int = 1
+    threads: int = 1
+    shard: tuple[int, int] | None = None
+    until: float | None = None
+
+    def late(self) -> bool:
+        return self.until is not None and time.monotonic() >= self.until
+
+    def left(self) -> float | None:
+        return None if self.until is None else max(0.0, self.until - time.monotonic())
 
 
 def walk_cells(name: str, cells: Sequence[Cell], folder: Path, jobs: int = 1, threads: int = 1) -> dict[str, str]:
     """Runs the cells that are open and returns why some failed, by folder; see :func:`walk`."""
-    asked = list(cells)
-    todo = [cell for cell in asked if state(cell, folder) == "open"]
-    LOGGER.info("%s: %d runs, %d of them done before", name, len(asked), len(asked) - len(todo))
+    return _walk_cells(name, cells, _Asked(folder, jobs, threads))
+
+
+def _walk_cells(name: str, cells: Sequence[Cell], asked: _Asked) -> dict[str, str]:
+    """Goes over the cells; a shard does so again as long as it finds one to run, for owners may have died meanwhile."""
+    order = list(cells)
     failures: dict[str, str] = {}
+    if asked.shard is not None:
+        order = [order[index] for index in in_turn(len(order), asked.shard)]
+    while not asked.late():
+        more, ran = _one_walk(name, [cell for cell in order if cell.folder not in failures], asked)
+        failures |= more
+        if asked.shard is None or not ran:
+            break
+    return failures
+
+
+def _one_walk(name: str, cells: Sequence[Cell], asked: _Asked) -> tuple[dict[str, str], int]:
+    """Runs the cells that are open; returns why some failed, by folder, and how many were run here."""
+    todo = [cell for cell in cells if state(cell, asked.folder) == "open"]
+    LOGGER.info("%s: %d runs, %d of them done before", name, len(cells), len(cells) - len(todo))
+    failures: dict[str, str] = {}
+    ran = 0
+    if asked.shard is not None:
+        todo = [cell for cell in todo if not held(asked.folder / cell.folder)]
     if not todo:
-        return failures
+        return failures, ran
     pool = ProcessPoolExecutor(
-        max(1, min(jobs, len(todo))), multiprocessing.get_context("spawn"), initializer=_end_with_parent
+        max(1, min(asked.jobs, len(todo))), multiprocessing.get_context("spawn"), initializer=_end_with_parent
     )
     bar = tqdm(total=len(todo), desc=name, unit="run", dynamic_ncols=True)
     waiting: dict[Future[dict[str, Any]], Cell] = {}
+    processes: list[Any] = []
     try:
         queue = iter(todo)
         for cell in queue:
-            waiting[_submit(pool, cell, folder, threads)] = cell
-            if len(waiting) < jobs:
+            if asked.late():
+                break
+            waiting[_submit(pool, cell, asked)] = cell
+            if len(waiting) < asked.jobs:
                 continue
-            _collect(waiting, bar, failures)
-        while waiting:
-            _collect(waiting, bar, failures)
+            ran += _collect(waiting, bar, failures, asked)
+        while waiting and not asked.late():
+            ran += _collect(waiting, bar, failures, asked)
+        if waiting:
+            LOGGER.warning("%s: time is up, %d runs are interrupted and go on next time", name, len(waiting))
     except BrokenProcessPool as error:
         names = ", ".join(cell.folder for cell in waiting.values())
         raise RecBoleCLError(
@@ -169,11 +278,17 @@ def walk_cells(name: str, cells: Sequence[Cell], folder: Path, jobs: int = 1, th
         ) from error
     finally:
         bar.close()
-        for process in list((pool._processes or {}).values()):
+        processes = list((pool._processes or {}).values())
+        for process in processes:
             if waiting:  # interrupted: what runs goes on from its checkpoint next time
                 process.terminate()
         pool.shutdown(wait=not waiting, cancel_futures=True)
-    return failures
+        if waiting and asked.shard is not None:
+            for process in processes:
+                process.join(10)
+            for cell in waiting.values():  # other machines need not wait until its claim is stale
+                give_back_of_the_dead(asked.folder / cell.folder)
+    return failures, ran
 
 
 def _end_with_parent() -> None:
@@ -188,17 +303,26 @@ def _end_with_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def _submit(pool: ProcessPoolExecutor, cell: Cell, folder: Path, threads: int) -> Future[dict[str, Any]]:
+def _submit(pool: ProcessPoolExecutor, cell: Cell, asked: _Asked) -> Future[dict[str, Any]]:
     probe = None if cell.probe is None else dict(cell.probe)
-    base = None if cell.base is None else str(folder / cell.base)
-    return pool.submit(run_cell, dict(cell.settings), str(folder / cell.folder), cell.digest, threads, probe, base)
+    base = None if cell.base is None else str(asked.folder / cell.base)
+    own, shared = str(asked.folder / cell.folder), asked.shard is not None
+    return pool.submit(run_cell, dict(cell.settings), own, cell.digest, asked.threads, probe, base, shared)
 
 
-def _collect(waiting: dict[Future[dict[str, Any]], Cell], bar: Any, failures: dict[str, str]) -> None:
-    for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+def _collect(waiting: dict[Future[dict[str, Any]], Cell], bar: Any, failures: dict[str, str], asked: _Asked) -> int:
+    """Takes in what is ready, or waits until the time is up; returns how many cells were run."""
+    ran = 0
+    for future in wait(waiting, timeout=asked.left(), return_when=FIRST_COMPLETED).done:
         found = future.result()
         cell = waiting.pop(future)
         bar.update()
         bar.write(f"{cell.folder}: {found['state']} in {found['seconds']:.0f} s", file=bar.fp)
+        ran += found["state"] != "elsewhere"
+        if found["state"] == "done":
+            own = asked.folder / cell.folder
+            with alone(asked.folder / TABLES) if asked.shard else contextlib.nullcontext():
+                write_report(json.loads((own / RESULT).read_text(encoding="utf-8")), own, shared=asked.folder)
         if found["state"] == "failed":
             failures[cell.folder] = str(found["told"])
+    return ran

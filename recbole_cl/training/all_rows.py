@@ -91,18 +91,21 @@ def refuse_serving(config: Any) -> None:
         raise ConfigError(f"serve: True keeps a model to be served, which {key}: {config[key]} does not allow")
 
 
-def train_on_all_rows(run: Any) -> None:
+def train_on_all_rows(run: Any) -> bool:
     """Trains the model that is served, after a run's evaluated walk, and keeps it as version 0 of the run.
 
     Args:
         run: The :class:`~recbole_cl.training.runner.Runner`, whose walk is complete.
+
+    Returns:
+        Whether there was anything to do: not for a resumed run that serves already.
     """
     config = run.config
     versions = Versions(run.folder)
     if (run.folder / "versions" / "index.json").is_file():
         versions = Versions.of(run.folder)
         if versions.entries[0].get("data") == run.data:
-            return  # a resumed run that had come to its end
+            return False  # a resumed run that had come to its end
     begun = time.perf_counter()
     LOGGER.info("serve: training once more on all rows of %d stages", len(run.stream))
     again = type(run)(config)  # strategies that have seen nothing
@@ -131,3 +134,4 @@ def train_on_all_rows(run: Any) -> None:
             entry = {"store": again.store, "data": run.data, "where": "versions", "rows": rows, "all_rows": True}
             versions.entries, versions.previous = [], []
             versions.add(state, entry, keep=1)
+    return True

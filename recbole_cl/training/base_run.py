@@ -19,6 +19,7 @@ from recbole_cl.results.journal import settings
 from recbole_cl.rng import ModelRandomness, derive
 from recbole_cl.strategy.composite import Composite
 from recbole_cl.strategy.context import StageContext
+from recbole_cl.training.resume import check_state, loading
 
 if TYPE_CHECKING:
     from recbole_cl.training.runner import Runner
@@ -52,13 +53,15 @@ def take_base(runner: Runner) -> dict[str, Any]:
     """
     config, folder = runner.config, Path(runner.config["base_run"]).expanduser()
     base = base_state(folder, config, runner.data, runner.strategy)
-    runner.take_up(base)
+    with loading(f"property 'base_run', {str(folder)!r}"):
+        runner.take_up(base)
     randomness = ModelRandomness(derive(config["seed"], 0))
     ctx = runner.state.models.fresh(0, runner.stream.view(0, config["graph"]), randomness)
     check_tasks(config, runner.stream, ctx.model)
     runner.strategy.check(config, ctx.model)
-    load_owned_state(ctx.model, base["model"])
-    randomness.load_state_dict(base["randomness"])
+    with loading(f"property 'base_run', {str(folder)!r}"):
+        load_owned_state(ctx.model, base["model"])
+        randomness.load_state_dict(base["randomness"])
     ctx.known = runner.known
     with randomness.owned():
         runner.strategy.end_stage(ctx)
@@ -87,7 +90,7 @@ def base_state(folder: Path, config: Any, data: Any, strategy: Composite) -> dic
             f"property 'base_run' is {str(folder)!r}, but the strategy {acting[0]} takes part in the first stage; "
             f"leave base_run out"
         )
-    state, _, warnings = checkpoint.newest(folder / FOLDER)
+    state, _, warnings = checkpoint.newest(folder / FOLDER, check_state)
     if state is None:
         reason = f": {warnings[0]}" if warnings else "; run it with keep_base: True"
         raise CheckpointError(f"property 'base_run' is {str(folder)!r}, which keeps no first stage{reason}")

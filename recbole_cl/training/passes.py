@@ -21,6 +21,7 @@ from recbole_cl.stream.stage import Targets
 from recbole_cl.stream.task_loader import TaskLoader
 from recbole_cl.training.data_parallel import keep_alike
 from recbole_cl.training.progress import Progress, StageStart
+from recbole_cl.training.resume import loading
 from recbole_cl.training.run_state import RunState
 from recbole_cl.training.stage_models import prepare_stage
 from recbole_cl.training.stage_trainer import PassTrainer, pace, pass_trainer
@@ -124,8 +125,9 @@ class StagePass:
             self._initialise()
             self._learn(targets)  # a checkpoint holds what was learnt
         else:
-            load_owned_state(ctx.model, resumed["model"])
-            run.strategy.load_state_dict(clone_tree(resumed["strategy"]))
+            with loading("checkpoint"):
+                load_owned_state(ctx.model, resumed["model"])
+                run.strategy.load_state_dict(clone_tree(resumed["strategy"]))
         ctx.pass_, ctx.epoch, ctx.step = plan, progress.epoch, progress.step
         contract(ctx.model).begin_pass(ctx)
         run.strategy.begin_pass(ctx)
@@ -142,9 +144,10 @@ class StagePass:
         if resumed is None:
             self._begin()
         else:
-            self._load_state(resumed["trainer"])
-            ctx.terms = {name: list(values) for name, values in progress.terms.items()}
-            self.trainer.resume_epoch(progress.partial_loss)
+            with loading("checkpoint"):
+                self._load_state(resumed["trainer"])
+                ctx.terms = {name: list(values) for name, values in progress.terms.items()}
+                self.trainer.resume_epoch(progress.partial_loss)
         while progress.epoch < epochs and not progress.stopped:
             self._epoch(targets)
         if progress.best is not None:

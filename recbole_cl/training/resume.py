@@ -2,36 +2,80 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from recbole_cl import checkpoint, distributed
-from recbole_cl.errors import CheckpointError, ConfigError
+from recbole_cl.errors import CheckpointError, ConfigError, RecBoleCLError
 from recbole_cl.model.contract import contract
-from recbole_cl.results.journal import settings
+from recbole_cl.results.journal import PACKAGES, settings, versions
 from recbole_cl.strategy.composite import Composite
+from recbole_cl.training.inputs import files_read, refuse_changed_files
 
 LOGGER = logging.getLogger("recbole_cl")
 
 
-def newest(folder: Path, config: Any, data: Any, warn: Callable[[str], None]) -> tuple[dict[str, Any] | None, int]:
+class UnusableCheckpoint(CheckpointError):
+    """A checkpoint is whole, but what stands in it cannot be put into this run's parts."""
+
+
+@contextlib.contextmanager
+def loading(what: str) -> Iterator[None]:
+    """A context in which the content of a checkpoint is put into place: whatever fails there, it is the content.
+
+    Args:
+        what: Name of what is read.
+
+    Raises:
+        UnusableCheckpoint: In place of any error that is not about this process or what was asked for.
+    """
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except CheckpointError as error:
+        raise UnusableCheckpoint(str(error)) from error
+    except RecBoleCLError:
+        raise
+    except Exception as error:
+        raise UnusableCheckpoint(
+            f"{what}: its content is not that of this run ({type(error).__name__}: {error})"
+        ) from error
+
+
+def newest(
+    folder: Path, config: Any, data: Any, stages: int, warn: Callable[[str], None], before: int | None = None
+) -> tuple[dict[str, Any] | None, int]:
     """Returns the newest checkpoint of a run, the same in all processes.
 
     Args:
         folder: The run's folder.
         config: The run's configuration.
         data: Fingerprint of its stream.
-        warn: Takes a sentence about a checkpoint that cannot be read, or a side store that is gone.
+        stages: How many stages it has.
+        warn: Takes a sentence about a checkpoint that cannot be used, a side store that is gone, another version.
+        before: Only checkpoints with smaller numbers: the others were tried.
 
     Returns:
         Its state (``None`` where there is none) and its number.
 
     Raises:
-        CheckpointError: If none can be read, the processes see different ones, or configuration or log have changed.
+        CheckpointError: If none can be used, the processes see different ones, or configuration or log have changed.
     """
-    state, number, warnings = checkpoint.newest(folder / "checkpoints")
+
+    def accept(state: dict[str, Any]) -> None:
+        check_state(state, stages)
+        refuse_changes(state, config, data)
+        refuse_changed_files(files, state.get("files"))
+
+    files = files_read(config)
+
+    state, number, warnings = checkpoint.newest(folder / "checkpoints", accept, before)
     seen = distributed.current().texts(str(number))
     if len(set(seen)) > 1:
         raise CheckpointError(
@@ -41,13 +85,107 @@ def newest(folder: Path, config: Any, data: Any, warn: Callable[[str], None]) ->
     for warning in warnings:
         warn(warning)
     if state is None:
-        LOGGER.warning("resume: there is no checkpoint in %s; the run starts from the beginning", folder)
+        if before is None:
+            LOGGER.warning("resume: there is no checkpoint in %s; the run starts from the beginning", folder)
         return None, number
-    refuse_changes(state, config, data)
+    tell_versions(state, warn)
     for name, path in state["side_stores"].items():
         if not Path(path).exists():
             warn(f"resume: the store {name!r} at {path}, which the checkpoint names, is not there any more")
     return state, number
+
+
+def go_on(run: Any) -> int | None:
+    """Goes on from the newest checkpoint of a run that can be used, and walks to the end.
+
+    A checkpoint is only known to be good once its content has been put into the model, the strategies, the optimiser
+    and the generators. Where that fails it is named, the run is as new again, and the one before it is tried.
+
+    Args:
+        run: The :class:`~recbole_cl.training.runner.Runner`, which has begun.
+
+    Returns:
+        The first stage of which something was left to do; ``None`` where there is no checkpoint, and nothing was done.
+
+    Raises:
+        CheckpointError: If there are checkpoints and not one can be used.
+    """
+    refused: list[str] = []
+    told: list[str] = []
+    number: int | None = None
+    while True:
+        saved, found = newest(run.folder, run.config, run.data, len(run.stream), told.append, number)
+        if saved is None and refused:
+            raise CheckpointError(
+                f"resume: no checkpoint in {run.folder} can be used: {'; '.join(refused)}. Start anew without resume"
+            )
+        if saved is None:
+            return None
+        number, written = found, run.number
+        try:
+            with loading(f"checkpoint {number:08d}"):
+                run.adopt(saved)
+            for warning in dict.fromkeys(told):
+                run.journal.warn(warning)
+            run.output.go_on()
+            run.number = written = checkpoint.last_number(run.folder / "checkpoints")
+            LOGGER.info("resuming at stage %d from checkpoint %d", saved["stage"] + 1, number)
+            return int(run.walk(saved))
+        except UnusableCheckpoint as error:
+            if run.number != written:  # it was good: what is wrong was read later
+                raise
+            reason = str(error).removeprefix("checkpoint: ")
+            refused.append(reason if reason.startswith("checkpoint ") else f"checkpoint {number:08d}: {reason}")
+            told.append(f"{refused[-1]}; the one before it is used")
+            run.strategy, run.model = run.strategies(), None
+            run.begin(run.stream)
+
+
+_ALWAYS: dict[str, Any] = {
+    "config": dict, "data": str, "store": str | None, "stage": int, "phase": str, "model": dict, "strategy": dict,
+    "side_stores": dict, "generators": dict, "previous": dict | None, "carried": dict, "known": dict, "journal": dict,
+}  # fmt: skip
+_INSIDE: dict[str, Any] = {"progress": dict, "trainer": dict, "stage_start": dict}
+
+
+def check_state(state: Mapping[str, Any], stages: int | None = None) -> None:
+    """Raises a :class:`CheckpointError` that names the field where a state is not one that a run writes.
+
+    Args:
+        state: What a checkpoint holds.
+        stages: How many stages the run has, where that is known.
+    """
+    inside = _INSIDE if state.get("phase") == "train" else {}
+    for key, kind in {**_ALWAYS, **inside}.items():
+        if key not in state:
+            raise CheckpointError(f"it lacks {key!r}, so it was not written by a run")
+        value = state[key]
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise CheckpointError(f"{key!r} is {_short(value)}, which no run writes")
+    if state["phase"] not in ("train", "done"):
+        raise CheckpointError(f"'phase' is {_short(state['phase'])}; a run writes train or done")
+    if state["stage"] < 0 or (stages is not None and state["stage"] >= stages):
+        told = "" if stages is None else f"; this run has the stages 0 to {stages - 1}"
+        raise CheckpointError(f"'stage' is {state['stage']}, which no run writes{told}")
+    for name, path in state["side_stores"].items():
+        if not isinstance(path, str):
+            raise CheckpointError(f"'side_stores' names {name!r} at {_short(path)}, which is no path")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def tell_versions(state: Mapping[str, Any], warn: Callable[[str], None]) -> None:
+    """Warns where a checkpoint was written by other versions than those that go on from it."""
+    now, then = versions(), state.get("versions")
+    if not isinstance(then, Mapping):
+        return
+    keys = [key for key in ("recbole-cl", "python", *PACKAGES[1:]) if now.get(key) != then.get(key)]
+    if keys:
+        told = ", ".join(f"{key} was {then.get(key, 'not there')}, is {now.get(key, 'not there')}" for key in keys)
+        warn(f"resume: the checkpoint was written by other versions ({told}); the rest of the run may differ")
 
 
 def refuse_changes(state: dict[str, Any], config: Any, data: Any) -> None:
@@ -59,13 +197,12 @@ def refuse_changes(state: dict[str, Any], config: Any, data: Any) -> None:
         told = "; ".join(f"{k} was {then.get(k)!r}, is {now.get(k)!r}" for k in changed[:4])
         more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
         raise CheckpointError(
-            f"resume: the configuration has changed ({told}{more}); give the old values, or start anew in another "
-            f"output_dir"
+            f"resume: the configuration has changed ({told}{more}); give the old values, or start anew without resume"
         )
     if state["data"] != data:
         raise CheckpointError(
-            "resume: the log of interactions has changed since the checkpoint; restore it, or start anew in "
-            "another output_dir"
+            "resume: the log of interactions has changed since the checkpoint, or one of the tables that are read with "
+            "it (.item, .user, .kg, .link, .net and the like); restore it, or start anew without resume"
         )
 
 

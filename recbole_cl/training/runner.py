@@ -7,6 +7,7 @@ resumed, the bits of one that was not.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -17,17 +18,16 @@ from recbole.data.transform import construct_transform
 from torch import nn
 from tqdm import tqdm
 
-from recbole_cl import checkpoint, distributed
+from recbole_cl import checkpoint, distributed, registry
 from recbole_cl.config.folder import run_folder
 from recbole_cl.errors import ConfigError
 from recbole_cl.evaluation.evaluator import Evaluator
 from recbole_cl.evaluation.known import Known
 from recbole_cl.evaluation.metrics import check_tasks
+from recbole_cl.lock import hold
 from recbole_cl.model.contract import contract, offers
 from recbole_cl.model.state import grow_model, load_owned_state, owned_state
-from recbole_cl.registry import strategies
-from recbole_cl.report import write_report
-from recbole_cl.results.journal import Journal, open_folder, settings
+from recbole_cl.results.journal import Journal, open_folder, settings, versions
 from recbole_cl.results.records import Records
 from recbole_cl.rng import ModelRandomness, derive
 from recbole_cl.strategy.composite import Composite
@@ -39,14 +39,15 @@ from recbole_cl.training.all_rows import refuse_serving, train_on_all_rows
 from recbole_cl.training.base_run import keep_base, take_base
 from recbole_cl.training.costs import note_costs
 from recbole_cl.training.data_parallel import keep_alike
+from recbole_cl.training.inputs import files_read
+from recbole_cl.training.output import Output
 from recbole_cl.training.passes import Save, make_pass
 from recbole_cl.training.peak_memory import reset_peak
 from recbole_cl.training.progress import Progress, StageStart
 from recbole_cl.training.references import score_scratch_model, score_untrained_model
-from recbole_cl.training.resume import newest, side_stores
+from recbole_cl.training.resume import go_on, loading, side_stores
 from recbole_cl.training.run_state import RunState
 from recbole_cl.training.stage_models import StageModels, build_model, prepare_stage
-from recbole_cl.training.store import imported_columns, keep_stream
 from recbole_cl.tree import clone_tree, tree_hash
 
 LOGGER = logging.getLogger("recbole_cl")
@@ -72,12 +73,18 @@ class Runner:
 
     def __init__(self, config: Any) -> None:
         self.config = config
-        asked = [strategies.get(name)(params) for name, params in config.strategy_specs()]
-        self.strategy = Composite(with_trainable(config, asked))
+        self.strategy = self.strategies()
         self.folder = run_folder(config)
-        self._number = 0  # of the newest checkpoint
+        self.number = 0  # of the newest checkpoint
         self.data = ""  # fingerprint of the stream
+        self.files: dict[str, str | None] = {}  # what else is read, and its hashes
         self.store: str | None = None  # name of what is kept of the log
+        self.output = Output(self.folder)
+
+    def strategies(self) -> Composite:
+        """Returns the strategies that were asked for, as new."""
+        specs = self.config.strategy_specs()
+        return Composite(with_trainable(self.config, [registry.strategies.get(name)(given) for name, given in specs]))
 
     # -- what the run has found out -------------------------------------------------------------------------------
 
@@ -119,15 +126,16 @@ class Runner:
             RecBoleCLError: For everything a user can mend; the message names it.
         """
         group = distributed.start(self.config["device"])
-        with group.announced():
+        with group.announced(), contextlib.ExitStack() as held:
             if group.size > 1 and self.config["parity"]:
                 raise ConfigError(
                     f"property 'parity' is {self.config['parity']!r}, which compares with one process of RecBole; "
                     f"start it without torchrun"
                 )
             with group.together():
-                if group.main:
-                    open_folder(self.folder, self.config["resume"])
+                if group.main:  # it holds the folder for all of them
+                    held.enter_context(hold(self.folder, "run", nested=True))
+                    open_folder(self.folder)
             return self._run()
 
     def _run(self) -> dict[str, Any]:
@@ -138,23 +146,27 @@ class Runner:
         construct_transform(self.config)  # it names its fields in the configuration, where models read them
         stream = build_stream(self.config)
         self.begin(stream)
-        self.data = stream.fingerprint()
-        self._keep(stream)
-        saved = self._load() if self.config["resume"] else None
-        if saved is None and self.config["base_run"] is not None:
-            saved = take_base(self)
-        first = 0 if saved is None else saved["stage"] + (saved["phase"] == "done")
-        for index in range(first, len(stream)):
-            inside = saved is not None and saved["phase"] == "train" and saved["stage"] == index
-            self._stage(index, saved if inside else None)
-        if first == len(stream) and saved is not None:
-            LOGGER.info("nothing is left to do: the run in %s is complete", self.folder)
-        if self.config["serve"]:
-            train_on_all_rows(self)
+        self.data, self.files = stream.fingerprint(), files_read(self.config)
+        found = go_on(self) if self.config["resume"] else None
+        if found is None:
+            self.walk()
+        more = bool(self.config["serve"]) and train_on_all_rows(self)
         result: dict[str, Any] = {}
         with distributed.current().together():
-            result = self._write() if self.state.main else self.journal.result(self.folder)
+            finish = self.output.finish if self.state.main else lambda journal, _: journal.result(self.folder)
+            result = finish(self.journal, found == len(stream) and not more)
         return result
+
+    def walk(self, saved: dict[str, Any] | None = None) -> int:
+        """Walks over the stages that are left after a checkpoint, all without one; returns the first of them."""
+        self.store = self.output.keep(self.state, self.store)
+        if saved is None and self.config["base_run"] is not None:
+            saved = take_base(self)
+        first = 0 if saved is None else int(saved["stage"] + (saved["phase"] == "done"))
+        for index in range(first, len(self.stream)):
+            inside = saved is not None and saved["phase"] == "train" and saved["stage"] == index
+            self._stage(index, saved if inside else None)
+        return first
 
     def begin(self, stream: Stream) -> RunState:
         """Takes a stream of which nothing has been trained; returns the run over it."""
@@ -174,13 +186,6 @@ class Runner:
             self._stage(index, None)
         return self.standing(len(self.stream) - 1)
 
-    def _write(self) -> dict[str, Any]:
-        """Writes the results and the report of them; returns the result."""
-        result = self.journal.write(self.folder)
-        with checkpoint.explained(self.folder):
-            write_report(result, self.folder)
-        return result
-
     # -- a stage --------------------------------------------------------------------------------------------------
 
     def _stage(self, index: int, resumed: dict[str, Any] | None) -> None:
@@ -196,8 +201,9 @@ class Runner:
         worst = self.journal.worst(stage)
         progress = Progress(best_score=worst)
         if resumed is not None:
-            progress = Progress.of(resumed["progress"])
-            ctx.load_state_dict(resumed["generators"])
+            with loading("checkpoint"):
+                progress = Progress.of(resumed["progress"])
+                ctx.load_state_dict(resumed["generators"])
         LOGGER.info(
             "stage %d/%d (%s): %d training targets, %d known users, %d known items",
             index + 1, len(self.stream), stage.name, len(stage.train), stage.n_users - 1, stage.n_items - 1,
@@ -240,9 +246,10 @@ class Runner:
     def _begin_stage(self, ctx: StageContext, resumed: dict[str, Any] | None) -> dict[str, Any]:
         """Prepares a stage; returns the state of model and strategies as it began."""
         if resumed is not None:
-            start: dict[str, Any] = resumed["stage_start"]
-            load_owned_state(ctx.model, start["model"])
-            self.strategy.load_state_dict(clone_tree(start["strategy"]))
+            with loading("checkpoint"):
+                start: dict[str, Any] = resumed["stage_start"]
+                load_owned_state(ctx.model, start["model"])
+                self.strategy.load_state_dict(clone_tree(start["strategy"]))
         prepare_stage(ctx)
         if resumed is None:
             self.strategy.begin_stage(ctx)
@@ -339,7 +346,9 @@ class Runner:
         """
         return {
             "config": settings(self.config),
+            "versions": versions(),
             "data": self.data,
+            "files": self.files,
             "store": self.store,
             "stage": ctx.index,
             "phase": phase,
@@ -356,31 +365,17 @@ class Runner:
 
     def _save(self, ctx: StageContext, phase: str, inside: Mapping[str, Any] | None = None) -> None:
         """Writes a checkpoint."""
-        if self.config["saved"] is False or self.only_trains:  # unset counts as wanted
+        if self.only_trains:
             return
-        self._number += 1
+        if self.state.main:
+            self.output.make_room()
+        if self.config["saved"] is False:  # unset counts as wanted
+            return
+        self.number += 1
         state = self.saved_state(ctx, phase, inside)
         with distributed.current().together():
             if self.state.main:
-                checkpoint.save(self.folder / "checkpoints", self._number, state, int(self.config["checkpoint_keep"]))
-
-    def _keep(self, stream: Stream) -> None:
-        """Keeps what the run is trained over in its folder, so that it can be loaded without its log."""
-        if self.config["saved"] is False:
-            return
-        with distributed.current().together():
-            if self.state.main:
-                try:
-                    self.store = keep_stream(self.folder, stream, imported_columns(self.config))
-                except TypeError as error:  # a dataset class of another package
-                    self.journal.warn(f"{error}; the run cannot be loaded without its log")
-
-    def _load(self) -> dict[str, Any] | None:
-        saved, self._number = newest(self.folder, self.config, self.data, self.journal.warn)
-        if saved is not None:
-            self.adopt(saved)
-            LOGGER.info("resuming at stage %d from checkpoint %d", saved["stage"] + 1, self._number)
-        return saved
+                checkpoint.save(self.folder / "checkpoints", self.number, state, int(self.config["checkpoint_keep"]))
 
     def adopt(self, saved: dict[str, Any]) -> None:
         """Takes over where a checkpoint stands: what was found out and learnt; after a whole stage, its model, too."""

@@ -4,7 +4,7 @@
 
     RUN/checkpoints/          the run itself; version 0 where it was not trained on all rows for serving
     RUN/store/<hash>/         what the versions were trained over
-    RUN/versions/00000003/    a version: a checkpoint
+    RUN/versions/00000003/    a version: a checkpoint; one that was written anew (users forgotten) has another number
     RUN/versions/index.json   the list of versions and the champion; one file, replaced by one rename
 
 A version becomes one by that rename and not before, so whoever reads sees the old list or the new one. What a killed
@@ -14,23 +14,24 @@ update leaves behind stands in no list and is cleared away by the next one.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from recbole_cl import checkpoint
+from recbole_cl import checkpoint, disk
 from recbole_cl.errors import CheckpointError, ConfigError
+from recbole_cl.lock import hold
+from recbole_cl.seal import read_plain
+from recbole_cl.training.resume import check_state
 from recbole_cl.training.store import prune_stores
 
 FOLDER, INDEX = "versions", "index.json"
 FORMAT = "recbole-cl versions"
-T = TypeVar("T")
 
 
 @dataclass
@@ -42,12 +43,16 @@ class Versions:
         champion: Number of the version that is served.
         entries: One a version, oldest first: ``number``, ``parent``, ``created``, ``store`` and what an update tells.
         previous: Champions before this one, newest last: where a rollback goes.
+        retired: Tokens of the items that no version recommends.
+        challenger: Number of a version that was trained and is not served: worse, or kept aside; ``None`` for none.
     """
 
     folder: Path
     champion: int = 0
     entries: list[dict[str, Any]] = field(default_factory=list)
     previous: list[int] = field(default_factory=list)
+    retired: list[str] = field(default_factory=list)
+    challenger: int | None = None
 
     @classmethod
     def of(cls, folder: Path) -> Versions:
@@ -57,7 +62,7 @@ class Versions:
             CheckpointError: If the folder holds no run, or the list is broken.
         """
         path = folder / FOLDER / INDEX
-        if not path.is_file():
+        if not os.path.lexists(path):
             if not checkpoint.numbered(folder / "checkpoints"):
                 raise CheckpointError(
                     f"{folder} holds no trained model (no checkpoints, no versions); give the output folder of a run "
@@ -65,12 +70,16 @@ class Versions:
                 )
             return cls(folder, 0, [{"number": 0, "parent": None, "created": None, "store": None, "where": "run"}])
         try:
-            read = json.loads(path.read_text(encoding="utf-8"))
+            read = json.loads(read_plain(path))
             if read["format"] != FORMAT:
                 raise ValueError(f"format is {read['format']!r}")
-            found = cls(folder, int(read["champion"]), list(read["versions"]), [int(n) for n in read["previous"]])
+            previous, retired = [int(n) for n in read["previous"]], [str(one) for one in read.get("retired", [])]
+            challenger = None if read.get("challenger") is None else int(read["challenger"])
+            found = cls(folder, int(read["champion"]), list(read["versions"]), previous, retired, challenger)
+            if not all(isinstance(e["number"], int) and isinstance(e["store"], str | None) for e in found.entries):
+                raise ValueError("a version has no number or no store")
             found.entry(found.champion)
-        except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, ConfigError) as error:
             raise CheckpointError(
                 f"{FOLDER}/{INDEX} in {folder} is broken ({error}); restore it from a copy"
             ) from error
@@ -96,34 +105,37 @@ class Versions:
         """
         if self.entry(number).get("where") != "run":
             try:
-                return _whole(lambda: checkpoint.read(self.folder / FOLDER / f"{number:08d}"))
-            except CheckpointError as error:
+                state = checkpoint.read(self.folder / FOLDER / place(self.entry(number)))
+                check_state(state)
+            except (CheckpointError, OSError) as error:
                 others = [entry["number"] for entry in self.entries if entry["number"] != number]
                 remedy = f"serve version {others[-1]} with recbole-cl rollback" if others else "run again"
                 raise CheckpointError(f"version {number}: {error}; restore it from a copy, or {remedy}") from error
-        state, _, _ = _whole(lambda: checkpoint.newest(self.folder / "checkpoints"))
-        if state is None:
+            return state
+        newest, _, _ = checkpoint.newest(self.folder / "checkpoints", check_state)
+        if newest is None:
             raise CheckpointError(f"{self.folder} holds no checkpoint; give the output folder of a run that kept them")
-        if state["phase"] != "done":
+        if newest["phase"] != "done":
             raise CheckpointError(
-                f"the run in {self.folder} was interrupted in stage {state['stage'] + 1}; finish it with the same "
+                f"the run in {self.folder} was interrupted in stage {newest['stage'] + 1}; finish it with the same "
                 f"command and --resume=True"
             )
-        return state
+        return newest
 
     def next_number(self) -> int:
-        """Returns the number of the version that comes next; a number is never used twice."""
-        return 1 + max(entry["number"] for entry in self.entries)
+        """Returns the number of the version that comes next; a number, also of a folder, is never used twice."""
+        return 1 + max(max(entry["number"], entry.get("folder", 0)) for entry in self.entries)
 
     # -- changes --------------------------------------------------------------------------------------------------
 
-    def add(self, state: Mapping[str, Any], entry: Mapping[str, Any], keep: int) -> int:
+    def add(self, state: Mapping[str, Any], entry: Mapping[str, Any], keep: int, serve: bool = True) -> int:
         """Writes a version and makes it the champion; the champion before stays until the very last step.
 
         Args:
             state: The checkpoint.
             entry: What is told of it: ``store`` and the rest.
-            keep: How many versions are kept; the champion and the one before it always are.
+            keep: How many versions are kept; the champion, the one before it and the challenger always are.
+            serve: Make it the champion; else it becomes the challenger, in the place of another one.
 
         Returns:
             Its number.
@@ -135,14 +147,17 @@ class Versions:
         root = self.folder / FOLDER
         checkpoint.save(root, number, state, keep=1 << 30)
         told = {"number": number, "parent": self.champion if self.entries else None, "created": now(), **entry}
-        previous = [*self.previous, self.champion] if self.entries else []
-        entries = [*self.entries, told]
-        needed = {number, *previous[-1:]}
+        previous = [*self.previous, self.champion] if self.entries and serve else self.previous
+        beaten = {self.challenger} - {self.champion, *previous[-1:]} if not serve else set[int | None]()
+        entries = [*(e for e in self.entries if e["number"] not in beaten), told]
+        champion, challenger = (number, self.challenger) if serve else (self.champion, number)
+        needed = {champion, challenger, *previous[-1:]}
         for old in [entry["number"] for entry in entries if entry["number"] not in needed]:
             if len(entries) > max(keep, len(needed)):
                 entries = [entry for entry in entries if entry["number"] != old]
         left = {entry["number"] for entry in entries}
-        self.champion, self.entries, self.previous = number, entries, [n for n in previous if n in left]
+        self.entries, self.previous = entries, [n for n in previous if n in left]
+        self.champion, self.challenger = champion, challenger
         self.write()
         self.clean()
         return number
@@ -166,6 +181,8 @@ class Versions:
         elif to != self.champion:
             self.previous = [*self.previous, self.champion]
         self.champion = to
+        if self.challenger == to:
+            self.challenger = None
         self.write()
         return to
 
@@ -176,55 +193,41 @@ class Versions:
             "champion": self.champion,
             "previous": self.previous,
             "versions": self.entries,
+            "retired": self.retired,
+            "challenger": self.challenger,
         }
-        checkpoint.write_atomically(self.folder / FOLDER / INDEX, json.dumps(content, indent=1))
+        with disk.explained(self.folder):
+            root = disk.own_folder(self.folder / FOLDER)
+        disk.write_atomically(root / INDEX, json.dumps(content, indent=1))
 
     def clean(self) -> None:
         """Removes what no version needs: folders of versions that are not listed, stores that nothing refers to."""
-        listed = {f"{entry['number']:08d}" for entry in self.entries}
+        listed = {place(entry) for entry in self.entries}
         for path in checkpoint.numbered(self.folder / FOLDER):
             if path.name not in listed:
                 shutil.rmtree(path, ignore_errors=True)
         stores = {entry["store"] for entry in self.entries if entry["store"]}
-        run = checkpoint.numbered(self.folder / "checkpoints")
+        runs = [self.folder, *self.folder.glob("earlier-*")]  # those moved aside find their stores here
+        run = [path for one in runs for name in ("checkpoints", FOLDER) for path in checkpoint.numbered(one / name)]
         with contextlib.suppress(OSError, ValueError):
             stores |= {json.loads((path / "state.json").read_text(encoding="utf-8")).get("store") for path in run}
             prune_stores(self.folder, stores)
 
 
-def _whole(read: Callable[[], T]) -> T:
-    """Returns what is read; a file that is no safetensors file in spite of its hash is refused as all foreign ones."""
-    try:
-        return read()
-    except (CheckpointError, OSError):
-        raise
-    except Exception as error:
-        raise CheckpointError(
-            f"checkpoint: a file is not what a run writes ({type(error).__name__}: {error})"
-        ) from error
+def place(entry: Mapping[str, Any]) -> str:
+    """Returns the name of the folder that a version lies in."""
+    return f"{entry.get('folder', entry['number']):08d}"
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """A context in which no other process changes the versions of a run; a killed process holds no lock.
+def locked(folder: Path, what: str = "a change of its versions") -> Iterator[None]:
+    """A context in which no other process runs in a run's folder or changes its versions; see :mod:`recbole_cl.lock`.
 
     Raises:
         ConfigError: If another process does so now.
     """
-    root = folder / FOLDER
-    with checkpoint.explained(folder):
-        root.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(root / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ConfigError(
-                f"another process is changing the versions of {folder}; wait until it has ended"
-            ) from error
+    with hold(folder, what):
         yield
-    finally:
-        os.close(descriptor)
 
 
 def now() -> str:
