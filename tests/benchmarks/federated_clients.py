@@ -1,7 +1,7 @@
 """A round of clients as one batch beside a plain loop over them: ``python tests/benchmarks/federated_clients.py``.
 
 256 clients, d = 64, two layers, histories of 50, one prompt an update, three local steps, one thread; both sides
-alternate, medians of CPU seconds are told, which a busy machine does not change. Both give the same prompts within 1e-6.
+alternate, medians of CPU seconds are told, which a busy machine leaves alone. Both give the same prompts within 1e-6.
 """
 
 from __future__ import annotations
