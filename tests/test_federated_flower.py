@@ -144,11 +144,11 @@ def test_real_processes_give_the_rounds_of_one_process(tmp_path: Path) -> None:
     """A SuperLink and two SuperNodes on loopback: three rounds, the prototypes of the grid in one process."""
     if shutil.which("flower-superlink") is None:
         pytest.skip("flower-superlink is not on the path")
-    fleet, control, http, one, two, health = free_ports(6)
+    port, one, two, health = free_ports(4)
     home = tmp_path / "home"
     home.mkdir()
     (home / "config.toml").write_text(
-        f'[superlink]\ndefault = "here"\n\n[superlink.here]\naddress = "127.0.0.1:{control}"\ninsecure = true\n'
+        f'[superlink]\ndefault = "here"\n\n[superlink.here]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
     )
     env = {**os.environ, "FLWR_HOME": str(home), "FLWR_TELEMETRY_ENABLED": "0", "OMP_NUM_THREADS": "1"}
     started: list[subprocess.Popen[bytes]] = []
@@ -162,13 +162,12 @@ def test_real_processes_give_the_rounds_of_one_process(tmp_path: Path) -> None:
     try:
         launch(
             "superlink", "flower-superlink", "--insecure", "--disable-runtime-dependency-installation",
-            "--fleet-api-address", f"127.0.0.1:{fleet}", "--control-api-address", f"127.0.0.1:{control}",
-            "--port", str(http), "--health-server-address", f"127.0.0.1:{health}",
+            "--host", "127.0.0.1", "--port", str(port), "--health-server-address", f"127.0.0.1:{health}",
         )  # fmt: skip
-        for number, port in ((0, one), (1, two)):
+        for number, own in ((0, one), (1, two)):
             launch(
-                f"supernode{number}", "flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{fleet}",
-                "--port", str(port), "--node-config", f"client={number}",
+                f"supernode{number}", "flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{port}",
+                "--port", str(own), "--node-config", f"client={number}",
             )  # fmt: skip
         given = f"folder='{tmp_path}'"
         end, said = time.monotonic() + 60, None

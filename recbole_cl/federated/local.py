@@ -182,11 +182,11 @@ class OwnWeights:
                 self.rows[name] = torch.cat([rows, more.to(rows)], dim=1)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the rows."""
-        return {"users": self.users, "rows": dict(self.rows)}
+        """Returns the rows beside the users whose they are, so that a user who is forgotten takes them along."""
+        return {"users": self.users, **self.rows}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Puts the rows back."""
         self.users = state["users"].clone()
-        self.rows = {name: value.clone() for name, value in state["rows"].items()}
+        self.rows = {name: value.clone() for name, value in state.items() if name != "users"}
         self._place = {user: place for place, user in enumerate(self.users.tolist())}

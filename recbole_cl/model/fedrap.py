@@ -75,28 +75,28 @@ class FedRAP(FederatedModel):
 
     def owned_state(self) -> dict[str, Any]:
         """Returns what the users keep, one after the other, and what the server has published."""
-        kept = list(self.own.values())
-        none = torch.zeros(0, dtype=torch.int64)
-        own = {
-            "users": torch.tensor(list(self.own), dtype=torch.int64),
-            "counts": torch.tensor([len(items) for items, *_ in kept], dtype=torch.int64),
-            "items": torch.cat([items for items, *_ in kept]) if kept else none,
-            "rows": torch.cat([rows for _, rows, _, _ in kept]) if kept else torch.zeros(0, self.width),
+        kept, ids = list(self.own.values()), torch.tensor(list(self.own), dtype=torch.int64)
+        counts = torch.tensor([len(items) for items, *_ in kept], dtype=torch.int64)
+        rows = {
+            "users": ids.repeat_interleave(counts),
+            "items": torch.cat([torch.zeros(0, dtype=torch.int64), *(items for items, *_ in kept)]),
+            "own": torch.cat([torch.zeros(0, self.width), *(own for _, own, _, _ in kept)]),
+        }
+        slopes = {
+            "users": ids,
             "a": torch.stack([a for _, _, a, _ in kept]) if kept else torch.zeros(0, self.width),
             "b": torch.stack([b for _, _, _, b in kept]) if kept else torch.zeros(0),
         }
-        return {"own": own, "rounds": self.rounds, **super().owned_state()}
+        return {"rows": rows, "slopes": slopes, "rounds": self.rounds, **super().owned_state()}
 
     def load_owned_state(self, state: Mapping[str, Any]) -> None:
         """Puts it back."""
         super().load_owned_state(state)
-        own, self.rounds = state["own"], int(state["rounds"])
-        counts = own["counts"].tolist()
-        parts = zip(
-            own["users"].tolist(), own["items"].split(counts), own["rows"].split(counts), own["a"], own["b"],
-            strict=True,
-        )  # fmt: skip
-        self.own = {user: (items.clone(), rows.clone(), a.clone(), b.clone()) for user, items, rows, a, b in parts}
+        rows, slopes, self.rounds = state["rows"], state["slopes"], int(state["rounds"])
+        self.own = {}
+        for user, a, b in zip(slopes["users"].tolist(), slopes["a"], slopes["b"], strict=True):
+            mine = rows["users"] == user
+            self.own[user] = (rows["items"][mine], rows["own"][mine], a.clone(), b.clone())
 
     @property
     def rowed(self) -> torch.Tensor:

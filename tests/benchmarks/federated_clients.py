@@ -1,11 +1,12 @@
 """A round of clients as one batch beside a plain loop over them: ``python tests/benchmarks/federated_clients.py``.
 
 256 clients, d = 64, two layers, histories of 50, one prompt an update, three local steps, one thread; both sides
-alternate, medians are told. Both give the same prompts within 1e-6.
+alternate, medians of CPU seconds are told, which a busy machine leaves alone. Both give the same prompts within 1e-6.
 """
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
 
@@ -13,7 +14,10 @@ import numpy as np
 import torch
 from recbole.model.layers import TransformerEncoder
 
+from recbole_cl.errors import ConfigError
 from recbole_cl.federated.client import Behind, Examples, Prompts, Settings, observe
+from recbole_cl.federated.engines.base import Engine
+from recbole_cl.federated.engines.flower import Flower
 from recbole_cl.federated.engines.in_process import InProcess, Loop
 from recbole_cl.federated.prompts import SharedParts
 from recbole_cl.model.fused import layer_outputs, layer_outputs_behind, projections
@@ -55,21 +59,27 @@ class Case:
 
         return behind
 
-    def run(self, engine: InProcess) -> Prompts:
+    def run(self, engine: Engine) -> Prompts:
         return engine.run(self.outputs, self.table, self.shared, self.start, self.examples, Settings())[0]
 
 
-def ratio(targets: int, repeats: int = 5) -> tuple[float, float, float]:
-    """Returns the seconds of the loop and of the batch, medians, and how far their prompts are from each other."""
-    case, engines = Case(targets), (Loop({}), InProcess({"clients": 64}))
+def ratio(targets: int, repeats: int = 3, slow: Engine | None = None) -> tuple[float, float, float]:
+    """Returns the seconds of the loop and of the batch, medians, and how far their prompts are from each other.
+
+    Args:
+        targets: Of a client.
+        repeats: Runs of each.
+        slow: Stands in the loop's place.
+    """
+    case, engines = Case(targets), (Loop({}) if slow is None else slow, InProcess({"clients": 64}))
     loop, batch = (case.run(engine) for engine in engines)
     gap = float((loop.long - batch.long).abs().max())
     seconds: list[list[float]] = [[], []]
     for _ in range(repeats):
         for kept, engine in zip(seconds, engines, strict=True):
-            begun = time.perf_counter()
+            begun = time.process_time()
             case.run(engine)
-            kept.append(time.perf_counter() - begun)
+            kept.append(time.process_time() - begun)
     return statistics.median(seconds[0]), statistics.median(seconds[1]), gap
 
 
@@ -78,3 +88,6 @@ if __name__ == "__main__":
     for n in (4, 12):
         slow, fast, gap = ratio(n)
         print(f"{n} targets a client: loop {slow:.2f} s, batch {fast:.3f} s, {slow / fast:.1f} x, within {gap:.1e}")
+    with contextlib.suppress(ConfigError):  # without flwr there is nothing to compare with
+        slow, fast, gap = ratio(4, slow=Flower({}))
+        print(f"Flower in process, 4 targets: {slow:.2f} s, batch {fast:.3f} s, {slow / fast:.1f} x, within {gap:.1e}")

@@ -175,6 +175,15 @@ def test_fedrap_on_tables_of_items(schedule: str, job: Job, tmp_path: Path) -> N
         targets = {int(i) for stage in stages for i in stage.train.label[stage.train.user == user]}
         assert targets <= set(items.tolist()) and not torch.equal(rows, model.first[items])
     assert len(model.ledger().charges()) == 2
+    state, gone = model.owned_state(), min(users)
+    left = {  # as a user's entries are taken out of a saved run
+        part: {name: column[state[part]["users"] != gone] for name, column in state[part].items()}
+        for part in ("rows", "slopes")
+    }
+    model.load_owned_state({**state, **left})
+    assert set(model.own) == users - {gone}
+    model.load_owned_state(state)
+    assert tree_hash(model.owned_state()) == tree_hash(state)
     again = Job(FedRAP, job.data, kept).walk(tmp_path / "again", **given)
     assert tree_hash(again.runner.model.owned_state()) == tree_hash(model.owned_state()), "another run, other bits"
     batch = {"user_id": torch.tensor([*sorted(users)[:3], 0]), "item_id": torch.tensor([1, 2, 3, 4])}
