@@ -17,6 +17,7 @@ from report_fixture import METRICS, make_result
 from recbole_cl.errors import DataError, OutputError
 from recbole_cl.report import page, picture, render_folder, terminal_summary, text, write_report
 from recbole_cl.report.skeleton import plotly_script
+from recbole_cl.report.figures import learning_curves
 from recbole_cl.results import summarise_all
 
 SECTIONS = ["headline", "stages", "matrix", "forgetting", "curves", "strata", "disparity", "costs", "terms"]
@@ -338,7 +339,7 @@ def test_metric_names_ignore_case() -> None:
     result["curves"] = [{**r, "valid": {"ndcg@10": 0.1}} for r in result["curves"]]
     read = check(page(result))
     assert "curves ndcg@10" in read.figures
-    assert "Recall@10 was not validated; this is ndcg@10." in " ".join(read.words)
+    assert "Recall@10 was not validated; these are the metrics that chose the epochs." in " ".join(read.words)
     assert "NDCG@10 (rows" in terminal_summary(result)
 
 
@@ -439,3 +440,28 @@ def test_units_and_moments() -> None:
     ]  # fmt: skip
     assert text.moment(-421545600) == "1956-08-23", "before 1970, too"
     assert text.count(1234567) == "1,234,567"
+
+
+def test_a_star_for_the_epoch_that_was_kept_and_no_other() -> None:
+    """Every improvement is noted with the curve; the last one is what the stage hands on."""
+    result = make_result(5)
+    for stage in range(5):
+        points = [point for point in result["curves"] if point["stage"] == stage]
+        last = next(n for n, point in enumerate(points) if point["best"])
+        for point in points[:last]:
+            point["best"] = True
+    metric = str(result["primary_metric"])
+    for trace, stage in zip(learning_curves(result, metric)["data"], range(5), strict=True):
+        points = [point for point in result["curves"] if point["stage"] == stage]
+        kept = max(n for n, point in enumerate(points) if point["best"])
+        assert [n for n, symbol in enumerate(trace["marker"]["symbol"]) if symbol == "star"] == [kept]
+
+
+def test_curves_of_what_chose_the_epochs() -> None:
+    """Where no curve is of the metric shown, each stage's is of its own primary metric."""
+    result = make_result(5)
+    other = next(m for m in result["curves"][0]["valid"] if m != result["primary_metric"])
+    result["stages"][1]["primary_metric"] = other
+    for stage, trace in enumerate(learning_curves(result, None)["data"]):
+        metric = other if stage == 1 else result["primary_metric"]
+        assert trace["y"] == [text.lookup(p["valid"], metric) for p in result["curves"] if p["stage"] == stage]

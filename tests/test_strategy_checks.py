@@ -15,8 +15,9 @@ from run_helpers import bare_context, configure
 from torch import nn
 
 from recbole_cl.config import CLConfig
-from recbole_cl.errors import ConfigError
+from recbole_cl.errors import ConfigError, TrainingError
 from recbole_cl.registry import strategies
+from recbole_cl.strategy.base import Strategy
 from recbole_cl.strategy.context import Pass, StageContext
 from recbole_cl.strategy.mas import sensitivities
 from recbole_cl.strategy.parts.importance import squared_gradients
@@ -328,3 +329,79 @@ def test_replay_serves_a_stream_of_one_kind_of_task(tasks: Path, tmp_path: Path)
     )
     runner.run()
     assert len(runner.strategy.members[0].memory) > 0  # type: ignore[attr-defined]
+
+
+# -- what the author of a strategy is told ------------------------------------------------------------------------
+
+
+class Faulty(Strategy):
+    """A strategy without a file, as the first draft of another package's."""
+
+    prefix = "faulty"
+    defaults = {"lambda": 0.1, "mode": "mean", "often": True}
+    term: Any = 0.5
+
+    def __init__(self, parameters: Any = None) -> None:
+        super().__init__(parameters)
+        self.anchor: dict[str, torch.Tensor] = {}
+
+    def loss_terms(self, ctx: StageContext, batch: Interaction) -> Any:
+        if not callable(self.term):
+            return self.term if self.term is None else {"Faulty/term": self.term}
+        drift = torch.zeros(())
+        for name, p in ctx.parameters().items():
+            drift = drift + (p - self.anchor.get(name, 0)).square().sum()
+        return {"Faulty/term": drift}
+
+    def end_stage(self, ctx: StageContext) -> None:
+        self.anchor = {name: p.detach().clone() for name, p in ctx.parameters().items()}
+
+
+@pytest.fixture
+def faulty(monkeypatch: pytest.MonkeyPatch) -> type[Faulty]:
+    strategies.names()
+    monkeypatch.setattr(strategies, "_members", dict(strategies._members))
+    monkeypatch.setattr(strategies, "_names", dict(strategies._names))
+    own = type("Faulty", (Faulty,), {"__module__": "another_package"})
+    strategies._add("Faulty", own)
+    return own
+
+
+@pytest.mark.parametrize(
+    ("term", "told"),
+    [
+        (0.5, r"Faulty\.loss_terms returned a float \(0\.5\) as 'Faulty/term'; it must be a tensor of one number"),
+        (torch.ones(3), r"Faulty\.loss_terms returned a tensor of shape \[3\] as 'Faulty/term'"),
+        (None, r"Faulty\.loss_terms returned None; it must return a dict"),
+    ],
+)
+def test_a_term_that_is_no_scalar_tensor(
+    faulty: type[Faulty], toy: PlantedDrift, tmp_path: Path, term: Any, told: str
+) -> None:
+    faulty.term = term
+    with pytest.raises(ConfigError, match=f"strategy: {told}"):
+        Runner(configure(toy, tmp_path, "BPR", strategy="Faulty", epochs=1)).run()
+
+
+def test_a_strategy_that_forgot_to_grow(faulty: type[Faulty], toy: PlantedDrift, tmp_path: Path) -> None:
+    faulty.term = staticmethod(lambda: None)
+    with pytest.raises(ConfigError, match=r"strategy: Faulty\.loss_terms: .*it has no grow\(growth\)"):
+        Runner(configure(toy, tmp_path, "BPR", strategy="Faulty", epochs=1)).run()
+
+
+def test_rows_that_are_none(
+    faulty: type[Faulty], toy: PlantedDrift, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(faulty, "augment_batch", lambda self, ctx, batch: None)
+    with pytest.raises(TrainingError, match=r"strategy: Faulty\.augment_batch returned NoneType"):
+        Runner(configure(toy, tmp_path, "BPR", strategy="Faulty", epochs=1)).run()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"), [("lambda", "much", "type float"), ("mode", 3, "type str"), ("often", 2, "type bool")]
+)
+def test_a_bad_property_of_a_strategy_without_a_file(faulty: type[Faulty], key: str, value: Any, told: str) -> None:
+    for given in ({"strategy": "Faulty", f"faulty_{key}": value}, {"strategy": {"Faulty": {key: value}}}):
+        with pytest.raises(ConfigError, match=f"'faulty_{key}' is {value!r}; it must be of {told}"):
+            CLConfig("BPR", "ml-100k", config_dict=given)
+    CLConfig("BPR", "ml-100k", config_dict={"strategy": {"Faulty": {"lambda": 1}}})

@@ -74,10 +74,19 @@ def component_defaults(component: type, name: str, folder: str) -> tuple[dict[st
 
     Returns:
         The defaults from ``properties/<folder>/<name>.yaml``, else from ``<ClassName>.yaml`` beside the class's module,
-        else from its attribute ``defaults``; and the types that the file's comments declare.
+        else from its attribute ``defaults``; and the types that the file's comments declare, or those of the defaults.
     """
     own = properties_dir() / folder / f"{name}.yaml"
     file = own if own.is_file() else _file_beside(component)
     if file is not None:
         return read_properties(file), schema.declared_types(file)
-    return copy.deepcopy(dict(getattr(component, "defaults", None) or {})), {}
+    defaults = copy.deepcopy(dict(getattr(component, "defaults", None) or {}))
+    return defaults, {key: words for key, value in defaults.items() if (words := _kind(value))}
+
+
+def _kind(default: Any) -> tuple[str, ...]:
+    """Returns the types that a default without a declaration stands for; none where it says nothing."""
+    for kind, words in ((bool, ("bool",)), (int | float, ("float",)), (str, ("str",)), (list | tuple, ("list",))):
+        if isinstance(default, kind):
+            return words
+    return ("dict",) if isinstance(default, dict) else ()

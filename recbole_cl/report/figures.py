@@ -219,22 +219,27 @@ def forgetting_curves(result: Mapping[str, Any], metric: str) -> Figure:
     return {"data": traces, "layout": look}
 
 
-def learning_curves(result: Mapping[str, Any], metric: str) -> Figure:
-    """Draws the validation metric over the training targets seen within each stage; the best epoch has a star.
+def learning_curves(result: Mapping[str, Any], metric: str | None) -> Figure:
+    """Draws the validation metric over the training targets seen within each stage; the kept epoch has a star.
 
     Args:
         result: The run's result.
-        metric: A metric of the validation.
+        metric: A metric of the validation; ``None`` draws of each stage the one that chose its epoch.
     """
     names = text.stage_names(result)
+    told_stages = list(result.get("stages") or ())
     traces: list[dict[str, Any]] = []
     colours = ramp(max(len(names), 1))
     for (stage, name), records in passes(result).items():
+        own = told_stages[stage].get("primary_metric") if stage < len(told_stages) else None
+        shown = str(own or result.get("primary_metric")) if metric is None else metric
+        # The last improvement is kept; a pass that nothing chose an epoch of keeps its last one.
+        kept = next((r for r in reversed(records) if r.get("best")), records[-1])
         points = [
-            (targets, value, bool(r.get("best")), r.get("epoch"))
+            (targets, value, r is kept, r.get("epoch"))
             for r in records
             if (targets := text.finite(r.get("targets"))) is not None
-            and (value := text.finite(text.lookup(r.get("valid"), metric))) is not None
+            and (value := text.finite(text.lookup(r.get("valid"), shown))) is not None
         ]
         if not points:
             continue
@@ -259,7 +264,7 @@ def learning_curves(result: Mapping[str, Any], metric: str) -> Figure:
                 "hovertemplate": f"{label}, epoch %{{customdata}}, %{{x:,}} targets: <b>%{{y:.4f}}</b><extra></extra>",
             }
         )
-    look = layout("training targets seen within the stage", f"validation {safe(metric)}", height=400)
+    look = layout("training targets seen within the stage", f"validation {safe(metric or 'metric')}", height=400)
     ends = [max(trace["x"]) for trace in traces]
     starts = [min(trace["x"]) for trace in traces]
     # A base stage is often ten times as long as the others, which a linear axis presses into its left edge. A curve

@@ -222,10 +222,9 @@ class _Page:
 
         def block(metric: str) -> str:
             own = next((v for v in validated if v.lower() == metric.lower()), None)
-            shown = own or next((v for v in validated if v.lower() == self.metrics[0].lower()), validated[0])
-            told = escape(text.clean(metric))
-            other = "" if own else f'<p class="note">{told} was not validated; this is {escape(text.clean(shown))}.</p>'
-            return other + self.figure(f"curves {shown}", figures.learning_curves(self.result, shown))
+            told = f"{escape(text.clean(metric))} was not validated; these are the metrics that chose the epochs."
+            other = "" if own else f'<p class="note">{told}</p>'
+            return other + self.figure(f"curves {own or metric}", figures.learning_curves(self.result, own))
 
         note = "Validation within each stage. A star marks the epoch that was kept."
         inner = self.per_metric((m, block(m)) for m in self.metrics) if self.metrics else block(validated[0])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import contextlib
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +20,32 @@ from recbole_cl.stream.vocabulary import Growth
 
 PARTS = "way of training parts only"
 """Kind of the strategies that freeze all but a part of their own: two would each freeze the other's."""
+
+
+def _told(value: Any) -> str:
+    """Returns what a value is, in words."""
+    if isinstance(value, torch.Tensor):
+        return f"a tensor of shape {list(value.shape)}"
+    return "None" if value is None else f"a {type(value).__name__} ({value!r:.40})"
+
+
+@contextlib.contextmanager
+def told_by(strategy: Strategy, hook: str) -> Iterator[None]:
+    """A context in which a strategy's hook computes with tensors of its own, which may lack the rows of who is new.
+
+    Raises:
+        ConfigError: If shapes do not go together and the strategy has no ``grow``.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if overrides(strategy, "grow") or not re.search(r"size of tensor|shape", str(error)):
+            raise
+        raise ConfigError(
+            f"strategy: {strategy.name}.{hook}: {error} A tensor that it keeps of a parameter needs rows for new users "
+            f"and items, and it has no grow(growth); give it one, as docs/write_a_strategy.md does: state[name] = "
+            f"growth.expand(name, state[name])"
+        ) from error
 
 
 class Composite:
@@ -135,8 +163,29 @@ class Composite:
             s.first_step(ctx)
 
     def loss_terms(self, ctx: StageContext, batch: Interaction) -> dict[str, torch.Tensor]:
-        """Returns every member's terms by name."""
-        return {name: term for s in self.members for name, term in s.loss_terms(ctx, batch).items()}
+        """Returns every member's terms by name.
+
+        Raises:
+            ConfigError: If what a member returns is no dict of scalar tensors.
+        """
+        found: dict[str, torch.Tensor] = {}
+        for s in self.members:
+            with told_by(s, "loss_terms"):
+                terms: Any = s.loss_terms(ctx, batch)
+            if not isinstance(terms, Mapping):
+                raise ConfigError(
+                    f"strategy: {s.name}.loss_terms returned {_told(terms)}; it must return a dict of names to scalar "
+                    f"tensors, {{}} for none"
+                )
+            for name, term in terms.items():
+                if not isinstance(term, torch.Tensor) or term.numel() != 1:
+                    raise ConfigError(
+                        f"strategy: {s.name}.loss_terms returned {_told(term)} as {name!r}; it must be a tensor of one "
+                        f"number, with the graph of what it is computed of, such as weight * drift.square().sum() "
+                        f"(torch.zeros(()) for nothing)"
+                    )
+            found.update(terms)
+        return found
 
     def begin_pass(self, ctx: StageContext) -> None:
         """Runs every member's hook."""

@@ -101,7 +101,9 @@ class StagePass:
         self.randomness.load_state_dict(state["randomness"])
 
     def _finish(self) -> None:
-        self.run.moments = clone_tree(self.trainer.moments())
+        if (moments := self.trainer.moments()) is not None:
+            # A pass over some of the parameters leaves the others' as they are, where it does not begin anew.
+            self.run.moments = {**(self.run.moments if self._continues else {}), **clone_tree(moments)}
         with self.randomness.owned():
             self.run.strategy.end_pass(self.ctx)
 
@@ -159,11 +161,15 @@ class StagePass:
         self._finish()
         return ctx
 
+    @property
+    def _continues(self) -> bool:
+        """True where the pass goes on from the weights that the one before left."""
+        return self.plan.init == "previous" or (self.plan.init == "stage_start" and self.place == 0)
+
     def _begin(self) -> None:
         """Does what is done once, before the first step."""
-        run, plan = self.run, self.plan
-        continues = plan.init == "previous" or (plan.init == "stage_start" and self.place == 0)
-        if run.config["stage_optimizer"] == "carry" and continues:
+        run = self.run
+        if run.config["stage_optimizer"] == "carry" and self._continues:
             self.trainer.load_moments(run.moments)
         run.strategy.first_step(self.ctx)
 

@@ -37,7 +37,7 @@ from recbole_cl.stream.build import Stream, build_stream
 from recbole_cl.stream.vocabulary import grow_optimizer
 from recbole_cl.training.all_rows import refuse_serving, train_on_all_rows
 from recbole_cl.training.base_run import keep_base, take_base
-from recbole_cl.training.costs import note_costs
+from recbole_cl.training.costs import import_before_the_clock, note_costs
 from recbole_cl.training.data_parallel import keep_alike
 from recbole_cl.training.inputs import files_read
 from recbole_cl.training.output import Output
@@ -170,6 +170,7 @@ class Runner:
 
     def begin(self, stream: Stream) -> RunState:
         """Takes a stream of which nothing has been trained; returns the run over it."""
+        import_before_the_clock(self.config)
         models = StageModels(self.config, stream, self.strategy, self.build_model)
         self.state = RunState.begin(self.config, self.strategy, stream, models)
         return self.state
@@ -195,8 +196,7 @@ class Runner:
         started = time.perf_counter()
         ctx, randomness, fresh = self._enter(index, resumed)
         start = StageStart(fresh, self._begin_stage(ctx, resumed), randomness)
-        passes = self.strategy.plan_stage(ctx)
-        passes = contract(ctx.model).plan_stage(ctx, passes)
+        passes = contract(ctx.model).plan_stage(ctx, self.strategy.plan_stage(ctx))
         refuse_new_beginnings(ctx, self.strategy.members, passes)
         worst = self.journal.worst(stage)
         progress = Progress(best_score=worst)

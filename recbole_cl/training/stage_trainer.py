@@ -43,8 +43,8 @@ class PassTrainer(Protocol):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Puts a state back."""
 
-    def moments(self) -> dict[str, Any]:
-        """Returns what the next stage's optimiser may go on from, by parameter name."""
+    def moments(self) -> dict[str, Any] | None:
+        """Returns what the next stage's optimiser may go on from, by parameter name; ``None`` leaves what there is."""
 
     def load_moments(self, moments: Mapping[str, Any]) -> None:
         """Takes over what :meth:`moments` of an earlier stage returned."""
@@ -76,9 +76,8 @@ class OwnTrainer:
         """Training targets that the last epoch used, where the trainer counts them."""
         return getattr(self.own, "n_targets", None)
 
-    def moments(self) -> dict[str, Any]:
-        """Returns nothing: what the trainer keeps between stages is the model's state."""
-        return {}
+    def moments(self) -> None:
+        """Returns nothing: what the trainer keeps between stages is the model's state, and RecBole's moments stay."""
 
     def load_moments(self, moments: Mapping[str, Any]) -> None:
         """Takes nothing over."""

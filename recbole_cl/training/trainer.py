@@ -20,7 +20,7 @@ from tqdm import tqdm
 from recbole_cl import distributed
 from recbole_cl.config.models import traits_of
 from recbole_cl.errors import TrainingError
-from recbole_cl.strategy.composite import Composite
+from recbole_cl.strategy.composite import Composite, told_by
 from recbole_cl.strategy.context import StageContext
 from recbole_cl.stream.batch import TARGETS
 
@@ -146,15 +146,17 @@ class HookedTrainer(recbole_trainer.Trainer):
             for number, batch in enumerate(batches):
                 self.share = shares[number]
                 for member in members:
-                    batch = member.augment_batch(ctx, batch)
+                    batch = _rows(member.augment_batch(ctx, batch), member.name)
                 if number == 0:
                     ctx.data_gradients = {}
                 total = _add(total, self._gradients(batch, loss_func, scaler), self.share)
             scaler.unscale_(self.optimizer) if self.enable_scaler else None
             for member in members:
-                member.add_gradients(ctx)
+                with told_by(member, "add_gradients"):
+                    member.add_gradients(ctx)
             for member in members:
-                member.mask_gradients(ctx)
+                with told_by(member, "mask_gradients"):
+                    member.mask_gradients(ctx)
             for group, (rate, factor) in zip(self.optimizer.param_groups, self.rates or (), strict=False):
                 group["lr"] = rate * factor(ctx.step)
             if self.clip_grad_norm:
@@ -284,6 +286,16 @@ class _Checked:
         for number, part in enumerate(parts):
             self.trainer.check_finite(part, "data" if len(parts) == 1 else f"data/{number}")
         return losses
+
+
+def _rows(batch: Any, strategy: str) -> Any:
+    """Returns the rows that a strategy's ``augment_batch`` returned, if they are some."""
+    if not isinstance(batch, Interaction):
+        raise TrainingError(
+            f"strategy: {strategy}.augment_batch returned {type(batch).__name__}; it must return the batch, an "
+            f"Interaction, with or without rows of its own"
+        )
+    return batch
 
 
 def size_of(batch: Interaction) -> int:

@@ -270,3 +270,16 @@ def test_groups_that_are_no_partition_are_refused(
     monkeypatch.setattr(TwoPhases, "parameter_groups", groups)
     with pytest.raises(ConfigError, match=rf"parameter_groups of TwoPhases.*{told}"):
         job_of(data).walk(tmp_path)
+
+
+@pytest.mark.parametrize("model", [TwoPhases, TwoTrainers])
+def test_carried_moments_survive_the_pass_after(model: type, data: Path, tmp_path: Path) -> None:
+    """The backbone goes on with its moments of the stage before, though the rest was trained last, by whomever."""
+    walk, _ = walked(job_of(data, model, stage_optimizer="carry"), tmp_path)
+    states = [checkpoint.read(path) for path in checkpoints(walk)]
+    first = [s for s in states if s["phase"] == "train" and s["stage"] > 0 and s["progress"]["number"] == 0]
+    assert {state["stage"] for state in first} == {1, 2}
+    for state in first:
+        moments = state["trainer"]["own"]["optimizer"]
+        assert set(moments) == BACKBONE
+        assert all(int(m["step"]) > state["progress"]["step"] for m in moments.values()), "they began anew"
