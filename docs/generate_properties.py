@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from recbole_cl.config.recbole_properties import markdown
+
 ROOT = Path(__file__).resolve().parent.parent
 LINE = re.compile(r"^(?P<key>\w+):\s*(?P<default>.*?)\s*(?:#\s*(?:\((?P<type>[^)]*)\))?\s*(?P<meaning>.*))?$")
 HEAD = """# Properties
@@ -16,6 +18,11 @@ Every property of RecBole-CL with its default. RecBole's own properties (`embedd
 part, their defaults. `~` is "not set". How values are given, and which one wins, is told in the
 [quick start](quick_start.md#settings-who-wins).
 """
+
+RECBOLE = """What becomes of each property that RecBole documents, tried one by one. *works*: it does what RecBole's
+pages say, as far as the last column goes. *refused*: a value other than RecBole's default ends the run before it
+begins, with the reason. *nothing reads it*: such a value changes no result, and a warning says so. Properties that
+RecBole's own pages do not have (`n_heads`, `reg_weight`) are read by its models, and are checked for type and range."""
 
 
 def table(rows: list[tuple[str, str, str, str]]) -> list[str]:
@@ -66,12 +73,18 @@ def page() -> str:
         HEAD.rstrip(),
         "",
         *overall(),
+        "## RecBole's properties",
+        "",
+        RECBOLE,
+        "",
+        markdown(),
         *folder("strategy", "Strategies", "Parameters of a strategy have its prefix: `--ewc_lambda=10`."),
         *folder("stream", "Schedulers", "What a scheduler sets differently from the general defaults."),
         *folder("encoder", "Text encoders", "Where a model names an encoder: `--minilm_batch_size=64`."),
         *folder("aggregator", "Aggregators", "Where `protofed_aggregator` names it: `--kmeans_momentum=0.3`."),
         *folder("engine", "Engines", "Where `protofed_engine` names it."),
         *folder("llm_client", "LLM clients", "Where a model names a client: `--openai_model=...`."),
+        *folder("preset", "Presets", "Settings that belong together: `--config_files=peso_paper`; later files win."),
         *folder("model", "Models", "What a model sets or adds; the properties of RecBole's models are RecBole's."),
     ]
     return "\n".join(parts).rstrip() + "\n"

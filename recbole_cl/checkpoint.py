@@ -11,24 +11,24 @@ into ``frozen/`` beside the folder of the checkpoints, which refer to them.
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import load, load_file, save_file
+from safetensors.torch import load, load_file
 from safetensors.torch import save as tensors_to_bytes
 
-from recbole_cl import seal
-from recbole_cl.errors import CheckpointError, OutputError
+from recbole_cl import disk, seal
+from recbole_cl.disk import explained as explained
+from recbole_cl.disk import write_atomically as write_atomically
+from recbole_cl.errors import CheckpointError
 from recbole_cl.tree import FrozenTensors
 
 FORMAT = "recbole-cl checkpoint"
@@ -99,16 +99,16 @@ def _unflatten(
 def _write_frozen(root: Path, tensors: FrozenTensors) -> None:
     """Writes frozen tensors, unless they are there already."""
     target = root / f"{tensors.name}.safetensors"
-    if target.exists():
+    if target.is_file() and not target.is_symlink():
         return
-    root.mkdir(parents=True, exist_ok=True)
+    disk.own_folder(root)
     flat: dict[str, torch.Tensor] = {}
     body = _flatten(dict(tensors), "", flat, {})
     temporary = root / f".writing-{os.getpid()}"
-    _save_tensors(flat, temporary, {"names": json.dumps(body)})
-    _sync(temporary)
+    disk.write_tensors(temporary, flat, {"names": json.dumps(body)})
+    disk.sync(temporary)
     os.replace(temporary, target)
-    _sync(root)
+    disk.sync(root)
 
 
 def _read_frozen(folder: Path, name: Any) -> FrozenTensors:
@@ -145,8 +145,8 @@ def _prune_frozen(run: Path) -> None:
     for pattern in ("*/*/manifest.json", "earlier-*/*/*/manifest.json"):
         for path in run.glob(pattern):
             try:
-                needed |= set(json.loads(path.read_text(encoding="utf-8")).get(FROZEN, ()))
-            except (OSError, ValueError, AttributeError, TypeError):
+                needed |= set(json.loads(seal.read_plain(path, seal.LARGEST_MANIFEST)).get(FROZEN, ()))
+            except (OSError, ValueError, AttributeError, TypeError, RecursionError):
                 return  # what a broken one needs is not known
     for file in (run / FROZEN).iterdir():
         if file.stem not in needed:
@@ -158,43 +158,6 @@ def _numbers(name: str) -> np.dtype[Any]:
     if dtype.kind not in "biuf":
         raise ValueError(f"an array of {name} in a checkpoint")
     return dtype
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def explained(folder: Path) -> Iterator[None]:
-    """Turns a failing write into an :class:`OutputError` that names the folder and the remedy."""
-    try:
-        yield
-    except OSError as error:
-        if isinstance(error, OutputError):
-            raise
-        remedy = {
-            errno.ENOSPC: "the disk is full; free space and go on with --resume=True",
-            errno.EDQUOT: "the quota is used up; free space and go on with --resume=True",
-            errno.EROFS: "the file system is read-only; choose another output_dir",
-        }.get(error.errno or 0, "choose an output_dir that can be written")
-        raise OutputError(f"output_dir: cannot write to {folder}: {error.strerror or error}; {remedy}") from error
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a text file such that a reader sees the old or the new content, never a part."""
-    with explained(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync(path.parent)
 
 
 def save(folder: Path, number: int, state: Mapping[str, Any], keep: int) -> Path:
@@ -213,10 +176,8 @@ def save(folder: Path, number: int, state: Mapping[str, Any], keep: int) -> Path
         OutputError: If the folder cannot be written; earlier checkpoints are untouched.
     """
     with explained(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / ".writing"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
+        disk.own_folder(folder)
+        temporary = disk.fresh_folder(folder / ".writing")
         tensors: dict[str, torch.Tensor] = {}
         frozen: dict[str, FrozenTensors] = {}
         body = _flatten(state, "", tensors, {}, frozen)
@@ -224,7 +185,7 @@ def save(folder: Path, number: int, state: Mapping[str, Any], keep: int) -> Path
             _write_frozen(folder.parent / FROZEN, theirs)
         own_id = seal.new_id()
         tensors[seal.KEY] = seal.id_tensor(own_id)
-        _save_tensors(tensors, temporary / "tensors.safetensors")
+        disk.write_tensors(temporary / seal.TENSORS, tensors)
         hashes = {seal.TENSORS: seal.sha256(temporary / seal.TENSORS)}
         (temporary / "state.json").write_text(
             seal.state_text(body, own_id, str(hashes[seal.TENSORS])), encoding="utf-8"
@@ -240,28 +201,15 @@ def save(folder: Path, number: int, state: Mapping[str, Any], keep: int) -> Path
         }
         (temporary / "manifest.json").write_text(seal.manifest_text(manifest), encoding="utf-8")
         for name in ("tensors.safetensors", "state.json", "manifest.json"):
-            _sync(temporary / name)
+            disk.sync(temporary / name)
         final = folder / f"{number:08d}"
-        if final.exists():
-            shutil.rmtree(final)
+        disk.clear(final)
         os.replace(temporary, final)
-        _sync(folder)
+        disk.sync(folder)
         for old in numbered(folder)[:-keep]:
             shutil.rmtree(old, ignore_errors=True)
         _prune_frozen(folder.parent)
     return final
-
-
-def _save_tensors(tensors: dict[str, torch.Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
-    """Writes a file of tensors; an error of the operating system is raised as one."""
-    try:
-        save_file(tensors, str(file), metadata)
-    except OSError:
-        raise
-    except Exception as error:  # safetensors wraps the operating system's error in its own class
-        text = str(error)
-        code = errno.ENOSPC if "No space left" in text else errno.EIO
-        raise OSError(code, text) from error
 
 
 def to_bytes(state: Mapping[str, Any]) -> bytes:

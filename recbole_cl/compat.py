@@ -2,7 +2,8 @@
 
 Each shim is one small function whose docstring names the RecBole line that breaks and the symptom. Those on numpy and
 scipy are additive: they bring back a name that a newer version has dropped and never replace one that exists, so that
-code beside RecBole sees its libraries unchanged. :func:`apply` runs them once, on ``import recbole_cl``.
+code beside RecBole sees its libraries unchanged. :func:`apply` runs them once, on ``import recbole_cl``, and with them
+the guards over what RecBole would evaluate or unpickle (:mod:`recbole_cl.guards`).
 
 ``recbole.quick_start`` is never imported by this package: it imports ray, which does not start on this stack. RecBole's
 config, data, trainer, evaluator, model and utils packages load without it.
@@ -17,6 +18,7 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from recbole_cl import guards
 from recbole_cl.errors import ConfigError
 
 _applied = False
@@ -35,6 +37,7 @@ def apply() -> None:
     numpy_aliases()
     scipy_dok_update()
     silence_deprecations()
+    guards.install()
     _applied = True
 
 

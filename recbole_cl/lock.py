@@ -26,7 +26,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from recbole_cl.checkpoint import explained
+from recbole_cl.disk import explained
 from recbole_cl.errors import ConfigError
 
 LOGGER = logging.getLogger("recbole_cl")
@@ -181,7 +181,7 @@ def _take(folder: Path, what: str) -> int:
 def _open(path: Path) -> int:
     """Opens the file of a lock: a regular one, never what a link points to, and without waiting."""
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
             raise ConfigError(f"output_dir: {path} is no plain file; remove it") from error

@@ -176,6 +176,63 @@ def _norm(value: Any) -> bool:
     return value == math.inf or (is_number(value) and value > 0)
 
 
+def _negatives(value: Any) -> bool:
+    """Tells whether a value is RecBole's dict of training negatives, without parts that would have no effect."""
+    if not isinstance(value, dict) or not value.keys() <= {
+        "distribution", "sample_num", "alpha", "dynamic", "candidate_num"
+    }:  # fmt: skip
+        return False
+    how = value.get("distribution", "uniform")
+    if how in (None, "None", "none"):
+        return True
+    dynamic, candidates, alpha = value.get("dynamic", False), value.get("candidate_num", 0), value.get("alpha", 1.0)
+    return (
+        how in ("uniform", "popularity")
+        and _COUNT.accepts(value.get("sample_num", 1))
+        and is_number(alpha)
+        and (alpha == 1 or how == "popularity")
+        and isinstance(dynamic, bool)
+        and (_COUNT.accepts(candidates) if dynamic else candidates == 0 and is_integer(candidates))
+    )
+
+
+def _evaluation(value: Any) -> bool:
+    if not isinstance(value, dict) or not value.keys() <= {"split", "order", "group_by", "mode"}:
+        return False
+    mode, split = value.get("mode", "full"), value.get("split")
+    return (
+        (not isinstance(mode, dict) or (bool(mode) and mode.keys() <= {"valid", "test"}))
+        and value.get("order", "RO") in ("RO", "TO")
+        and value.get("group_by", "user") in ("user", "none", None)
+        and (split is None or (isinstance(split, dict) and len(split) == 1 and split.keys() <= {"RS", "LS"}))
+        and (split is None or "RS" not in split or _ratios(split["RS"]))
+        and (split is None or "LS" not in split or split["LS"] in ("valid_and_test", "valid_only", "test_only"))
+    )
+
+
+def _buckets(value: Any) -> bool:
+    def accepts(how: Any) -> bool:
+        if not isinstance(how, dict) or not how.keys() <= {"method", "bucket"}:
+            return False
+        buckets = integer(2, 1_000_000)
+        return how.get("method") == "LD" or (how.get("method") == "ED" and buckets.accepts(how.get("bucket")))
+
+    return isinstance(value, dict) and all(isinstance(key, str) and accepts(how) for key, how in value.items())
+
+
+def names() -> Rule:
+    """A list of texts."""
+    return Rule("a list of names", lambda v: isinstance(v, list | tuple) and all(isinstance(x, str) and x for x in v))
+
+
+def columns_by_file(example: str) -> Rule:
+    """RecBole's dict of lists of columns by a file's suffix, or of '*' for all of a file."""
+    return Rule(
+        f"a dict of lists of columns, such as {{{example}}}, or of '*' for all of a file",
+        lambda v: isinstance(v, dict) and all(isinstance(k, str) for k in v) and all(map(_columns, v.values())),
+    )
+
+
 def boolean() -> Rule:
     """True or False."""
     return Rule("True or False", lambda v: isinstance(v, bool))
@@ -312,6 +369,9 @@ SCHEMA: dict[str, Rule] = {
     "use_gpu": boolean(),
 }
 
+_COUNT = integer(1, 100_000)
+_INTERVALS = Rule("an interval, such as '[5,inf)'", _interval).optional()
+
 RECBOLE_SCHEMA: dict[str, Rule] = {
     # numpy's generator, which RecBole seeds with it, takes no more than 32 bits.
     "seed": Rule("an integer from 0 to 4294967295", lambda v: is_integer(v) and 0 <= v < 2**32),
@@ -332,15 +392,20 @@ RECBOLE_SCHEMA: dict[str, Rule] = {
     "clip_grad_norm": Rule(
         "a dict with max_norm, a number above 0, and norm_type where it is not 2, such as {max_norm: 5}", _clipping
     ).optional(),
-    "eval_args": Rule("a dict", lambda v: isinstance(v, dict)),
-    "load_col": Rule(
-        "a dict of lists of columns, such as {inter: [user_id, item_id, timestamp]}, or of '*' for all of a file",
-        lambda v: isinstance(v, dict) and all(isinstance(k, str) for k in v) and all(map(_columns, v.values())),
+    "eval_args": Rule(
+        "a dict of mode ('full', 'uni100', ... or one each for valid and test) and, as far as the stream cuts stages "
+        "so, of split ({RS: [0.8, 0.1, 0.1]} or {LS: valid_and_test}), order (TO or RO) and group_by (user or none)",
+        _evaluation,
+    ),
+    "train_neg_sample_args": Rule(
+        "a dict of distribution (uniform or popularity), sample_num (an integer of at least 1 and at most 100000), "
+        "alpha (a number, with popularity), dynamic (True or False) and candidate_num (an integer of at least 1, with "
+        "dynamic), such as {distribution: uniform, sample_num: 1}",
+        lambda v: v == "None" or _negatives(v),
     ).optional(),
-    "unload_col": Rule(
-        "a dict of lists of columns, such as {inter: [rating]}",
-        lambda v: isinstance(v, dict) and all(isinstance(k, str) for k in v) and all(map(_columns, v.values())),
-    ).optional(),
+    "load_col": columns_by_file("inter: [user_id, item_id, timestamp]").optional(),
+    "unload_col": columns_by_file("inter: [rating]").optional(),
+    "unused_col": columns_by_file("inter: [rating]").optional(),
     "val_interval": Rule(
         "a dict of column to interval, such as {rating: '[3,inf)'}, or to a list of values",
         lambda v: (
@@ -349,8 +414,52 @@ RECBOLE_SCHEMA: dict[str, Rule] = {
             and all(_interval(x) or isinstance(x, list | tuple) for x in v.values())
         ),
     ).optional(),
-    "user_inter_num_interval": Rule("an interval, such as '[5,inf)'", _interval).optional(),
-    "item_inter_num_interval": Rule("an interval, such as '[5,inf)'", _interval).optional(),
+    **dict.fromkeys(
+        ("user_inter_num_interval", "item_inter_num_interval", "entity_kg_num_interval", "relation_kg_num_interval"),
+        _INTERVALS,
+    ),
+    "rm_dup_inter": choice("first", "last").optional(),
+    "filter_inter_by_user_or_item": boolean(),
+    **dict.fromkeys(
+        ("alias_of_user_id", "alias_of_item_id", "alias_of_entity_id", "alias_of_relation_id", "normalize_field"),
+        names().optional(),
+    ),
+    "numerical_features": names(),
+    "additional_feat_suffix": Rule(
+        "a text or a list of texts", lambda v: _one_or_many(v, lambda x: isinstance(x, str) and x != "") or v == []
+    ).optional(),
+    "preload_weight": Rule(
+        "a dict of a column of ids to the column of its vectors, such as {iid: item_emb}",
+        lambda v: isinstance(v, dict) and all(isinstance(x, str) and x for x in (*v, *v.values())),
+    ).optional(),
+    "normalize_all": boolean().optional(),
+    "discretization": Rule(
+        "a dict of column to {method: LD} or {method: ED, bucket: 10} (at least 2 buckets)", _buckets
+    ).optional(),
+    "seq_len": Rule(
+        "a dict of column to its most values, integers of at least 1, such as {genres: 5}",
+        lambda v: isinstance(v, dict) and all(isinstance(k, str) and _COUNT.accepts(x) for k, x in v.items()),
+    ).optional(),
+    "kg_reverse_r": boolean(),
+    "require_pow": boolean(),
+    "enable_scaler": boolean(),
+    **dict.fromkeys(
+        (
+            "USER_ID_FIELD",
+            "ITEM_ID_FIELD",
+            "RATING_FIELD",
+            "TIME_FIELD",
+            "LABEL_FIELD",
+            "NEG_PREFIX",
+            "LIST_SUFFIX",
+            "ITEM_LIST_LENGTH_FIELD",
+            "HEAD_ENTITY_ID_FIELD",
+            "TAIL_ENTITY_ID_FIELD",
+            "RELATION_ID_FIELD",
+            "ENTITY_ID_FIELD",
+        ),
+        text(),
+    ),
     "encoding": Rule(
         "the name of an encoding of texts, such as utf-8, utf-8-sig (with a mark at its start), utf-16 or latin-1",
         _encoding,
@@ -363,7 +472,7 @@ RECBOLE_SCHEMA: dict[str, Rule] = {
         "mask_itemseq", "inverse_itemseq", "crop_itemseq", "reorder_itemseq", "user_defined"
     ).optional(),
     "loss_type": text(),
-    "checkpoint_dir": path(),
+    "checkpoint_dir": path().optional(),
     "threshold": Rule(
         "a dict of one column and its number, such as {rating: 4}",
         lambda v: isinstance(v, dict) and len(v) == 1 and all(is_number(x) for x in v.values()),
@@ -386,7 +495,7 @@ MODEL_SCHEMA: dict[str, Rule] = {
         (
             _DEPTH,
             "n_layers num_layers n_heads num_heads block_num cross_layer_num context_hops n_hop n_hops n_iterations "
-            "depth expert_num k_interests mmoe_experts pcl_heads",
+            "depth expert_num k_interests mmoe_experts pcl_heads nv nh",
         ),
         (
             fraction(whole=False),
@@ -394,7 +503,8 @@ MODEL_SCHEMA: dict[str, Rule] = {
             "message_dropout node_dropout node_dropout_rate item_dropout sess_dropout",
         ),
         (many(fraction(whole=False)), "dropout_probs"),
-        (fraction(), "mask_ratio corruption_ratio tau_ratio"),
+        (fraction(), "corruption_ratio tau_ratio ft_ratio"),
+        (Rule("a number above 0 and at most 1", lambda v: is_number(v) and 0 < v <= 1), "mask_ratio"),
         (positive(), "initializer_range layer_norm_eps ssl_tau ssl_temp tau temperature soft_mask_scale"),
         (
             _STRENGTH,

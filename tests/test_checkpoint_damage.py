@@ -234,7 +234,7 @@ def test_where_no_checkpoint_is_good_each_is_named(
     for path in checkpoint.numbered(folder):
         checkpoint.save(folder, int(path.name), other_shape(checkpoint.read(path)), keep=9)
     names = [path.name for path in checkpoint.numbered(folder)]
-    with pytest.raises(CheckpointError, match="no checkpoint in .* can be used") as told:
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* can be used") as told:
         resumed(finished, copied)
     assert all(name in str(told.value) for name in names)
     assert not (copied / "result.json").exists()

@@ -862,8 +862,8 @@ def test_cross_entropy_has_no_negative_samples() -> None:
         ({"eval_args": {"mode": "labeled"}}, "'full' or 'uni100'"),
         ({"eval_args": {"mode": "unix"}}, "mode 'unix'"),
         ({"eval_args": {"mode": {"valid": "full", "test": "sampled"}}}, "mode 'sampled'"),
-        ({"train_neg_sample_args": {"distribution": "normal"}}, "RecBole refuses"),
-        ({"train_neg_sample_args": 5}, "RecBole refuses"),
+        ({"train_neg_sample_args": {"distribution": "normal"}}, "uniform or popularity"),
+        ({"train_neg_sample_args": 5}, "sample_num: 1"),
     ],
 )
 def test_tasks_that_make_no_sense(properties: dict[str, Any], message: str) -> None:

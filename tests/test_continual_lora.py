@@ -222,3 +222,56 @@ def test_variants(job: Job, tmp_path: Path) -> None:
 
 def test_contexts_can_be_made_again(walks: Callable[[str], Walk]) -> None:
     assert context(walks("SumLoRA").runner).model is walks("SumLoRA").runner.model
+
+
+# -- SD-LoRA's own form, and two adapters -------------------------------------------------------------------------
+
+OWN_FORM = {"strategy": "SDLoRA", "sd_lora_shared": True, "sd_lora_current": True, "sd_lora_init": 0.8}
+
+
+def test_sd_loras_own_form(job: Job, tmp_path: Path) -> None:
+    """A magnitude a stage for all layers, one on the current adapter too; what a layer computes is the dense sum."""
+    walk = job.walk(tmp_path / "whole", **OWN_FORM)
+    strategy, model = walk.runner.strategy.members[0], walk.runner.model
+    (magnitudes,) = strategy.magnitudes.values()
+    assert magnitudes.shape == (3,) and (magnitudes != 0.8).all()
+    for layer, (a, b) in model.adapters().items():
+        base = model.adapted_layers()[layer].base_layer.weight.double()
+        dense = base + float(magnitudes.detach()[2]) * 8 * b.double() @ a.double()
+        for index in strategy.used:
+            x, y = (t.double() for t in strategy.past[index][layer])
+            dense = dense + float(magnitudes.detach()[index]) * (y / y.norm()) @ (x / x.norm())
+        assert torch.allclose(effective(walk, layer).double(), dense, atol=1e-5)
+    states = [checkpoint.read(path) for path in checkpoints(walk)]
+    at = [s["strategy"]["SDLoRA"]["magnitudes"].get("all layers") for s in states if s["phase"] == "done"]
+    assert at[0] is None and at[1].shape == (2,)
+    killed = Job(PESO, job.data, {**job.settings, **OWN_FORM})
+    (tmp_path / "again").mkdir()
+    assert_resumes(killed, tmp_path / "again", walk, walk.ticks - 2, 2)
+    kept = magnitudes.detach().tolist()
+    strategy.begin_stage(context(walk.runner))
+    assert strategy.of("any").tolist() == pytest.approx([*kept, 0.8]), "the current one goes on into the past"
+
+
+def test_lsat_is_the_average_of_both(job: Job, tmp_path: Path) -> None:
+    walk = job.walk(tmp_path / "whole", strategy="LSAT", lsat_share=0.25)
+    done = [s for s in map(checkpoint.read, checkpoints(walk)) if s["phase"] == "done"]
+    for state in done[1:]:
+        own = state["strategy"]["LSAT"]
+        for layer, pair in own["short"].items():
+            for key, letter in (("a", "A"), ("b", "B")):
+                long = done[0]["model"]["tensors"][f"llm.{layer}.lora_{letter}.default.weight"]
+                assert torch.equal(own["long"][layer][key], long), "the long-term adapter stays"
+                mixed = state["model"]["tensors"][f"llm.{layer}.lora_{letter}.default.weight"]
+                assert torch.allclose(mixed, 0.25 * long + 0.75 * pair[key], atol=1e-7)
+                assert not torch.equal(pair[key], long)
+    (tmp_path / "again").mkdir()
+    killed = Job(PESO, job.data, {**job.settings, "strategy": "LSAT", "lsat_share": 0.25})
+    assert_resumes(killed, tmp_path / "again", walk, walk.ticks - 2, 2)
+
+
+def test_lsat_without_its_long_half_is_a_single_lora(job: Job, walks: Callable[[str], Walk], tmp_path: Path) -> None:
+    free = job.walk(tmp_path / "free", strategy="LSAT", lsat_share=0.0, lsat_inherit=True)
+    assert free.result["matrix"] == walks("SingleLoRA").result["matrix"]
+    with pytest.raises(ConfigError, match="lsat_share"):
+        job.walk(tmp_path / "much", strategy="LSAT", lsat_share=1.5)

@@ -63,14 +63,14 @@ def anchor(heading: str) -> str:
 # -- figures ------------------------------------------------------------------------------------------------------
 
 
-def test_pages_show_the_figures_that_the_benchmarks_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pages_show_the_figures_that_the_benchmarks_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "tests" / "benchmarks"))
-    import kept
+    import figures
 
-    shown = {name for page in PAGES for block in kept._BLOCK.findall(page.read_text()) for name in block[1].split()}
-    assert shown and set(kept.read()) <= shown | {f"{name}.cuda" for name in shown}
+    shown = {name for page in PAGES for block in figures._BLOCK.findall(page.read_text()) for name in block[1].split()}
+    assert shown and set(figures.read()) <= shown | {f"{name}.cuda" for name in shown}
     for page in PAGES:
-        assert kept.filled(page.read_text()) == page.read_text(), f"run tests/benchmarks/kept.py for {page.name}"
+        assert figures.filled(page.read_text()) == page.read_text(), f"run tests/benchmarks/figures.py for {page.name}"
 
 
 # -- code ---------------------------------------------------------------------------------------------------------
@@ -230,6 +230,7 @@ def test_commands_name_what_exists() -> None:
             "health",
             "update",
             "recommend",
+            "export",
             "versions",
             "rollback",
         ):
@@ -238,7 +239,7 @@ def test_commands_name_what_exists() -> None:
             assert table[words[1]].takes_properties or not rest, told
         elif words[:2] == ["recbole-cl", "profile"]:
             options = {word.removeprefix("--").partition("=")[0] for word in words[2:] if word.startswith("--")}
-            assert options <= {"dry-run", "show-prompt", "dataset"} | known, told
+            assert options <= {"dry-run", "show-prompt", "dataset", "batch-out", "batch-in", "check"} | known, told
         elif words[0] == "recbole-cl":
             assert words[1] in ("list", "report") and (words[1] == "report" or words[2] in KINDS), told
         for word in words:

@@ -385,7 +385,7 @@ def test_render_folder(tmp_path: Path) -> None:
 
 def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="cannot be written"):
+    with pytest.raises(OutputError, match="output_dir: cannot write to"):
         write_report(make_result(1), tmp_path / "file")
 
 
@@ -403,7 +403,7 @@ def test_picture_without_a_browser_is_none(tmp_path: Path, monkeypatch: pytest.M
     def fail(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("Kaleido requires Google Chrome to be installed.")
 
-    monkeypatch.setattr(go.Figure, "write_image", fail)
+    monkeypatch.setattr(go.Figure, "to_image", fail)
     assert picture(make_result(3), tmp_path / "picture.png") is None
     assert picture({}, tmp_path / "picture.png") is None
 
@@ -413,7 +413,7 @@ def test_picture_is_a_valid_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     import plotly.graph_objects as go
 
     drawn: list[Any] = []
-    monkeypatch.setattr(go.Figure, "write_image", lambda self, path, **_: (drawn.append(self), Path(path).touch()))
+    monkeypatch.setattr(go.Figure, "to_image", lambda self, **_: (drawn.append(self), b"png")[1])
     assert picture(make_result(3), tmp_path / "picture.png") == tmp_path / "picture.png"
     assert len(drawn[0].data) == 1 + 5
     for name, figure in check(page(make_result(3))).figures.items():

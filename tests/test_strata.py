@@ -209,3 +209,50 @@ def test_the_stratum_of_the_page_runs(tmp_path: Path) -> None:
     assert {"weekend", "weekday"} <= set(result["strata"]["ndcg@10"])
     # Stage 2 of the toy log begins on day 23.1 of 1970, a Saturday, and takes some minutes.
     assert result["strata"]["ndcg@10"]["weekend"][2][2] == result["matrix"]["ndcg@10"][2][2]
+
+
+def test_interests_by_hand() -> None:
+    """Stable, seasonal, rapid and short histories; words without a count do not matter, and nothing later does."""
+    stratum = make_strata({"interests": {"block": 2, "similar": 0.7}})[0]
+    # Items 1 and 2 are of word 1, items 3 and 4 of word 2, item 5 of both, item 6 of none.
+    words = np.array([[0, 0], [1, 0], [1, 0], [2, 0], [2, 0], [1, 2], [0, 0]])
+    stories = {
+        "stable": [1, 2, 2, 1], "seasonal": [1, 2, 3, 4, 2, 2], "rapid": [1, 2, 1, 1, 3, 4], "short": [1, 2, 3],
+        "none": [6, 6, 6, 6], "mixed": [5, 5, 1, 3],
+    }  # fmt: skip
+    expected = ["stable", "seasonal", "rapid", "short", "rapid", "stable"]
+    item = np.concatenate([*stories.values(), [3] * 4])
+    seq, ends = np.arange(len(item)), np.cumsum([len(story) for story in stories.values()])
+    lo = np.r_[0, ends[:-1]]
+    table = SimpleNamespace(item=item, seq=seq)
+    stratum.words = lambda dataset: words  # type: ignore[attr-defined]
+    stream: Any = SimpleNamespace(table=table, dataset=None)
+    zeros = np.zeros(len(lo), dtype=np.int64)
+    found = stratum.groups(stream, SimpleNamespace(), Targets(zeros, zeros, lo, ends, zeros))  # type: ignore[arg-type]
+    for row, name in enumerate(expected):
+        assert {group for group, flag in found.items() if flag[row]} == {f"interests_{name}"}, list(stories)[row]
+
+
+def test_interests_of_a_real_log(tmp_path: Path) -> None:
+    """The column of items is found, or named, or asked for; every row is in one group."""
+    log = toy(tmp_path)
+    items = sorted(
+        {row.split("\t")[1] for row in (log.folder / log.name / f"{log.name}.inter").read_text().splitlines()[1:]}
+    )
+    lines = [f"{i}\tkind{n % 3}\t{n % 7}" for n, i in enumerate(items)]
+    header = "item_id:token\tkind:token_seq\tprice:float\n"
+    (log.folder / log.name / f"{log.name}.item").write_text(header + "\n".join(lines) + "\n")
+    columns = {"inter": ["user_id", "item_id", "timestamp"], "item": ["item_id", "kind", "price"]}
+    chosen = {"interests": {"block": 3}}
+    runner, result = run(log, tmp_path / "run", load_col=columns, strata=chosen, epochs=1)
+    groups = [name for name in result["strata"]["ndcg@10"] if name.startswith("interests_")]
+    assert len(groups) >= 2
+    stage = runner.stream.stages[-1]
+    flags = flags_of(make_strata(chosen), runner.stream, stage, stage.test)
+    assert (np.stack(list(flags.values())).sum(0) == 1).all() and flags["interests_stable"].any()
+    with pytest.raises(ConfigError, match=r"interests has the field 'kin'; name a column of items.*\(kind\)"):
+        flags_of(make_strata({"interests": {"field": "kin"}}), runner.stream, stage, stage.test)
+    with pytest.raises(ConfigError, match="interests has block 0"):
+        make_strata({"interests": {"block": 0}})
+    with pytest.raises(ConfigError, match="interests has similar 2"):
+        make_strata({"interests": {"similar": 2}})

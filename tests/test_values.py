@@ -91,6 +91,9 @@ def labelled(folder: Path, n_users: int = 20, n_items: int = 30, rows: int = 900
     }
 
 
+SAMPLED: dict[str, Any] = {"train_neg_sample_args": {"distribution": "uniform", "sample_num": 1}, "threshold": None}
+
+
 def asked(model: Any, given: dict[str, Any], **changed: Any) -> CLConfig:
     return CLConfig(model=model, dataset="rated", config_dict={**given, **changed})
 
@@ -113,7 +116,7 @@ def test_gauc_of_a_run(tmp_path: Path, model: str, mode: str, monkeypatch: pytes
     changed: dict[str, Any] = {"eval_args": {"mode": mode}, "output_dir": str(tmp_path / "run")}
     changed["strata"] = {"history_length": {"thresholds": [12]}}
     if mode != "labeled":
-        changed["train_neg_sample_args"] = {"distribution": "uniform", "sample_num": 1}
+        changed |= SAMPLED
     config = asked(model, given, **changed)
     assert config["eval_type"] == EvaluatorType.VALUE and config["metrics"] == ["AUC", "GAUC", "LogLoss"]
     runner = Runner(config)
@@ -173,7 +176,8 @@ def as_before(evaluator: Evaluator, ctx: Any, known: Known, stage: Any, split: s
 @pytest.mark.parametrize("mode", ["labeled", "uni5"])
 def test_no_split_is_built_at_once(tmp_path: Path, model: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """At most eval_batch_size rows are built at a time; the scores have the bits of a split built at once."""
-    config = asked(model, labelled(tmp_path), eval_args={"mode": mode}, output_dir=str(tmp_path / "run"))
+    more = SAMPLED if mode == "uni5" else {}
+    config = asked(model, labelled(tmp_path), eval_args={"mode": mode}, output_dir=str(tmp_path / "run"), **more)
     runner = Runner(config)
     stream = build_stream(config)
     runner.begin(stream)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from recbole_cl.commands.base import ConfiguredCommand
 from recbole_cl.commands.terminal import show
 from recbole_cl.errors import ConfigError, printable
 from recbole_cl.registry import commands
+
+DAMAGED = 4
+"""Exit code of a check that finds something damaged."""
 
 
 @commands.register("profile")
@@ -27,6 +31,9 @@ class Profile(ConfiguredCommand):
         parser.add_argument("what", nargs="*", help="DATASET, or: show USER, forget USER")
         parser.add_argument("--dry-run", action="store_true", help="tell calls, tokens and cost; ask nobody")
         parser.add_argument("--show-prompt", metavar="USER", help="print what would be sent about a user; ask nobody")
+        parser.add_argument("--batch-out", metavar="FILE", help="write what is open as a batch file (JSON lines)")
+        parser.add_argument("--batch-in", metavar="FILE", help="read the answers of a batch into the cache")
+        parser.add_argument("--check", action="store_true", help="tell what is missing, left over or damaged")
 
     def run(self, options: argparse.Namespace, properties: list[str]) -> None:
         # argparse takes a property whose value holds a blank for a word.
@@ -43,6 +50,7 @@ class Profile(ConfiguredCommand):
             options.dataset = options.what[0]
         options.model = options.model or "LIBER"
         config = self.configured(options, properties)
+        from recbole_cl.model.liber_check import FAULTS
         from recbole_cl.model.liber_profile import Profiles
 
         profiles = Profiles(config)
@@ -54,6 +62,22 @@ class Profile(ConfiguredCommand):
         elif options.show_prompt:
             show("\n\n".join(profiles.prompts(user)))
         else:
-            told = profiles.estimate() if options.dry_run else profiles.prepare()
+            told = self._told(profiles, options)
             words = {name: f"{value:,}" if isinstance(value, int) else str(value) for name, value in told.items()}
             show("\n".join(f"{name}: {value}" for name, value in words.items()))
+            if options.check and any(told[name] for name in FAULTS):
+                raise SystemExit(DAMAGED)
+
+    @staticmethod
+    def _told(profiles: Any, options: argparse.Namespace) -> dict[str, Any]:
+        """Does what was asked for of a dataset, and returns the figures."""
+        asked = [bool(options.dry_run), bool(options.batch_out), bool(options.batch_in), bool(options.check)]
+        if sum(asked) > 1:
+            raise ConfigError("profile: give one of --dry-run, --batch-out, --batch-in and --check")
+        if options.batch_out:
+            return profiles.batch_out(options.batch_out)  # type: ignore[no-any-return]
+        if options.batch_in:
+            return profiles.batch_in(options.batch_in)  # type: ignore[no-any-return]
+        if options.check:
+            return profiles.check()  # type: ignore[no-any-return]
+        return profiles.estimate() if options.dry_run else profiles.prepare()  # type: ignore[no-any-return]

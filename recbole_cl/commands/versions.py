@@ -12,16 +12,19 @@ from recbole_cl.commands.terminal import show
 from recbole_cl.registry import commands
 
 
-def described(entry: dict[str, Any], champion: int) -> str:
+def described(entry: dict[str, Any], champion: int, challenger: int | None = None) -> str:
     """Returns the line of a version."""
     mark = "*" if entry["number"] == champion else " "
     parts = [f"{mark} {entry['number']:>3}", entry.get("created") or "the run itself    "]
     if entry.get("file"):
         parts += [f"{entry['file']}: {entry['rows']['used']} rows", str(entry.get("strategy", ""))]
     if entry.get("metric"):
-        parts.append(f"{entry['metric']} {entry['old']:.4f} -> {entry['new']:.4f}")
+        old, new = (f"{entry[side]:.4f}" if entry.get(side) is not None else "?" for side in ("old", "new"))
+        parts.append(f"{entry['metric']} {old} -> {new}")
     if entry.get("all_rows"):
         parts.append("trained on all rows")
+    if entry["number"] == challenger:
+        parts.append("challenger")
     return "  ".join(parts)
 
 
@@ -29,22 +32,30 @@ def described(entry: dict[str, Any], champion: int) -> str:
 class ListVersions(Command):
     """Lists the versions of a run."""
 
-    summary = "list the versions of a run; * is the one that is served"
+    summary = "list the versions of a run; * is the one that is served; promote another"
     place = 13
     goes_on_by = "the same command"
 
     def arguments(self, parser: argparse.ArgumentParser) -> None:
         parser.add_argument("folder", metavar="RUN", help="output folder of the run")
+        parser.add_argument("--promote", type=int, metavar="N", help="serve this version from now on (the challenger)")
         parser.add_argument("--json", action="store_true", help="print one line of JSON")
 
     def run(self, options: argparse.Namespace, properties: list[str]) -> None:
-        from recbole_cl.training.versions import Versions
+        from recbole_cl.training.versions import Versions, locked
 
-        found = Versions.of(Path(options.folder).expanduser())
+        folder = Path(options.folder).expanduser()
+        found = Versions.of(folder)
+        if options.promote is not None:
+            with locked(folder, "promotion"):
+                found = Versions.of(folder)
+                found.roll_back(options.promote)
         if options.json:
-            show(json.dumps({"champion": found.champion, "versions": found.entries}))
+            told = {"champion": found.champion, "challenger": found.challenger, "versions": found.entries}
+            show(json.dumps({**told, "retired": len(found.retired)}))
         else:
-            show("\n".join(described(entry, found.champion) for entry in found.entries))
+            lines = [described(entry, found.champion, found.challenger) for entry in found.entries]
+            show("\n".join([*lines, *([f"{len(found.retired)} items are retired"] if found.retired else [])]))
 
 
 @commands.register("rollback")

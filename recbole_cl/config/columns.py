@@ -146,7 +146,7 @@ def settle_columns(final: dict[str, Any], log: LogFiles, asked: Container[str], 
         _settle_period_field(final, log)
     if "threshold" in asked:
         log.check("threshold", list(final["threshold"] or ()))
-    needed = [final["TIME_FIELD"], final.get("period_field"), *(final.get("threshold") or {})]
+    needed = [*ids, final["TIME_FIELD"], final.get("period_field"), *(final.get("threshold") or {})]
     if final.get("load_col") is not None:
         columns = final["load_col"].get("inter")
         if "load_col" not in specific and "load_col" not in asked:
@@ -180,8 +180,8 @@ def _settle_period_field(final: dict[str, Any], log: LogFiles) -> None:
         final["load_col"] = {**load, "item": wanted}
 
 
-def check_knowledge_graph(log: LogFiles, model: str) -> None:
-    """Checks that the files of a knowledge graph are there, for a model that learns from one.
+def check_knowledge_graph(final: Mapping[str, Any], log: LogFiles, model: str) -> None:
+    """Checks that the files of a knowledge graph are there, for a model that learns from one, with the named columns.
 
     Raises:
         ConfigError: If one is not.
@@ -192,6 +192,18 @@ def check_knowledge_graph(log: LogFiles, model: str) -> None:
                 f"model {model!r} learns from a knowledge graph, but dataset {log.dataset!r} has no file "
                 f"{log.dataset}.{suffix}; use another model or add the file"
             )
+    fields = {
+        "kg": ("HEAD_ENTITY_ID_FIELD", "TAIL_ENTITY_ID_FIELD", "RELATION_ID_FIELD"),
+        "link": ("ITEM_ID_FIELD", "ENTITY_ID_FIELD"),
+    }
+    for suffix, keys in fields.items():
+        columns = column_names(read_header(log.folder / f"{log.dataset}.{suffix}", final))
+        for key in keys:
+            if final[key] not in columns:
+                hint = nearest(final[key], columns) or f". It has {', '.join(columns)}"
+                raise ConfigError(
+                    f"property {key!r} is {final[key]!r}, which is no column of {log.dataset}.{suffix}{hint}"
+                )
 
 
 def loaded_columns(final: Mapping[str, Any], log: LogFiles) -> list[str]:

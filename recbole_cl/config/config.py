@@ -24,17 +24,20 @@ from recbole.config import Config
 from recbole.model.abstract_recommender import AbstractRecommender
 from recbole.utils import ModelType
 
-from recbole_cl import compat, schema
+from recbole_cl import compat, guards, schema
 from recbole_cl.config.backbone import find_backbone, recbole_names, typed
 from recbole_cl.config.columns import LogFiles, check_knowledge_graph, loaded_columns, open_log, settle_columns
 from recbole_cl.config.components import Chosen, ComponentDefaults, check_parameters, chosen_components
-from recbole_cl.config.datasets import EXAMPLE
+from recbole_cl.config.datasets import EXAMPLE, dataset_name
 from recbole_cl.config.device import choose_device
-from recbole_cl.config.files import RECBOLE, component_defaults, properties_dir
+from recbole_cl.config.files import RECBOLE, component_defaults, config_file, properties_dir, with_presets
 from recbole_cl.config.keys import check_keys, library_keys
+from recbole_cl.config.loading import check_loading
 from recbole_cl.config.metrics import check_metrics, own_metrics, told_to_recbole
+from recbole_cl.config.model_values import check_model_values
 from recbole_cl.config.models import check_class, get_model_class
 from recbole_cl.config.parity import settle
+from recbole_cl.config.recbole_properties import check_for_model
 from recbole_cl.config.strata import make_strata
 from recbole_cl.config.strategies import asked_strategies, refuse_contradictions, settle_parameters
 from recbole_cl.config.task import (
@@ -117,6 +120,7 @@ class CLConfig(Config):
         self._repeatable_items = settle_repeats(self.final_config_dict)
         self._settle_task()
         settle(self)
+        self.warnings += check_for_model(self.final_config_dict, self.external_config_dict, self._classes())
         check_metrics(self.final_config_dict, self.model_class)
         make_strata(self.final_config_dict["strata"])
         try:
@@ -156,13 +160,10 @@ class CLConfig(Config):
             files.extend(config_file_list or ())
         asked = self.cmd_config_dict.pop("config_files", None)
         files += asked.split() if isinstance(asked, str) else list(asked or ())
-        return [os.fspath(file) for file in files]
+        return [config_file(file) for file in files]
 
     def _load_config_files(self, file_list: Iterable[str] | None) -> dict[str, Any]:
-        values: dict[str, Any] = {}
-        for file in file_list or ():
-            values.update(read_properties(file))
-        return values
+        return {key: value for file in file_list or () for key, value in read_properties(file).items()}
 
     def _load_variable_config_dict(self, config_dict: Mapping[str, Any] | None) -> dict[str, Any]:
         for key in config_dict or {}:
@@ -195,7 +196,7 @@ class CLConfig(Config):
         check_class(model_class)
         if getattr(model_class, "type", None) == ModelType.DECISIONTREE:
             raise ConfigError(f"model {model_class.__name__!r} is a decision tree and cannot be trained in stages")
-        return model_class.__name__, model_class, str(self._asked("dataset", dataset, EXAMPLE))
+        return model_class.__name__, model_class, dataset_name(self._asked("dataset", dataset, EXAMPLE))
 
     def _find_components(self) -> None:
         """Resolves scheduler and strategies, before their defaults are loaded; a dataset may have a scheduler, too."""
@@ -234,11 +235,13 @@ class CLConfig(Config):
         base = next((n for n in names if (RECBOLE / "properties" / "model" / f"{n}.yaml").is_file()), model)
         super()._load_internal_config_dict(base, model_class, dataset)
 
-        self._above_quick_start: set[str] = set(self.external_config_dict)
+        self._above_quick_start = set(self.external_config_dict)
         own_dataset = properties_dir() / "dataset" / f"{dataset}.yaml"
         if own_dataset.is_file():
             self._add_layer(read_properties(own_dataset), schema.declared_types(own_dataset))
-        own_model = component_defaults(model_class, model, "model")
+        own_model = with_presets(
+            model_class, *component_defaults(model_class, model, "model"), self.external_config_dict
+        )
         brought = [
             ComponentDefaults.of(name, cls, "strategy")
             for (name, _), cls in zip(self._asked_strategies, self.strategy_classes, strict=True)
@@ -298,6 +301,9 @@ class CLConfig(Config):
             if isinstance(final.get(key), list) and len(final[key]) == 2:
                 final[key] = f"[{final[key][0]},{final[key][1]}]"
         schema.check(final)
+        for cls in self._classes():
+            guards.check(cls, final)
+        check_model_values(self.external_config_dict, self._classes())
         if final["n_stages"] is None and self.internal_config_dict["n_stages"] is not None:
             raise ConfigError(
                 f"property 'n_stages' is None; the scheduler {self._scheduler!r} needs a number of stages"
@@ -313,10 +319,11 @@ class CLConfig(Config):
         final = self.final_config_dict
         self.log_files: LogFiles = open_log(final, self.dataset, self.warnings)
         settle_columns(final, self.log_files, self.external_config_dict, self._specific_keys)
+        check_loading(final, self.log_files, self.external_config_dict)
         if hasattr(self.scheduler_class, "settle"):  # a scheduler that needs more columns than the stream does
             self.scheduler_class.settle(self)
         if final["MODEL_TYPE"] == ModelType.KNOWLEDGE:
-            check_knowledge_graph(self.log_files, self.model)
+            check_knowledge_graph(final, self.log_files, self.model)
 
     def _settle_task(self) -> None:
         """Fits negative samples and evaluation to the model's loss and to what the log holds."""
@@ -335,11 +342,9 @@ class CLConfig(Config):
         """Lets RecBole derive what it derives, but keeps the folder that was found."""
         final = self.final_config_dict
         folder, final["data_path"] = final["data_path"], ""
-        try:
-            with told_to_recbole(final, self.model_class):
-                super()._set_default_parameters()
-        finally:
-            final["data_path"] = folder
+        with told_to_recbole(final, self.model_class):
+            super()._set_default_parameters()
+        final["data_path"] = folder
 
     def _init_device(self) -> None:
         self.warnings += choose_device(self.final_config_dict)

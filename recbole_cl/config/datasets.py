@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
+from typing import Any
 
 from recbole_cl.config.blocks import block_files
 from recbole_cl.config.files import RECBOLE
+from recbole_cl.disk import check_name
 from recbole_cl.errors import ConfigError, nearest
 
 EXAMPLE = "ml-100k"
@@ -22,6 +23,15 @@ def _roots() -> list[Path]:
 def _holds(folder: Path, dataset: str) -> bool:
     """Tells whether a folder holds a log: an interaction file, or blocks in a folder of its own."""
     return (folder / f"{dataset}.inter").is_file() or (folder.name == dataset and bool(block_files(folder)))
+
+
+def dataset_name(asked: Any) -> str:
+    """Returns the name of a dataset as text.
+
+    Raises:
+        ConfigError: If it is a path, or no name of a file; files of properties and logs are called after it.
+    """
+    return check_name(str(asked), "dataset", "give the folder as data_path and the name as dataset")
 
 
 def list_datasets(data_path: str | None = None) -> list[str]:
@@ -48,8 +58,7 @@ def find_dataset(dataset: str, data_path: str | None = None) -> Path:
     Raises:
         ConfigError: If no folder has it; the message lists those that were looked at.
     """
-    if not dataset or dataset in (".", "..") or re.search(r"[/\\\x00]", dataset):
-        raise ConfigError(f"dataset {dataset!r} is not a name; give the folder as data_path and the name as dataset")
+    dataset_name(dataset)
     folders: list[Path] = []
     if data_path:
         root = Path(data_path).expanduser()

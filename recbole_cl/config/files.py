@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,13 @@ def properties_dir() -> Path:
     raise ConfigError("the folder 'properties' with RecBole-CL's defaults is missing; install the package again")
 
 
+def config_file(asked: str | os.PathLike[str]) -> str:
+    """Returns the path of a config file: a file, or a preset by its name (``properties/preset/<name>.yaml``)."""
+    path = os.fspath(asked)
+    preset = properties_dir() / "preset" / f"{path}.yaml"
+    return str(preset) if not Path(path).exists() and Path(path).name == path and preset.is_file() else path
+
+
 def _file_beside(component: type) -> Path | None:
     """Returns ``<ClassName>.yaml`` beside the module that defines a class, if there is one."""
     with contextlib.suppress(TypeError, OSError):
@@ -37,6 +46,22 @@ def _file_beside(component: type) -> Path | None:
         if file.is_file():
             return file
     return None
+
+
+def with_presets(
+    component: type, values: dict[str, Any], declared: dict[str, tuple[str, ...]], asked: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, tuple[str, ...]]]:
+    """Returns a model's defaults with those that a preset of its ``presets`` has in their place.
+
+    Args:
+        component: The model's class.
+        values: Its defaults.
+        declared: Their types.
+        asked: Properties that were given; they win, and they choose the presets.
+    """
+    for key, layers in getattr(component, "presets", {}).items():
+        values = {**values, **layers.get(asked.get(key, values.get(key)), {})}
+    return values, declared
 
 
 def component_defaults(component: type, name: str, folder: str) -> tuple[dict[str, Any], dict[str, tuple[str, ...]]]:

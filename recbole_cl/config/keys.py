@@ -7,12 +7,14 @@ import difflib
 import functools
 import inspect
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from recbole.utils import argument_list
 
 from recbole_cl.config.files import PACKAGE, RECBOLE, properties_dir
+from recbole_cl.config.recbole_properties import check_recbole
 from recbole_cl.errors import ConfigError
 from recbole_cl.registry import COMPONENTS
 
@@ -63,20 +65,22 @@ def library_keys() -> frozenset[str]:
     return base_keys() | declared | read
 
 
-def check_keys(asked: Iterable[str], defaults: Iterable[str], *classes: type) -> list[str]:
-    """Refuses a key that looks like a slip of a known one.
+def check_keys(asked: Mapping[str, Any], defaults: Iterable[str], *classes: type) -> list[str]:
+    """Refuses a key that looks like a slip of a known one, or one of RecBole's that asks for what is not done here.
 
     Args:
-        asked: Keys that were given.
+        asked: Properties that were given.
         defaults: Keys that this run's layers of defaults hold.
         classes: The model's class and that of the model inside it; what their sources read is known too.
 
     Returns:
-        Warnings: keys of a strategy or part that is not used, and other unknown keys, which are kept.
+        Warnings: keys without an effect, as those of a strategy or part that is not used, and unknown keys, which are
+        kept.
 
     Raises:
-        ConfigError: If a key is a slip; the message has the right one.
+        ConfigError: If a key is a slip or its value is refused; the message has the right one.
     """
+    warnings = check_recbole(asked)
     held = set(defaults)
     known = {*library_keys(), *held}
     for cls in (base for given in classes for base in given.__mro__):
@@ -89,7 +93,6 @@ def check_keys(asked: Iterable[str], defaults: Iterable[str], *classes: type) ->
         for file in (properties_dir() / str(registry.folder)).glob("*.yaml")
         for key in _keys_of([file], _KEYS)
     }
-    warnings = []
     for key in asked:
         if key in known:
             if key in idle and key not in held and key not in base_keys():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from recbole.utils import EvaluatorType, InputType, ModelType
@@ -54,7 +55,9 @@ class RestoredConfig(CLConfig):
     Args:
         settings: What :meth:`CLConfig.fingerprint` gave, read back from JSON.
         model_class: Class of the model where it is neither registered nor RecBole's.
-        changes: Properties that differ from now on: ``strategy``, its parameters, and those of :data:`CHANGEABLE`.
+        changes: Properties that differ from now on: ``strategy``, its parameters, those of :data:`CHANGEABLE`, and
+            those that the model names (``changeable``).
+        folder: Where the run lies now, wherever its ``output_dir`` was.
 
     Raises:
         CheckpointError: If the settings are not those of a run, or nobody here answers to the model's name.
@@ -66,7 +69,9 @@ class RestoredConfig(CLConfig):
         settings: Mapping[str, Any],
         model_class: type | None = None,
         changes: Mapping[str, Any] | None = None,
+        folder: Path | None = None,
     ) -> None:
+        self.folder = folder
         missing = [key for key in ("model", "model_class", "dataset", "strategy", *_ENUMS) if key not in settings]
         if missing:
             raise CheckpointError(f"checkpoint: its settings lack {', '.join(missing)}; it was not written by a run")
@@ -129,12 +134,12 @@ class RestoredConfig(CLConfig):
         brought = [ComponentDefaults.of(name, strategies.get(name), "strategy") for name, _ in asked]
         refuse_contradictions(brought, {*final, *changes})
         own = {key for one in brought for key in one.own.values()}
-        known = CHANGEABLE | own
+        known = CHANGEABLE | own | frozenset(getattr(self.model_class, "changeable", ()))
         for key, value in changes.items():
             if key not in known:
                 raise ConfigError(
                     f"property {key!r} cannot change in an update{nearest(key, known)} An update may set strategy, its "
-                    f"parameters, and {', '.join(sorted(CHANGEABLE))}"
+                    f"parameters, and {', '.join(sorted(known - own))}"
                 )
             if key in schema.SCHEMA:
                 schema.SCHEMA[key].check(key, value)

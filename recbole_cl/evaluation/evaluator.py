@@ -49,6 +49,10 @@ from recbole_cl.tree import answering, clone_tree, tree_hash
 __all__ = ["Evaluator", "Known", "Outcome"]
 
 
+FULL = 12
+"""Decimal places from which on ``metric_decimal_place`` rounds nothing; our default."""
+
+
 class Evaluator:
     """Evaluates a model of stage t on the targets of stage s.
 
@@ -110,6 +114,8 @@ class Evaluator:
         with randomness.owned():
             outcome = how(ctx, known, stage, split)
             self._measure(ctx, known, stage, split, outcome)
+        if (places := self.config["metric_decimal_place"]) < FULL:
+            outcome.round(places)
         return outcome
 
     def _shared(

@@ -66,6 +66,14 @@ class Outcome:
             for stratum, (metrics, n) in strata.items():
                 yield level, stratum, metrics, n
 
+    def round(self, places: int) -> None:
+        """Rounds every metric (RecBole's ``metric_decimal_place``)."""
+        for metrics in (self.metrics, *(m for m, _ in self.strata.values())):
+            metrics.update({name: round(value, places) for name, value in metrics.items()})
+        for strata in self.levels.values():
+            for metrics, _ in strata.values():
+                metrics.update({name: round(value, places) for name, value in metrics.items()})
+
     def add_own(self, stage: Stage, targets: Targets, values: Mapping[str, np.ndarray], more: Flags) -> None:
         """Adds the model's own metrics, means over targets.
 

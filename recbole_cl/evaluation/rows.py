@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from recbole.utils import ModelType
 
+from recbole_cl.config.recbole_properties import labels_are_learnt
 from recbole_cl.errors import ConfigError
 from recbole_cl.evaluation.known import Known
 from recbole_cl.rng import numpy_generator
@@ -91,6 +92,7 @@ def build_rows(config: Any, stream: Stream, stage: Stage, split: str) -> Rows:
     """
     sequential = config["MODEL_TYPE"] == ModelType.SEQUENTIAL
     targets = stage.split(split)
+    targets = targets[_liked(config, stream, targets)]
     if sequential:
         rows, row, item = targets, np.arange(len(targets)), targets.label
     else:
@@ -224,6 +226,14 @@ class Labelled:
     sampled: bool
 
 
+def _liked(config: Any, stream: Stream, targets: Targets) -> np.ndarray:
+    """Returns which targets are positives, shape ``[n]``: where labels are learnt, those whose label is above 0."""
+    field, columns = config["LABEL_FIELD"], stream.dataset.inter_feat
+    if not labels_are_learnt(config) or field not in columns:
+        return np.ones(len(targets), dtype=bool)
+    return np.asarray(columns[field][torch.from_numpy(targets.position)].numpy() > 0)
+
+
 def build_labelled(config: Any, stream: Stream, stage: Stage, split: str) -> Labelled:
     """Returns the rows of a value task: a target each, or each target and its sampled items.
 
@@ -239,6 +249,8 @@ def build_labelled(config: Any, stream: Stream, stage: Stage, split: str) -> Lab
     targets, mode, field = stage.split(split), mode_of(config, split), config["LABEL_FIELD"]
     number = np.arange(len(targets))
     if is_sampled(mode):
+        number = np.flatnonzero(_liked(config, stream, targets))
+        targets = targets[number]
         users, first = np.unique(targets.user, return_index=True)
         row, item = _owned(config, stream, stage, split, targets[first])
         sampler = NegativeSampler(

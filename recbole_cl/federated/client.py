@@ -13,9 +13,21 @@ from dataclasses import dataclass, replace
 import torch
 from torch.nn import functional as F
 
-from recbole_cl.federated.prompts import SharedParts, alignment, mixed, plasticity, roll, route, short_step, stability
+from recbole_cl.federated.prompts import (
+    SharedParts,
+    alignment,
+    mixed,
+    plasticity,
+    roll,
+    route,
+    short_step,
+    stability,
+    wasserstein,
+)
 
 LOSSES = ("BCE", "BPR", "CE")
+PROMPT_PER = ("update", "target")
+ALIGNMENTS = ("bregman", "wasserstein")
 
 Behind = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """``behind(prompts [W, Lp, d], wanted [W, L])``: the outputs at flagged positions, row by row, ``[n, d]``."""
@@ -39,6 +51,8 @@ class Settings:
     stability_decay: float = 1.0
     window: float = 5.0
     loss: str = "BCE"
+    prompt_per: str = "update"
+    align_form: str = "bregman"
     alignment: bool = True
     short: bool = True
     long: bool = True
@@ -54,6 +68,7 @@ class Examples:
         targets: The item after each input, 0 where there is none, shape ``[W, L]``.
         negatives: Items for each target, shape ``[W, L, n]``.
         query: q of each client, shape ``[C, d]``.
+        row_query: q of each row, shape ``[W, d]``, where each target has a prompt of its own (:meth:`by_target`).
     """
 
     client: torch.Tensor
@@ -61,6 +76,7 @@ class Examples:
     targets: torch.Tensor
     negatives: torch.Tensor
     query: torch.Tensor
+    row_query: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.query)
@@ -74,9 +90,20 @@ class Examples:
         rows = first[clients][owner] + inside
         sequence = self.sequence[rows]
         width = max(int((sequence > 0).sum(1).max()), 1) if len(rows) else 1
-        return Examples(
-            owner, sequence[:, :width], self.targets[rows, :width], self.negatives[rows, :width], self.query[clients]
-        )
+        parts = (self.targets[rows, :width], self.negatives[rows, :width], self.query[clients])
+        return Examples(owner, sequence[:, :width], *parts, None if self.row_query is None else self.row_query[rows])
+
+    def by_target(self, queries: Callable[[torch.Tensor], torch.Tensor]) -> Examples:
+        """Returns the same with a row for each target, which ends at it and has the query of its own history.
+
+        Args:
+            queries: Gives q of histories.
+        """
+        row, place = (self.targets > 0).nonzero(as_tuple=True)
+        places = torch.arange(self.sequence.size(1), device=row.device)
+        sequence = torch.where(places <= place.unsqueeze(1), self.sequence[row], 0)
+        targets = torch.where(places == place.unsqueeze(1), self.targets[row], 0)
+        return Examples(self.client[row], sequence, targets, self.negatives[row], self.query, queries(sequence))
 
     def lengths(self) -> torch.Tensor:
         """Returns the longest row of each client, int64 ``[C]``."""
@@ -205,7 +232,8 @@ def client_step(
         settings: How they learn.
     """
     with torch.no_grad():
-        given = routed(shared, examples.query, settings)
+        query = examples.query if examples.row_query is None else examples.row_query
+        given = routed(shared, query, settings)
         alpha = plasticity(prompts.drift, shared.slope, shared.offset).view(-1, 1, 1)
         weight = stability(prompts.usual, settings.stability, settings.stability_decay)
         prototypes = shared.prototypes.detach()
@@ -213,11 +241,11 @@ def client_step(
     first = torch.zeros(len(prompts))
     for number in range(settings.steps):
         with torch.no_grad():
-            prompt = _own(shared, prompts, settings) + given
+            prompt = _own(shared, prompts, settings)
+            prompt = prompt + given if examples.row_query is None else prompt
         prompt.requires_grad_(True)
-        losses = recommendation_losses(
-            behind(prompt[examples.client], examples.targets > 0), table, examples, settings.loss
-        )
+        of_rows = prompt[examples.client] if examples.row_query is None else prompt[examples.client] + given
+        losses = recommendation_losses(behind(of_rows, examples.targets > 0), table, examples, settings.loss)
         (gradient,) = torch.autograd.grad(losses.sum(), prompt)
         if number == 0:
             first = losses.detach()
@@ -226,19 +254,41 @@ def client_step(
             short = short_step(short, alpha * gradient, settings.short_rate, settings.sparsity)
         if settings.long:
             if settings.alignment:
-                gradient = gradient + aligned_gradient(shared, prompts.long, prototypes, weight, settings)
+                gradient = gradient + aligned_gradient(shared, prompts, alpha, prototypes, weight, settings)
             long = long - settings.long_rate * gradient
         prompts = replace(prompts, long=long, short=short)
     return prompts, first
 
 
 def aligned_gradient(
-    shared: SharedParts, long: torch.Tensor, prototypes: torch.Tensor, weight: torch.Tensor, settings: Settings
+    shared: SharedParts,
+    prompts: Prompts,
+    alpha: torch.Tensor,
+    prototypes: torch.Tensor,
+    weight: torch.Tensor,
+    settings: Settings,
 ) -> torch.Tensor:
-    """Returns the gradient of ``lambda_s(u) A(phi(p_long), v)`` on each long prompt, shape ``[C, Lp, d]``."""
-    long = long.detach().requires_grad_(True)
-    terms = alignment(shared.encode_prompt(long), prototypes, settings.align_sharpness, settings.align_temperature)
+    """Returns the gradient of ``lambda_s(u) A`` on each long prompt, shape ``[C, Lp, d]``."""
+    long = prompts.long.detach().requires_grad_(True)
+    terms = alignment_of(shared, long, alpha * prompts.short, prototypes, settings)
     return torch.autograd.grad((weight * terms).sum(), long)[0]
+
+
+def alignment_of(
+    shared: SharedParts, long: torch.Tensor, short: torch.Tensor, prototypes: torch.Tensor, settings: Settings
+) -> torch.Tensor:
+    """Returns the alignment A of each client, shape ``[C]``: eq. 5 of phi(p_long), or eq. 6 of its tokens' measure.
+
+    Args:
+        shared: The shared parts.
+        long: p_long, shape ``[C, Lp, d]``.
+        short: alpha p_short, of the same shape.
+        prototypes: v, shape ``[K, d']``.
+        settings: Which one, and its numbers.
+    """
+    if settings.align_form == "wasserstein":
+        return wasserstein(shared.encode_tokens(long + short), prototypes)
+    return alignment(shared.encode_prompt(long), prototypes, settings.align_sharpness, settings.align_temperature)
 
 
 @torch.no_grad()

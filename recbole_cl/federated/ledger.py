@@ -31,6 +31,7 @@ from typing import Any
 
 import numpy as np
 
+from recbole_cl import disk
 from recbole_cl.errors import CheckpointError, ConfigError
 from recbole_cl.federated.privacy import Release, epsilon
 
@@ -124,14 +125,10 @@ class Ledger:
         """A context that no two processes are in at once, with the open file."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         new = not self.path.exists()
-        with self.path.open("a+b") as file:
+        with open(disk.open_kept(self.path, "protofed_ledger"), "a+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             if new:  # the name itself has to survive a power cut, too
-                folder = os.open(self.path.parent, os.O_RDONLY)
-                try:
-                    os.fsync(folder)
-                finally:
-                    os.close(folder)
+                disk.sync(self.path.parent)
             yield file
 
     def _read(self, file: Any) -> list[dict[str, Any]]:

@@ -6,9 +6,12 @@ with their prompts ``c = dec(v)``, queries ``q`` ``[C, d]``, encoders g (of quer
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+from recbole_cl.errors import ConfigError
 
 
 def soft_threshold(values: torch.Tensor, threshold: torch.Tensor | float) -> torch.Tensor:
@@ -67,6 +70,35 @@ def alignment(encoded: torch.Tensor, prototypes: torch.Tensor, sharpness: float,
         return pull
     likeness = encoded @ prototypes.T / temperature
     return pull + sharpness * F.cross_entropy(likeness, nearest, reduction="none")
+
+
+def wasserstein(atoms: torch.Tensor, prototypes: torch.Tensor) -> torch.Tensor:
+    """Returns the squared 2-Wasserstein distance (eq. 6) of each row's atoms to the prototypes, shape ``[C]``.
+
+    Both have atoms of equal mass. The plans are exact (POT) and constant in the gradient, as they may be at an optimum.
+
+    Args:
+        atoms: Shape ``[C, n, d']``.
+        prototypes: v, shape ``[K, d']``.
+    """
+    gaps = (atoms.unsqueeze(2) - prototypes).square().sum(-1)
+    costs = gaps.detach().cpu().double().numpy()
+    plans = np.stack([exact_plan(cost) for cost in costs]) if len(costs) else costs
+    return (torch.from_numpy(plans).to(gaps) * gaps).sum((1, 2))
+
+
+def exact_plan(cost: np.ndarray) -> np.ndarray:
+    """Returns the optimal plan between atoms of equal masses for a matrix of costs ``[n, K]``.
+
+    Raises:
+        ConfigError: If POT is not installed.
+    """
+    try:
+        import ot
+    except ImportError as error:
+        raise ConfigError("POT, which computes transport plans, is not installed: recbole-cl[federated]") from error
+    left, right = (np.full(size, 1 / size) for size in cost.shape)
+    return np.asarray(ot.emd(left, right, cost))
 
 
 def stability(drift: torch.Tensor, most: float, decay: float) -> torch.Tensor:
@@ -132,6 +164,10 @@ class SharedParts(nn.Module):
     def encode_prompt(self, prompt: torch.Tensor) -> torch.Tensor:
         """Returns z = phi(p), shape ``[C, d']``, of prompts ``[C, Lp, d]``: their mean token, encoded."""
         return self._projected(self.prompt(prompt.mean(dim=1)))
+
+    def encode_tokens(self, prompt: torch.Tensor) -> torch.Tensor:
+        """Returns phi of each token alone, shape ``[C, Lp, d']``."""
+        return self._projected(self.prompt(prompt))
 
     def decode(self, prototypes: torch.Tensor | None = None) -> torch.Tensor:
         """Returns c = dec(v), shape ``[K, Lp, d]``."""

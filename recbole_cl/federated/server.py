@@ -91,6 +91,17 @@ def server_round(
         BudgetSpent: If the budget does not allow the round.
     """
     radius, weight = mechanism.radius, mechanism.weight
+    if not aggregator.private:  # it sees the uploads themselves; the budget is infinite, and the ledger says so
+        made: list[int] = []
+
+        def make() -> np.ndarray:
+            moved, counts, revived = aggregator.round(uploads, prototypes, radius, generator(f"noise/{round_id}"))
+            made.append(revived)
+            return np.c_[moved, counts]
+
+        released = ledger.release(f"{round_id}/0", hash_of(uploads, prototypes), mechanism.cost, make)
+        kept = quantise(released[:, :-1], mechanism.bits)
+        return ServerRound(kept, released[:, -1], 0.0, made[0] if made else 0)
     rows = nearest(clip(uploads, radius), prototypes)
     counts, noise = np.zeros(len(prototypes)), 0.0
     for number in range(aggregator.steps):
@@ -98,20 +109,42 @@ def server_round(
         total = blocks(vectors, rows, len(prototypes), radius, weight)
         name = f"{round_id}/{number}"
 
-        def make(total: np.ndarray = total, name: str = name) -> np.ndarray:
-            draws = generator(f"noise/{name}")
-            return (
-                _local(total, len(uploads), mechanism, draws)
-                if mechanism.trust == "local"
-                else add_noise(total, mechanism.scale, draws)
-            )
-
-        released = ledger.release(name, hash_of(total, prototypes), mechanism.cost, make)
+        released = release(total, len(uploads), mechanism, ledger, name, hash_of(total, prototypes), generator)
         noise = mechanism.noise_of(len(uploads)) / weight
         counts = released[:, -1] / weight
         prototypes = aggregator.step(prototypes, released[:, :-1], counts, noise, radius)
     prototypes, revived = aggregator.finish(prototypes, counts, noise, generator(f"revive/{round_id}"))
     return ServerRound(quantise(prototypes, mechanism.bits), counts, noise, revived)
+
+
+def release(
+    total: np.ndarray,
+    n_users: int,
+    mechanism: Mechanism,
+    ledger: Ledger,
+    name: str,
+    input_hash: str,
+    generator: Callable[[str], np.random.Generator],
+) -> np.ndarray:
+    """Returns a sum of the users' blocks with noise, charged before it is drawn; the stored one where it was released.
+
+    Args:
+        total: The sum, shape ``[K, d' + 1]``.
+        n_users: Users in it; each has added noise of its own where nobody else is trusted.
+        mechanism: How sums are released.
+        ledger: Where the release is charged and kept.
+        name: Name of the release.
+        input_hash: Hash of what it depends on.
+        generator: Gives the generator of a name.
+    """
+
+    def make() -> np.ndarray:
+        draws = generator(f"noise/{name}")
+        if mechanism.trust == "local":
+            return _local(total, n_users, mechanism, draws)
+        return add_noise(total, mechanism.scale, draws)
+
+    return ledger.release(name, input_hash, mechanism.cost, make)
 
 
 def _local(total: np.ndarray, n_users: int, mechanism: Mechanism, generator: np.random.Generator) -> np.ndarray:

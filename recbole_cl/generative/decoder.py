@@ -58,6 +58,7 @@ class TreeDecoder:
         self._widths: list[int] = []  # beams of every step: a trie may branch late
         # Padding stands behind a prompt: causal attention alone keeps it out of sight.
         hidden = self.llm.model(input_ids=prompts, past_key_values=self._cache, use_cache=True).last_hidden_state
+        self._dtype = hidden.dtype
         rows = torch.arange(len(prompts), device=prompts.device)
         logits: torch.Tensor = self.llm.lm_head(hidden[rows, lengths - 1])
         return logits
@@ -82,7 +83,7 @@ class TreeDecoder:
             seen: Which keys each sees: those in the cache, then the tokens themselves, shape ``[B, Q, keys]``.
             at: Position of each in its sequence, shape ``[B, Q]``.
         """
-        dtype = next(self.llm.parameters()).dtype
+        dtype = self._dtype
         mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
         hidden = self.llm.model(
             input_ids=tokens,

@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from recbole_cl.errors import DataError, OutputError
+from recbole_cl.disk import write_atomically
+from recbole_cl.errors import DataError
 
 _CODE = re.compile(r"<([a-z])_(\d{1,9})>")
 
@@ -141,11 +142,4 @@ def write_index(path: str | os.PathLike[str], ids: SemanticIds) -> None:
         item: [f"<{letters[level]}_{code}>" for level, code in enumerate(row)]
         for item, row in zip(ids.items, ids.codes.tolist(), strict=True)
     }
-    target = Path(path)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_name(f".{target.name}.tmp")
-        part.write_text(json.dumps(content, indent=0), encoding="utf-8")
-        os.replace(part, target)
-    except OSError as error:
-        raise OutputError(f"semantic_ids: cannot write {os.fspath(path)!r}: {error.strerror or error}") from error
+    write_atomically(Path(path), json.dumps(content, indent=0), "semantic_ids")

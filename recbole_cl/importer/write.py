@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from recbole_cl import checkpoint
+from recbole_cl.disk import check_name, write_atomically
 from recbole_cl.errors import ConfigError
 from recbole_cl.importer.formats import Side, read_side
 from recbole_cl.importer.health import health
@@ -43,11 +43,12 @@ def import_log(
     Raises:
         ConfigError: If the name is none, or taken.
         DataError: If the table cannot be read; with file, line and remedy.
-        OutputError: If the folder cannot be written.
+        OutputError: If the folder cannot be written, or a link stands in the place of a file.
     """
     name = Path(path).name.partition(".")[0] if name is None else name
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
         raise ConfigError(f"name: {name!r} is no name of a dataset; use letters, digits, '-', '_' and '.'")
+    check_name(name, "name:", "use letters, digits, '-', '_' and '.'")
     folder = Path(root or os.environ.get("RECBOLE_CL_DATA") or "dataset").expanduser() / name
     target = folder / f"{name}.inter"
     if target.exists() and not overwrite:
@@ -67,11 +68,11 @@ def import_log(
         features[which] = table
         told[f"{which}s_told"], told[f"{which}_rows_left"] = len(table), left
     lines = "\n".join("\t".join(map(str, row)) for row in text[kept].itertuples(index=False, name=None))
-    checkpoint.write_atomically(target, "\t".join(HEADER[column] for column in kept) + "\n" + lines + "\n")
+    write_atomically(target, "\t".join(HEADER[column] for column in kept) + "\n" + lines + "\n", "data_path")
     for which, table in features.items():
         body = "\n".join("\t".join(row) for row in table.itertuples(index=False, name=None))
         text_of = "\t".join(table.columns) + "\n" + (body + "\n" if body else "")
-        checkpoint.write_atomically(folder / f"{name}.{which}", text_of)
+        write_atomically(folder / f"{name}.{which}", text_of, "data_path")
     note = {"columns": found.to_dict(), "file": Path(path).name, "health": told}
-    checkpoint.write_atomically(folder / f"{name}.import.json", json.dumps(note, indent=1))
+    write_atomically(folder / f"{name}.import.json", json.dumps(note, indent=1), "data_path")
     return target, told, found

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from recbole_cl import disk
 from recbole_cl.errors import ConfigError
 
 _LOG = logging.getLogger(__name__)
@@ -89,6 +90,8 @@ class AnswerCache:
         self._lock = threading.RLock()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            for suffix in ("", "-wal", "-shm", "-journal"):  # SQLite would follow links
+                disk.refuse_link(self.path.with_name(self.path.name + suffix), "liber_cache")
             self._connection = self._open()
         except (OSError, sqlite3.Error, ValueError) as error:
             raise ConfigError(
@@ -221,6 +224,14 @@ class AnswerCache:
         with self._lock:
             self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         return count
+
+    def everything(self) -> list[tuple[Kept, str]]:
+        """Returns all answers, each with the JSON that tells where it came from."""
+        with self._lock:
+            rows = self._connection.execute(
+                "SELECT key, kind, text, prompt_tokens, answer_tokens, seconds, fallback, about FROM answers"
+            ).fetchall()
+        return [(Kept(*row[:-1]), str(row[-1])) for row in rows]
 
     def __len__(self) -> int:
         with self._lock:

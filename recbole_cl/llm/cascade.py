@@ -19,7 +19,7 @@ from recbole_cl.errors import ConfigError
 from recbole_cl.llm.cache import AnswerCache, Kept, name_of
 from recbole_cl.llm.clients.base import ClientError, LLMClient, Request
 from recbole_cl.llm.prompts import Prompt
-from recbole_cl.llm.texts import clean, fault, tokens
+from recbole_cl.llm.texts import cleaned_lines, fault, tokens
 
 _LOG = logging.getLogger("recbole_cl")
 _AT_ONCE = 2000
@@ -82,14 +82,15 @@ class Cascade:
         cache: Where answers are kept.
         limits: How questions are asked.
         progress: Whether a bar is shown.
+        consent: Prompts may leave this machine.
     """
 
     def __init__(
         self, name: str, client: LLMClient, fallback: LLMClient, cache: AnswerCache, limits: Limits,
-        progress: bool = False,
+        progress: bool = False, consent: bool = False,
     ) -> None:  # fmt: skip
         self.name, self.client, self.fallback, self.cache, self.limits = name, client, fallback, cache, limits
-        self.progress = progress
+        self.progress, self.consent = progress, consent
         self.spent = Spent()
         self._lock = threading.Lock()
         self._next = 0.0  # when the next call may go out
@@ -126,6 +127,11 @@ class Cascade:
         todo = [key for key in once if key not in found]
         if todo:
             self.client.check()
+            if self.client.remote and not self.consent:
+                raise ConfigError(
+                    f"liber_client: {self.name!r} would send what users did to another machine; look at it with "
+                    f"recbole-cl profile --show-prompt USER, and set liber_consent: True if it may leave"
+                )
         bar = tqdm(total=len(todo), desc=title, disable=not self.progress or not todo, leave=False)
         try:
             while todo:
@@ -203,7 +209,7 @@ class Cascade:
                     return Kept(
                         request.key,
                         request.kind,
-                        _lines(answer.text),
+                        cleaned_lines(answer.text),
                         answer.prompt_tokens,
                         answer.answer_tokens,
                         seconds,
@@ -247,8 +253,3 @@ class Cascade:
                 self._next += 60.0 / limits.calls_per_minute
         if pause:
             self._stopped.wait(pause)
-
-
-def _lines(text: str) -> str:
-    """Returns an answer, cleaned line by line."""
-    return "\n".join(line for line in (clean(line, 2000) for line in text.splitlines()) if line)

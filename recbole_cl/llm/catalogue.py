@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
+import logging
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,31 +15,42 @@ from recbole_cl.config.columns import read_header
 from recbole_cl.errors import ConfigError, nearest
 from recbole_cl.llm.texts import clean, quoted
 
+_LOG = logging.getLogger("recbole_cl")
 Words = dict[str, list[str]]
 """Column to its words."""
 
 
 class Catalogue:
-    """Texts of items or users, from the dataset's atomic file.
+    """Texts of items or users, from the dataset's atomic file, or as they were when it was last there.
+
+    A saved run is updated where its log may not be: what prompts may tell is kept in a file of its own, the allowed
+    columns alone, and read from there where the dataset has no file any more.
 
     Args:
         config: The run's configuration: ``data_path`` and how its files are read.
         side: ``item`` or ``user``.
         key: The property that allows columns, for messages.
         allowed: Columns that a prompt may tell; ``None`` allows all words of items, and nothing of users.
+        kept: Folder that keeps the words for where the dataset's file is not, or ``None``.
 
     Raises:
         ConfigError: If there is no such column, or an id is asked for.
     """
 
-    def __init__(self, config: Any, side: str, key: str, allowed: Sequence[str] | None) -> None:
+    def __init__(
+        self, config: Any, side: str, key: str, allowed: Sequence[str] | None, kept: Path | None = None
+    ) -> None:
         final: Mapping[str, Any] = config.final_config_dict
         own = config["ITEM_ID_FIELD"] if side == "item" else config["USER_ID_FIELD"]
         ids = {config["ITEM_ID_FIELD"], config["USER_ID_FIELD"]}
         file = Path(config["data_path"]) / f"{config['dataset']}.{side}"
         self._words: dict[str, Words] = {}
         self.fields: list[str] = []
+        about = hashlib.sha256(json.dumps([config["dataset"], allowed]).encode()).hexdigest()[:16]
+        copy = None if kept is None else kept / f"{side}-{about}.json"
         if not file.is_file():
+            if copy is not None and self._recalled(copy):
+                return
             if allowed:
                 raise ConfigError(f"property {key!r} names {allowed[0]!r}, but the dataset has no file {file.name}")
             return
@@ -60,6 +76,36 @@ class Catalogue:
                     for place, name in wanted
                     if place < len(cells) and cells[place].strip()
                 }
+        if copy is not None and self.fields:
+            self._keep(copy)
+
+    def _keep(self, file: Path) -> None:
+        """Writes the words; a disk that is full costs the copy and no more."""
+        content = json.dumps({"fields": self.fields, "words": self._words}, sort_keys=True)
+        with contextlib.suppress(OSError):
+            if file.is_file() and file.read_text(encoding="utf-8") == content:
+                return
+        part = file.with_name(f".{os.getpid()}-{file.name}.part")
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            part.write_text(content, encoding="utf-8")
+            os.replace(part, file)
+        except OSError as error:
+            _LOG.warning("LIBER: the words of prompts are not kept in %s: %s", file.parent, error.strerror)
+
+    def _recalled(self, file: Path) -> bool:
+        """Reads the words that were kept; tells whether there are any that can be read."""
+        try:
+            told = json.loads(file.read_text(encoding="utf-8"))
+            words = {
+                str(token): {str(name): [clean(str(part)) for part in parts] for name, parts in own.items()}
+                for token, own in told["words"].items()
+            }
+            fields = [str(name) for name in told["fields"]]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            return False
+        self.fields, self._words = fields, words
+        return True
 
     @staticmethod
     def _parts(cell: str, kind: str, separator: str) -> list[str]:

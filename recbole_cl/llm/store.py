@@ -27,6 +27,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
+from recbole_cl import disk
 from recbole_cl.errors import ConfigError
 
 _LOG = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ class VectorStore:
         self._encoder = json.dumps([encoder, identity], sort_keys=True, default=str).encode()
         try:
             self.folder = Path(folder).expanduser() / hashlib.sha256(self._encoder).hexdigest()
-            self.folder.mkdir(parents=True, exist_ok=True)
+            disk.own_folder(self.folder, "text_cache")
         except (OSError, ValueError, RuntimeError) as error:  # no ~nosuch, a byte NUL
             raise ConfigError(
                 f"property 'text_cache' is {str(folder)!r}, where no folder can be made ({error}); choose another one, "
@@ -114,8 +115,7 @@ class VectorStore:
         content = save({"keys": keys, "vectors": vectors, "sha256": digest}, {"format": _FORMAT})
         part = self.folder / f".{os.getpid()}-{secrets.token_hex(8)}.part"
         try:
-            # A new file or none: what lies there under this name, or is linked from it, is not written to.
-            with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as file:
+            with open(disk.create(part), "wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())

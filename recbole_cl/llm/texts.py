@@ -61,6 +61,11 @@ def fault(answer: str) -> str | None:
     return None
 
 
+def cleaned_lines(text: str) -> str:
+    """Returns an answer as it is kept, cleaned line by line."""
+    return "\n".join(line for line in (clean(line, LONGEST_ANSWER) for line in text.splitlines()) if line)
+
+
 def tokens(text: str) -> int:
     """Returns about how many tokens a text has: four bytes each, the usual rule of thumb for English."""
     return -(-len(text.encode("utf-8", "surrogatepass")) // 4)

@@ -27,7 +27,9 @@ from recbole_cl.stream.stage import Stage, Targets, Task
 from recbole_cl.stream.vocabulary import Growth
 
 if TYPE_CHECKING:
+    from recbole_cl.model.forget import Forgetting
     from recbole_cl.strategy.context import Pass, StageContext
+    from recbole_cl.stream.build import Stream
 
 
 class StageTrainer(Protocol):
@@ -70,7 +72,9 @@ class ContinualModel:
         builds_on_stages: A stage leaves what earlier ones trained as it is and builds on it, so no pass may begin from
             new weights, and there is nothing for replay or pruning to keep.
         own_metrics: Metrics that :meth:`measure` gives for each target, to whether more is better.
+        presets: Properties that stand for many others: ``{property: {value: {other property: its default}}}``.
         strategy_hooks: Hooks of strategies (``loss_terms``) that this model's own trainer runs.
+        changeable: Properties of its own that an update may set: what it spends, not what it is.
     """
 
     capabilities: ClassVar[Iterable[str]] = ()
@@ -85,7 +89,9 @@ class ContinualModel:
     scores_untrained_items: bool = False
     builds_on_stages: ClassVar[bool] = False
     own_metrics: ClassVar[Mapping[str, bool]] = {}
+    presets: ClassVar[Mapping[str, Mapping[str, Mapping[str, Any]]]] = {}
     strategy_hooks: ClassVar[frozenset[str]] = frozenset()
+    changeable: ClassVar[frozenset[str]] = frozenset()
 
     # -- state ----------------------------------------------------------------------------------------------------
 
@@ -122,6 +128,22 @@ class ContinualModel:
             state: As :func:`recbole_cl.model.state.owned_state` gave it.
         """
         return state
+
+    def without_users(self, state: Mapping[str, Any], forgetting: Forgetting) -> Mapping[str, Any]:
+        """Returns a saved :meth:`owned_state` without users who are to be forgotten.
+
+        By default named tensors lose their rows, and memories with a column ``user`` or ``users`` their entries.
+        """
+        return forgetting.nest(state)  # type: ignore[no-any-return]
+
+    def forget_users(self, stream: Stream, users: list[str]) -> int:
+        """Removes what side stores hold of users; returns how many entries there were.
+
+        Args:
+            stream: What the model was trained over, the users still in it.
+            users: Their tokens.
+        """
+        return 0
 
     def grow_in_place(self, view: Any, users: tuple[int, int], items: tuple[int, int]) -> Growth:
         """Grows this very model to the next stage; a model that has this method lives on, and no new one is made.
@@ -244,6 +266,19 @@ class ContinualModel:
     def shares_prefixes(self) -> bool:
         """Tells whether one pass over a sequence gives the outputs of all its prefixes."""
         return False
+
+    def causal_part(self) -> Any:
+        """Returns the causal model whose outputs at positions this one's are: itself, or one inside it."""
+        return self
+
+    def added_at(self, batch: Interaction, at: torch.Tensor) -> torch.Tensor | None:
+        """Returns what is added to the encoder's outputs at some positions of windows, ``[n, d]``, if anything is.
+
+        Args:
+            batch: Windows.
+            at: Flags of the positions, shape ``[B, L]``.
+        """
+        return None
 
     def scores_by_queries(self) -> bool:
         """Tells whether ``item_queries`` and ``score_queries`` together are ``full_sort_predict``."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import logging
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
 import torch
 from recbole.data.interaction import Interaction
 from recbole.model.abstract_recommender import AbstractRecommender
@@ -19,17 +19,22 @@ from recbole_cl.config import get_model_class
 from recbole_cl.errors import ConfigError
 from recbole_cl.model.contract import ContinualModel
 from recbole_cl.model.liber_fusion import InterestFusion, KnowledgeAdded, KnowledgeField
+from recbole_cl.model.liber_items import item_vectors, no_items
 from recbole_cl.model.liber_knowledge import Knowledge, Learner
+from recbole_cl.model.liber_profile import Profiles
 from recbole_cl.model.liber_report import report_of
+from recbole_cl.model.liber_rows import COUNT, USER, with_partitions
+from recbole_cl.model.liber_tables import READINGS, SHIFTS, VECTORS, interest_tables, item_table
 from recbole_cl.model.liber_texts import folder_of, history_of
 from recbole_cl.registry import encoders, llm_clients, models
-from recbole_cl.rng import derive, seeded, torch_generator
-from recbole_cl.stream.batch import HI, LO, POSITION, TARGETS, Batcher
+from recbole_cl.rng import derive, seeded
+from recbole_cl.stream.batch import TARGETS, Batcher
 from recbole_cl.stream.stage import Targets
 
-USER, COUNT = "_liber_user", "_liber_count"
-"""Fields of rows: whose partitions are seen, and how many of them, the oldest; ``[B]``, or ``[B, L]`` of windows."""
-VECTORS = ("real", "zeros", "shuffled", "random", "none")
+if TYPE_CHECKING:
+    from recbole_cl.model.forget import Forgetting
+    from recbole_cl.stream.build import Stream
+
 PROBED = 64
 _LOG = logging.getLogger("recbole_cl")
 
@@ -80,6 +85,10 @@ class LIBER(ContinualModel, AbstractRecommender):
     backbone_types = frozenset({ModelType.CONTEXT, ModelType.SEQUENTIAL})
     type_of_backbone = True
     components: ClassVar[Any] = {"liber_client": llm_clients, "liber_encoder": encoders}
+    changeable = frozenset(f"liber_{name}" for name in (
+        "consent", "concurrency", "retries", "max_calls", "max_tokens", "calls_per_minute", "price_read",
+        "price_written",
+    ))  # fmt: skip
 
     def __new__(cls, config: Any, dataset: Any) -> LIBER:
         """Makes one that scores all items at once where its backbone does: evaluation asks the class."""
@@ -120,6 +129,10 @@ class LIBER(ContinualModel, AbstractRecommender):
         for table in ("_summaries", "_shifts"):
             self.register_buffer(table, torch.zeros(0, size), persistent=False)
         self.register_buffer("_starts", torch.zeros(1, dtype=torch.int64), persistent=False)
+        self.with_items = bool(config["liber_item_field"]) and self.way != "none"
+        self.items = no_items(size)
+        if self.with_items:
+            self.register_buffer("_items", torch.zeros(0, size), persistent=False)
         if self.way == "none":
             return
         # Drawn apart, so that the backbone's own draws, dropout included, are those of the plain backbone.
@@ -136,26 +149,36 @@ class LIBER(ContinualModel, AbstractRecommender):
         else:
             table = getattr(backbone, "item_embedding", None)
             out = int(table.weight.size(1)) if table is not None else int(config["embedding_size"])
-        self.fusion = InterestFusion(size, hidden, out, zero=self.way == "added")
+        self.fusion = InterestFusion(
+            size, hidden, out, zero=self.way == "added", mixes=config["liber_attention"] == "self",
+            experts=int(config["liber_experts"]), items=self.with_items,
+        )  # fmt: skip
         if self.way == "hook":
             first = next(m for m in backbone.dnn_mlp_layers.modules() if isinstance(m, nn.Linear))
             self.join = nn.Linear(out, first.out_features, bias=False)
             nn.init.zeros_(self.join.weight)
             first.register_forward_hook(self._add_to_first_layer)
+            if self.with_items:
+                self.join_item = nn.Linear(out, first.out_features, bias=False)
+                nn.init.zeros_(self.join_item.weight)
         if config["liber_query"] == "target":
             self.target_query = nn.Embedding(n_items, size, padding_idx=0)
             nn.init.zeros_(self.target_query.weight)
 
     @staticmethod
     def _check(config: Any, kind: Any) -> None:
-        for key, known in (("liber_vectors", VECTORS), ("liber_query", ("learned", "target"))):
+        for key, known in (
+            ("liber_vectors", VECTORS), ("liber_query", ("learned", "target")), ("liber_shift", SHIFTS),
+            ("liber_attention", ("pooled", "self")), ("liber_reading", READINGS),
+        ):  # fmt: skip
             if config[key] not in known:
                 raise ConfigError(f"property {key!r} is {config[key]!r}; it must be one of {', '.join(known)}")
-        if config["liber_query"] == "target" and kind.type != ModelType.CONTEXT and not _has_perceptron(kind):
-            raise ConfigError(
-                f"property 'liber_query' is 'target', but {config['liber_backbone']} knows the user before the item; "
-                f"use 'learned'"
-            )
+        for key, value, instead in (("liber_query", "target", "'learned'"), ("liber_item_field", True, False)):
+            if config[key] == value and kind.type != ModelType.CONTEXT and not _has_perceptron(kind):
+                raise ConfigError(
+                    f"property {key!r} is {value!r}, but {config['liber_backbone']} knows the user before the item; "
+                    f"use {instead}"
+                )
 
     def _refused(self, reason: object) -> ConfigError:
         return ConfigError(
@@ -173,43 +196,46 @@ class LIBER(ContinualModel, AbstractRecommender):
         history = history_of(self.config, ctx.stream)
         self._learner, self._prepared = Learner(self.config, history), ctx.index
         self.knowledge = self._learner.learn(self.knowledge, ctx.index, _horizon(self.config, ctx))
+        if self.with_items:
+            n, size = ctx.stage.n_items, int(self.config["liber_size"])
+            self.items = item_vectors(self._learner, self.items, n, size)
         self._naive = history.naive()
         self._set_tables()
 
     def _set_tables(self) -> None:
-        known, size = self.knowledge, int(self.config["liber_size"])
-        summaries, shifts = known.summary, known.shift
-        if not len(known):
-            summaries = shifts = torch.zeros(0, size)
-        elif self.vectors == "zeros":
-            summaries, shifts = torch.zeros_like(summaries), torch.zeros_like(shifts)
-        elif self.vectors in ("shuffled", "random"):
-            # By (user, number), so that a partition keeps what it was given as others join it.
-            drawn = torch.stack([self._drawn(int(u), int(n)) for u, n in zip(known.user, known.number, strict=True)])
-            if self.vectors == "random":
-                summaries, shifts = drawn[:, :size] * size**-0.5, drawn[:, size:] * size**-0.5
-            else:
-                order = (drawn[:, 0].argsort().argsort() + 1).remainder(len(known))
-                order = drawn[:, 0].argsort()[order]
-                summaries, shifts = summaries[order], shifts[order]
+        known, size, seed = self.knowledge, int(self.config["liber_size"]), int(self.config["seed"])
+        tables = interest_tables(known, self.vectors, str(self.config["liber_shift"]), size, seed)
         starts = known.starts(int(known.user.max()) + 2 if len(known) else 1)
-        self._summaries, self._shifts = summaries.to(self.device), shifts.to(self.device)
+        self._summaries, self._shifts = (table.to(self.device) for table in tables)
         self._starts = starts.to(self.device)
-
-    def _drawn(self, user: int, number: int) -> torch.Tensor:
-        generator = torch_generator(int(self.config["seed"]), number, f"liber/control/{user}")
-        return torch.randn(2 * int(self.config["liber_size"]), generator=generator)
+        if self.with_items:
+            self._items = item_table(self.items["vector"], self.vectors, seed).to(self.device)
 
     def owned_state(self) -> dict[str, Any]:
-        return {"knowledge": self.knowledge.state_dict()}
+        items = {"items": dict(self.items)} if self.with_items else {}
+        return {"knowledge": self.knowledge.state_dict(), **items}
 
     def load_owned_state(self, state: Any) -> None:
         # Copied: memory read from a file is aligned otherwise, and products may then round otherwise.
         self.knowledge = Knowledge(**{name: value.to("cpu", copy=True) for name, value in state["knowledge"].items()})
+        self.items = {name: value.to("cpu", copy=True) for name, value in state.get("items", self.items).items()}
         self._set_tables()
 
     def side_stores(self) -> dict[str, str]:
         return {} if self.way == "none" else {"knowledge": str(folder_of(self.config))}
+
+    def without_users(self, state: Mapping[str, Any], forgetting: Forgetting) -> dict[str, Any]:
+        """Returns the knowledge without users' partitions; the projection is nobody's."""
+        rows = dict(state["knowledge"])
+        projection = {name: rows.pop(name) for name in ("mean", "matrix")}
+        return {"knowledge": {**forgetting.removal.rows(rows, "user"), **projection}}
+
+    def forget_users(self, stream: Stream, users: list[str]) -> int:
+        """Removes what was written about users, and the vectors made of it."""
+        if self.way == "none":
+            return 0
+        profiles = Profiles(self.config, stream)
+        return sum(profiles.forget(user) for user in users)
 
     # -- batches --------------------------------------------------------------------------------------------------
 
@@ -217,35 +243,20 @@ class LIBER(ContinualModel, AbstractRecommender):
         """Adds whose partitions a row sees and how many; of a window, at each of its positions."""
         if self.way == "none":
             return rows
-        table, seen = batcher.stream.table, history_of(self.config, batcher.stream).seen
-        if TARGETS in rows:
-            lo, last = rows[LO].numpy(), rows[HI].numpy()
-            at = np.minimum(lo[:, None] + np.arange(rows[TARGETS].size(1)), last[:, None] - 1) + 1
-            position = table.seq[at]
-            user = np.broadcast_to(targets.user[:, None], position.shape)
-            whole = np.broadcast_to(last[:, None] < len(table), position.shape)
-        else:
-            position, user = rows[POSITION].numpy(), targets.user
-            # Histories in which some interactions never were (streams of tasks) lie behind the log's own sequences.
-            whole = (targets.hi <= len(table)) if batcher.table is table else np.ones(len(user), dtype=bool)
-        count = np.where(whole & (table.user[position] == user), seen[position], 0)
-        if batcher.stream.history == "stage":  # histories are cut off where the stage begins
-            count = np.zeros_like(count)
-        rows.interaction[USER] = torch.from_numpy(np.ascontiguousarray(user))
-        rows.interaction[COUNT] = torch.from_numpy(count)
-        return rows
+        return with_partitions(history_of(self.config, batcher.stream), batcher, rows, targets)
 
-    def _fused(self, batch: Interaction) -> torch.Tensor:
-        """Returns what goes into the backbone: shape ``[B, out]``, or ``[n, out]`` of the supervised positions."""
+    def _fused(self, batch: Interaction, wanted: torch.Tensor | None = None) -> torch.Tensor:
+        """Returns what goes into the backbone: shape ``[B, out]``, or ``[n, out]`` of the wanted positions."""
         user, count = batch[USER], batch[COUNT]
-        if TARGETS in batch:
-            wanted = batch[TARGETS] > 0
+        if wanted is not None:
             user, count = user[wanted], count[wanted]
         known = user < len(self._starts) - 1
         user = torch.where(known, user, 0)
         start = self._starts[user]
         end = self._starts[(user + 1).clamp(max=len(self._starts) - 1)]
         count = torch.minimum(torch.where(known, count, 0), end - start)
+        if self.config["liber_reading"] == "whole":  # the newest tells of all that came before
+            start, count = start + (count - 1).clamp(min=0), count.clamp(max=1)
         query = self.target_query(batch[self._item_field()]) if hasattr(self, "target_query") else None
         return self.fusion((self._summaries, self._shifts), start, count, query)
 
@@ -255,11 +266,21 @@ class LIBER(ContinualModel, AbstractRecommender):
     def _inject(self, batch: Interaction) -> None:
         if self.way == "none":
             return
-        fused = self._fused(batch)
+        windows = TARGETS in batch
+        fused = self._fused(batch, batch[TARGETS] > 0 if windows else None)
         backbone: Any = self.backbone
         if self.way == "added":
-            backbone.windows = TARGETS in batch
-        injected = self.join(fused) if self.way == "hook" else fused
+            backbone.windows = windows
+        if self.with_items:
+            item = batch[self._item_field()]
+            table = self._items if len(self._items) else self._items.new_zeros(1, self._items.size(1))
+            of_items = self.fusion.of_items(table.index_select(0, item.clamp(max=len(table) - 1)))
+        if self.way == "field":
+            injected = torch.stack([fused, of_items] if self.with_items else [fused], dim=1)
+        elif self.way == "hook":
+            injected = self.join(fused) + self.join_item(of_items) if self.with_items else self.join(fused)
+        else:
+            injected = fused
         if self._probing is not None:
             injected = self._probing = torch.randn_like(injected).requires_grad_()
         if self.way == "hook":
@@ -288,7 +309,7 @@ class LIBER(ContinualModel, AbstractRecommender):
         finally:
             self._probing = None
             self.train(training)
-        if gradient is None or not gradient.abs().sum() > 0:
+        if gradient is None or not (gradient.abs().sum(0).sum(-1) > 0).all():
             raise self._refused("no gradient reaches it, so it would be trained as if there were none")
         self._admitted = True
 
@@ -296,7 +317,10 @@ class LIBER(ContinualModel, AbstractRecommender):
 
     def calculate_loss(self, interaction: Interaction) -> Any:
         self._inject(interaction)
-        return self.backbone.calculate_loss(interaction)
+        loss = self.backbone.calculate_loss(interaction)
+        if self.way == "added":
+            self.backbone.windows = False
+        return loss
 
     def predict(self, interaction: Interaction) -> torch.Tensor:
         self._inject(interaction)
@@ -307,6 +331,13 @@ class LIBER(ContinualModel, AbstractRecommender):
                 raise
             raise self._refused(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
         return found
+
+    def causal_part(self) -> Any:
+        """Returns the backbone where it answers at all positions of a window."""
+        return self.backbone if self.trains_all_positions else self
+
+    def added_at(self, batch: Interaction, at: torch.Tensor) -> torch.Tensor | None:
+        return self._fused(batch, at) if self.way == "added" else None
 
     # -- what is told ---------------------------------------------------------------------------------------------
 
@@ -331,6 +362,13 @@ class _Ranking:
         self._inject(interaction)  # type: ignore[attr-defined]
         found: torch.Tensor = self.backbone.full_sort_predict(interaction)  # type: ignore[attr-defined]
         return found
+
+    def item_vectors(self) -> torch.Tensor:
+        """Returns the backbone's vectors of items, shape ``[n_items, d]``."""
+        table = getattr(self.backbone, "item_embedding", None)  # type: ignore[attr-defined]
+        if not isinstance(table, nn.Embedding):
+            raise ConfigError(f"vectors: {self.config['liber_backbone']} has none of items")  # type: ignore[attr-defined]
+        return table.weight
 
 
 @functools.cache

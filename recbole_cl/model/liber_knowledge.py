@@ -13,12 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
+from recbole_cl import disk
 from recbole_cl.errors import ConfigError
 from recbole_cl.llm.cache import Kept
 from recbole_cl.llm.cascade import Cascade
 from recbole_cl.llm.encode import encode_texts
+from recbole_cl.llm.partition_store import PartitionStore, partition_key
 from recbole_cl.llm.vectors import Projection, clause_vectors
 from recbole_cl.model.liber_texts import History, cascade_of, folder_of
 from recbole_cl.rng import torch_generator
@@ -89,6 +91,7 @@ class Learner:
         self.config, self.history = config, history
         self.folder = folder_of(config)
         self.encoder = str(config["liber_encoder"])
+        self._encoded: dict[str, torch.Tensor] = {}
 
     def learn(self, known: Knowledge, stage: int, until: int) -> Knowledge:
         """Returns the knowledge with what was missing of the partitions that close at a position or before it.
@@ -115,7 +118,7 @@ class Learner:
     def _answers(self, cascade: Cascade, rows: np.ndarray) -> tuple[list[Kept], dict[int, Kept]]:
         """Returns the summary of each row, and the shift of each row that has a predecessor."""
         parts, prompts = self.history.partitions, self.history.prompts
-        later = rows[parts.number[rows] > 0]
+        later = rows[(parts.number[rows] > 0) & self.history.asks_shifts]
         wanted = np.union1d(rows, later - 1)  # of one user, partitions follow each other
         asked = cascade.named(prompts["summary"], self.history.summaries(wanted))
         kept = dict(zip(wanted.tolist(), cascade.wave(prompts["summary"], asked, "summaries"), strict=True))
@@ -129,15 +132,25 @@ class Learner:
     ) -> Knowledge:
         parts, size = self.history.partitions, int(self.config["liber_size"])
         closed = torch.from_numpy(self.history.stream.table.stage[parts.closer[rows]])
-        both = [*summaries, *shifts.values()]
-        about = [[k.key for k in both], closed.tolist(), stage, size, self.config["seed"]]
-        about += [self.encoder, known.mean.tolist()]
-        file = self.folder / "vectors" / f"{hashlib.sha256(json.dumps(about).encode()).hexdigest()}.safetensors"
-        made = _read(file)
-        if made is None:
-            made = self._encode(known, both, closed, len(summaries), stage, size, [int(r in shifts) for r in rows])
-            _write(file, made)
-        projection = Projection(made["mean"], made["matrix"])
+        past = closed <= stage
+        projection = self._projection(known, summaries, shifts, rows, past, size)
+        asked = [self.config["liber_encoder"], self.config.component_parameters("liber_encoder")]
+        about = [*asked, projection.mean.tolist(), projection.matrix.tolist()]
+        of = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
+        store = PartitionStore(self.folder / "vectors" / of)
+        keys = [
+            partition_key(kept.key, shifts[row].key if row in shifts else "")
+            for kept, row in zip(summaries, rows.tolist(), strict=True)
+        ]
+        found = store.find(keys, 2 * size)
+        missing = [key for key in dict.fromkeys(keys) if key not in found]
+        if missing:
+            first = {key: place for place, key in reversed(list(enumerate(keys)))}
+            places = [first[key] for key in missing]
+            made = self._made(projection, [summaries[p] for p in places], [shifts.get(int(rows[p])) for p in places])
+            store.keep(missing, made.numpy())
+            found.update(zip(missing, made.numpy(), strict=True))
+        both = torch.from_numpy(np.stack([found[key] for key in keys]))
         empty = Kept("", "shift", "", 0, 0, 0.0)
         second = [shifts.get(row, empty) for row in rows.tolist()]
         pairs = list(zip(summaries, second, strict=True))
@@ -146,8 +159,8 @@ class Learner:
             torch.from_numpy(parts.user[rows]),
             torch.from_numpy(parts.number[rows]),
             closed,
-            made["summary"],
-            made["shift"],
+            both[:, :size].contiguous(),
+            both[:, size:].contiguous(),
             torch.tensor([[a.prompt_tokens, a.answer_tokens, b.prompt_tokens, b.answer_tokens] for a, b in pairs]),
             torch.tensor([(a.fallback is not None) + (b.fallback is not None) for a, b in pairs]),
         )
@@ -155,32 +168,51 @@ class Learner:
         known.mean, known.matrix = projection.mean, projection.matrix
         return known
 
-    def _encode(
-        self, known: Knowledge, both: list[Kept], closed: torch.Tensor, n: int, stage: int, size: int, has: list[int]
-    ) -> dict[str, torch.Tensor]:
-        raw, distinct = clause_vectors([kept.text for kept in both], self._texts)
-        _LOG.info("LIBER: %d texts have %d distinct clauses, encoded by %s", len(both), distinct, self.encoder)
-        shifted = torch.tensor(has, dtype=torch.bool)
-        past = closed <= stage
-        past = torch.cat([past, past[shifted]])
+    def _projection(
+        self, known: Knowledge, summaries: list[Kept], shifts: dict[int, Kept], rows: np.ndarray, past: torch.Tensor,
+        size: int,
+    ) -> Projection:  # fmt: skip
+        """Returns the projection that there is, or one fitted on the texts that are past, kept for the next time."""
         if len(known.mean):
-            projection = Projection(known.mean, known.matrix)
-        elif int(past.sum()) > 1:
-            projection = Projection.fit(raw[past], size)
-        else:  # nothing to fit on yet: directions by chance keep distances
-            drawn = torch.randn(
-                raw.size(1), size, generator=torch_generator(self.config["seed"], 0, "liber/projection")
-            )
-            projection = Projection(torch.zeros(raw.size(1)), drawn / size**0.5)
-        made = projection(raw)
-        shift = torch.zeros(n, size)
-        shift[shifted] = made[n:]
-        return {
-            "summary": made[:n].contiguous(), "shift": shift, "mean": projection.mean.contiguous(),
-            "matrix": projection.matrix.contiguous(),
-        }  # fmt: skip
+            return Projection(known.mean, known.matrix)
+        here = [place for place, flag in enumerate(past.tolist()) if flag]
+        fitted = [summaries[place] for place in here]
+        fitted += [shifts[row] for row in rows[here].tolist() if row in shifts]
+        about = [[kept.key for kept in fitted], size, self.config["seed"], self.encoder]
+        parameters = self.config.component_parameters("liber_encoder")
+        name = hashlib.sha256(json.dumps([about, parameters], sort_keys=True, default=str).encode()).hexdigest()
+        file = self.folder / "vectors" / f"{name}.safetensors"
+        made = _read(file)
+        if made is None:
+            if len(fitted) > 1:
+                fit = Projection.fit(clause_vectors([kept.text for kept in fitted], self.encode)[0], size)
+            else:  # nothing to fit on yet: directions by chance keep distances
+                width = self.encode([summaries[0].text]).size(1)
+                generator = torch_generator(self.config["seed"], 0, "liber/projection")
+                fit = Projection(torch.zeros(width), torch.randn(width, size, generator=generator) / size**0.5)
+            made = {"mean": fit.mean.contiguous(), "matrix": fit.matrix.contiguous()}
+            _write(file, made)
+        return Projection(made["mean"], made["matrix"])
 
-    def _texts(self, texts: Any) -> torch.Tensor:
+    def _made(self, projection: Projection, summaries: list[Kept], shifts: list[Kept | None]) -> torch.Tensor:
+        """Returns the vectors of summaries and shifts side by side, shape ``[n, 2 size]``; without a shift zero."""
+        texts = [kept.text for kept in [*summaries, *shifts] if kept is not None]
+        raw, distinct = clause_vectors(texts, self.encode)
+        _LOG.info("LIBER: %d texts have %d distinct clauses, encoded by %s", len(texts), distinct, self.encoder)
+        made = projection(raw)
+        second = torch.zeros(len(summaries), made.size(1))
+        second[torch.tensor([kept is not None for kept in shifts])] = made[len(summaries) :]
+        return torch.cat([made[: len(summaries)], second], dim=1)
+
+    def encode(self, texts: Any) -> torch.Tensor:
+        """Returns the configured encoder's vectors of different texts, shape ``[n, width]``; each is encoded once."""
+        texts = list(dict.fromkeys(texts))
+        new = [text for text in texts if text not in self._encoded]
+        if new:
+            self._encoded.update(zip(new, self._encode(new), strict=True))
+        return torch.stack([self._encoded[text] for text in texts])
+
+    def _encode(self, texts: list[str]) -> torch.Tensor:
         parameters = self.config.component_parameters("liber_encoder")
         seed, store = int(self.config["seed"]), self.config["text_cache"]
         if self.encoder == "minilm":
@@ -200,17 +232,17 @@ def _read(file: Path) -> dict[str, torch.Tensor] | None:
         made = load_file(file)
     except (OSError, SafetensorError):
         made = {}
-    if made.keys() >= {"summary", "shift", "mean", "matrix"}:
+    if made.keys() >= {"mean", "matrix"}:
         return {name: value.clone() for name, value in made.items()}  # aligned as what is computed is
-    _LOG.warning("LIBER: %s is damaged; its vectors are made anew", file)
+    _LOG.warning("LIBER: %s is damaged; it is made anew", file)
     return None
 
 
 def _write(file: Path, made: dict[str, torch.Tensor]) -> None:
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
+        disk.own_folder(file.parent, "liber_cache")
         part = file.with_name(f".{os.getpid()}-{file.name}.part")
-        save_file(made, part)
-        os.replace(part, file)
+        disk.write_tensors(part, made)
+        os.replace(part, file)  # a link in its place goes, what it leads to stays
     except OSError as error:
-        _LOG.warning("LIBER: vectors are not kept in %s: %s", file.parent, error.strerror)
+        _LOG.warning("LIBER: vectors are not kept in %s: %s", file.parent, error.strerror or error)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import time
+from collections import Counter
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
@@ -10,12 +12,14 @@ from typing import Any
 import numpy as np
 
 from recbole_cl.errors import DataError, nearest
+from recbole_cl.llm.batch_files import read_answers, write_requests
 from recbole_cl.llm.cache import Kept
 from recbole_cl.llm.cascade import Cascade
 from recbole_cl.llm.clients.base import Request
 from recbole_cl.llm.texts import tokens
+from recbole_cl.model.liber_check import audit
 from recbole_cl.model.liber_texts import History, cascade_of, folder_of, history_of
-from recbole_cl.stream.build import build_stream
+from recbole_cl.stream.build import Stream, build_stream
 
 GUESSED_ANSWER = 60
 """Tokens of an answer that nobody has seen yet."""
@@ -26,11 +30,12 @@ class Profiles:
 
     Args:
         config: A configuration of ``LIBER``.
+        stream: The stream; default that of the configured dataset.
     """
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any, stream: Stream | None = None) -> None:
         self.config = config
-        self.stream = build_stream(config)
+        self.stream = build_stream(config) if stream is None else stream
         self.history: History = history_of(config, self.stream)
 
     def _rows(self, user: str) -> np.ndarray:
@@ -50,8 +55,10 @@ class Profiles:
 
     def _shifts(self, cascade: Cascade, rows: np.ndarray, kept: dict[int, Kept]) -> dict[int, Request]:
         """Returns the questions for shifts by partition, of those whose two summaries are there."""
+        if not self.history.asks_shifts:
+            return {}
         later = [r for r in rows.tolist() if self.history.partitions.number[r] > 0 and {r - 1, r} <= kept.keys()]
-        requests = [self.history.shift(kept[row - 1].text, kept[row].text) for row in later]
+        requests = [self.history.shift(kept[row - 1].text, kept[row].text, kept[row].key) for row in later]
         return dict(zip(later, cascade.named(self.history.prompts["shift"], requests), strict=True))
 
     def estimate(self) -> dict[str, Any]:
@@ -64,7 +71,7 @@ class Profiles:
         open_ = cascade.missing(asked)
         shifts = self._shifts(cascade, rows, kept)
         open_shifts = cascade.missing(list(shifts.values()))
-        later = int((self.history.partitions.number > 0).sum())
+        later = int((self.history.partitions.number > 0).sum()) * self.history.asks_shifts
         unseen = later - len(shifts)
         each = tokens(self.history.prompts["shift"].text) + 2 * GUESSED_ANSWER
         read = sum(tokens(request.prompt) for request in [*open_, *open_shifts]) + unseen * each
@@ -110,6 +117,65 @@ class Profiles:
         cascade.cache.close()
         return told | {"kept in": str(folder_of(self.config))}
 
+    def _asked(self, cascade: Cascade) -> tuple[dict[str, Request], int]:
+        """Returns the open questions by name, and how many shifts wait for a summary."""
+        rows = np.arange(len(self.history.partitions))
+        asked = self._summaries(cascade, rows)
+        found = cascade.cache.find(request.key for request in asked)
+        kept = {row: found[r.key] for row, r in zip(rows.tolist(), asked, strict=True) if r.key in found}
+        shifts = self._shifts(cascade, rows, kept)
+        later = int((self.history.partitions.number > 0).sum()) * self.history.asks_shifts
+        open_ = cascade.missing([*asked, *shifts.values()])
+        return {request.key: request for request in open_}, later - len(shifts)
+
+    def batch_out(self, file: str) -> dict[str, Any]:
+        """Writes the open questions as a batch file: the summaries first, and the shifts when these are answered."""
+        cascade = cascade_of(self.config)
+        asked, waiting = self._asked(cascade)
+        count = write_requests(file, list(asked.values()), cascade.client)
+        cascade.cache.close()
+        kinds = Counter(request.kind for request in asked.values())
+        return {
+            "questions written": count, "summaries": kinds["summary"], "shifts": kinds["shift"],
+            "shifts that wait for summaries": waiting,
+            "tokens, about": sum(tokens(request.prompt) for request in asked.values()), "file": file,
+        }  # fmt: skip
+
+    def batch_in(self, file: str) -> dict[str, Any]:
+        """Reads the answers of a batch into the cache; what cannot be used is counted, and stays open."""
+        cascade = cascade_of(self.config)
+        asked, _ = self._asked(cascade)
+        read = read_answers(file, asked)
+        for kind, prompt in self.history.prompts.items():
+            cascade.cache.keep([kept for kept in read.kept.values() if kept.kind == kind], cascade.about(prompt))
+        left, waiting = self._asked(cascade)
+        cascade.cache.close()
+        return {
+            "answers kept": len(read.kept),
+            "malformed lines": read.malformed,
+            "errors of the service": read.failed,
+            "answers that cannot be used": read.unusable,
+            "answers to other questions": read.foreign,
+            "answers that came twice": read.twice,
+            "questions still without an answer": len(asked) - len(read.kept),
+            "questions for the next batch": len(left),
+            "shifts that wait for summaries": waiting,
+        }
+
+    def check(self) -> dict[str, int]:
+        """Returns what is there, what is missing, and what should not be: see :func:`audit`."""
+        cascade = cascade_of(self.config)
+        rows = np.arange(len(self.history.partitions))
+        asked = self._summaries(cascade, rows)
+        found = cascade.cache.find(request.key for request in asked)
+        kept = {row: found[r.key] for row, r in zip(rows.tolist(), asked, strict=True) if r.key in found}
+        shifts = list(self._shifts(cascade, rows, kept).values())
+        abouts = [cascade.about(prompt) for prompt in self.history.prompts.values()]
+        later = int((self.history.partitions.number > 0).sum()) * self.history.asks_shifts
+        told = audit(cascade.cache, folder_of(self.config), asked, shifts, abouts, later - len(shifts))
+        cascade.cache.close()
+        return told
+
     def show(self, user: str) -> Iterator[str]:
         """Yields what was written about a user, a partition a paragraph."""
         cascade, table, parts = cascade_of(self.config), self.stream.table, self.history.partitions
@@ -128,7 +194,7 @@ class Profiles:
             size = int(parts.end[row] - parts.begin[row])
             yield f"partition {int(parts.number[row]) + 1}, {day[0]} to {day[1]}, {size} behaviours"
             yield f"  likes    {kept[row].text if row in kept else 'not asked yet'}"
-            if parts.number[row]:
+            if parts.number[row] and self.history.asks_shifts:
                 answer = changed.get(shifts[row].key) if row in shifts else None
                 yield f"  changed  {answer.text if answer else 'not asked yet'}"
         cascade.cache.close()
@@ -151,6 +217,8 @@ class Profiles:
         keys = [request.key for request in [*asked, *self._shifts(cascade, rows, kept).values()]]
         count = cascade.cache.forget(keys)
         cascade.cache.close()
-        for file in (folder_of(self.config) / "vectors").glob("*.safetensors"):
+        folder = folder_of(self.config)
+        shutil.rmtree(folder / "vectors", ignore_errors=True)
+        for file in (folder / "words").glob("user-*.json"):
             file.unlink()
         return count

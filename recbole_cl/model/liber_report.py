@@ -12,13 +12,16 @@ from recbole_cl.registry import llm_clients
 from recbole_cl.tree import tree_hash
 
 
-def bill(config: Any, known: Knowledge, naive: tuple[np.ndarray, np.ndarray]) -> list[dict[str, Any]]:
+def bill(
+    config: Any, known: Knowledge, naive: tuple[np.ndarray, np.ndarray], asks_shifts: bool = True
+) -> list[dict[str, Any]]:
     """Returns a row for each stage: calls are booked to the stage that closes the partition.
 
     Args:
         config: The run's configuration; the prices are read.
         known: What is known.
         naive: Stage and tokens read of each behaviour, asked anew with all that came before it.
+        asks_shifts: Shifts were asked for.
     """
     rows = []
     stage_of, read = naive
@@ -26,7 +29,7 @@ def bill(config: Any, known: Knowledge, naive: tuple[np.ndarray, np.ndarray]) ->
     written_each = float(known.bill[:, 1].sum()) / max(len(known), 1)
     for stage in sorted(set(stage_of.tolist())):
         here, events = known.stage == stage, stage_of == stage
-        closed, shifts = int(here.sum()), int((known.number[here] > 0).sum())
+        closed, shifts = int(here.sum()), int((known.number[here] > 0).sum()) * asks_shifts
         tokens_read = int(known.bill[here][:, [0, 2]].sum())
         tokens_written = int(known.bill[here][:, [1, 3]].sum())
         row = {
@@ -49,7 +52,7 @@ def bill(config: Any, known: Knowledge, naive: tuple[np.ndarray, np.ndarray]) ->
 
 def report_of(config: Any, known: Knowledge, learner: Learner, naive: tuple[np.ndarray, np.ndarray]) -> dict[str, Any]:
     """Returns the report of a stage."""
-    rows = bill(config, known, naive)
+    rows = bill(config, known, naive, learner.history.asks_shifts)
     calls, anew = sum(row["calls"] for row in rows), sum(row["calls, asked anew at each behaviour"] for row in rows)
     prompts = learner.history.prompts
     client = config.component("liber_client")(config.component_parameters("liber_client"))

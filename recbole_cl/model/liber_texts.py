@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,10 @@ import numpy as np
 
 from recbole_cl.llm.cache import AnswerCache
 from recbole_cl.llm.cascade import Cascade, Limits
-from recbole_cl.llm.catalogue import Catalogue, line, profile
+from recbole_cl.llm.catalogue import Catalogue, is_title, line, profile
 from recbole_cl.llm.clients.base import Request
 from recbole_cl.llm.partitions import Partitions, Rules, visible
-from recbole_cl.llm.prompts import read_prompt
+from recbole_cl.llm.prompts import Prompt, read_prompt
 from recbole_cl.llm.texts import tokens
 from recbole_cl.registry import llm_clients
 from recbole_cl.stream.build import Stream
@@ -22,11 +23,11 @@ SECONDS_A_DAY = 86400
 
 
 def folder_of(config: Any) -> Path:
-    """Returns the folder that keeps answers and vectors."""
+    """Returns the folder that keeps answers and vectors: of a saved run that has moved, where it lies now."""
     if config["liber_folder"]:
         return Path(config["liber_folder"]).expanduser()
     if config["output_dir"]:
-        return Path(config["output_dir"]).expanduser() / "knowledge"
+        return (getattr(config, "folder", None) or Path(config["output_dir"]).expanduser()) / "knowledge"
     return Path("runs") / "knowledge" / str(config["dataset"])
 
 
@@ -52,7 +53,7 @@ def cascade_of(config: Any) -> Cascade:
     client = config.component("liber_client")(config.component_parameters("liber_client"))
     return Cascade(
         llm_clients.name_of(config["liber_client"]), client, offline({"clauses": 8, "min_count": 2}), cache, limits,
-        progress=bool(config["show_progress"]),
+        progress=bool(config["show_progress"]), consent=bool(config["liber_consent"]),
     )  # fmt: skip
 
 
@@ -68,6 +69,8 @@ class History:
         calls: Calls that this process made, by stage; the models of a stage, references too, ask once among them.
         seconds: Seconds that a stage's answers took, also those that an earlier process had.
         seen: How many of the user's partitions a sample at each position sees, shape ``[N]``.
+        whole: A summary tells of all that came before its partition's end.
+        asks_shifts: Shifts are asked for.
     """
 
     def __init__(self, config: Any, stream: Stream) -> None:
@@ -75,16 +78,23 @@ class History:
         table = stream.table
         self.partitions = Partitions.of(table.seq[: len(table)], table.ptr, table.timestamp, rules_of(config, stream))
         self.seen = visible(self.partitions, table.user, np.arange(len(table)), table.timestamp)
-        self.prompts = {kind: read_prompt(kind, str(config["liber_prompts"])) for kind in ("summary", "shift")}
+        self.whole = config["liber_reading"] == "whole"
+        self.asks_shifts = config["liber_shift"] == "cascade" and not self.whole
         self.calls: dict[int, int] = {}
         self.seconds: dict[int, float] = {}
         self._items: Catalogue | None = None
         self._written: dict[tuple[int, bool | None], tuple[dict[str, Any], str]] = {}
 
+    @functools.cached_property
+    def prompts(self) -> dict[str, Prompt]:
+        """The prompts by kind, read where they are needed: a saved run that is only asked does without."""
+        return {kind: read_prompt(kind, str(self.config["liber_prompts"])) for kind in ("summary", "shift")}
+
     def _read(self) -> None:
         if self._items is None:
-            self._items = Catalogue(self.config, "item", "liber_item_fields", self.config["liber_item_fields"])
-            self._users = Catalogue(self.config, "user", "liber_user_fields", self.config["liber_user_fields"])
+            kept = folder_of(self.config) / "words"
+            self._items = Catalogue(self.config, "item", "liber_item_fields", self.config["liber_item_fields"], kept)
+            self._users = Catalogue(self.config, "user", "liber_user_fields", self.config["liber_user_fields"], kept)
             dataset = self.stream.dataset
             self._item_tokens = dataset.field2id_token[dataset.iid_field]
             self._user_tokens = dataset.field2id_token[dataset.uid_field]
@@ -120,6 +130,8 @@ class History:
         found, longest = [], int(self.config["liber_longest"])
         for row in rows:
             begin, end = int(self.partitions.begin[row]), int(self.partitions.end[row])
+            if self.whole:
+                begin = int(self.stream.table.ptr[self.partitions.user[row]])
             data, lines = self.behaviours(begin, end)
             if len(lines) > longest:
                 lines = [f"({len(lines) - longest} earlier ones are left out)", *lines[-longest:]]
@@ -127,10 +139,22 @@ class History:
             found.append(Request("summary", self.prompts["summary"].fill(values), {"behaviours": data}))
         return found
 
-    def shift(self, previous: str, current: str) -> Request:
-        """Returns the question for the shift between two summaries."""
+    def item_texts(self) -> list[str]:
+        """Returns a text for each item, by id: its words, a sentence each; empty where nothing is told of it."""
+        self._read()
+        assert self._items is not None
+        found = []
+        for token in self._item_tokens:
+            words = self._items.words(str(token))
+            titles = [" ".join(words[name]) for name in words if is_title(name)]
+            others = [word for name in words if not is_title(name) for word in words[name]]
+            found.append(". ".join([*titles, *others]))
+        return found
+
+    def shift(self, previous: str, current: str, of: str = "") -> Request:
+        """Returns the question for the shift between two summaries; ``of`` names the newer one's question."""
         values = {"previous": previous, "current": current}
-        return Request("shift", self.prompts["shift"].fill(values), values)
+        return Request("shift", self.prompts["shift"].fill(values), {**values, "of": of})
 
     def naive(self) -> tuple[np.ndarray, np.ndarray]:
         """Returns what asking anew at every behaviour, with all that came before, costs: tokens read at each position.

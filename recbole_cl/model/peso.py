@@ -5,7 +5,8 @@
     history   <s> a3 b1 c7 d2  a5 b0 c7 d9  ...       each item is as many tokens as its semantic id has codes
     answer    a1 -> b4 -> c0 -> d6                    beam search over the trie of the items that are allowed
 
-The base stage has two passes: all weights, then the adapter on the frozen base. Later stages train the adapter alone.
+The base stage has two passes: all weights, then the adapter on the frozen base; around a checkpoint (``llm``) it has
+one, adapter and rows of the tokens. Later stages train the adapter alone, and the rows if ``llm_tokens`` says so.
 Strategies that say how it is held reach it by :meth:`PESO.adapters` (the capability ``continual_lora``).
 """
 
@@ -31,7 +32,8 @@ from recbole_cl.generative.quality import quality
 from recbole_cl.generative.trie import Pairs, Trie
 from recbole_cl.model.all_positions import passes
 from recbole_cl.model.contract import ContinualModel, StageTrainer
-from recbole_cl.model.small_llama import add_lora, factors, lora_layers, small_llama, token_loss, train_only
+from recbole_cl.model.language import language
+from recbole_cl.model.small_llama import factors, lora_layers, token_loss, train_only
 from recbole_cl.model.state import RUN
 from recbole_cl.registry import Registry, encoders, models, tokenisers
 from recbole_cl.stream.batch import TARGETS
@@ -39,8 +41,6 @@ from recbole_cl.stream.batch import TARGETS
 if TYPE_CHECKING:
     from recbole_cl.strategy.context import Pass, StageContext
 
-PAD, START, SPECIAL = 0, 1, 4
-"""Padding, the token before a history, and how many tokens stand before the codes."""
 TOKENS_AT_ONCE = {"cpu": 1 << 13, "cuda": 1 << 17}
 """Tokens of prompts that are answered together."""
 
@@ -69,14 +69,25 @@ class PESO(ContinualModel, SequentialRecommender):
         rows = self.ids.of(tokens, repr(self._source["source"]))
         codes = torch.from_numpy(np.r_[np.zeros((1, self.ids.levels), dtype=np.int64), rows])
         self.register_buffer("codes", codes, persistent=False)
-        starts = SPECIAL + np.cumsum([0, *self.ids.sizes])
-        self.tokens = CodeTokens(tuple(starts[:-1].tolist()), self.ids.sizes, config["beam_normaliser"])
-        longest = 1 + self.ids.levels * (self.max_seq_length + 1)
-        self.llm = small_llama(config, int(starts[-1]), longest)
-        add_lora(
-            self.llm, config["lora_rank"], config["lora_alpha"], config["lora_dropout"], list(config["lora_targets"])
-        )
+        self.language = language(config, self.ids, self.max_seq_length)
+        self.llm = self.language.llm
+        self.tokens = CodeTokens(self.language.first, self.ids.sizes, config["beam_normaliser"])
+        self.trains_all_positions = self.language.template.codes_only
+        self._check_choices()
         self._trie: tuple[torch.Tensor, Trie] | None = None
+
+    def _check_choices(self) -> None:
+        """Raises a :class:`ConfigError` where properties of the training make no sense together."""
+        config = self.config
+        if config["llm_tokens"] not in ("base", "every"):
+            raise ConfigError(f"property 'llm_tokens' is {config['llm_tokens']!r}; it must be 'base' or 'every'")
+        if config["loss_temperature"] <= 0:
+            raise ConfigError(f"property 'loss_temperature' is {config['loss_temperature']!r}; it must be above 0")
+        if config["loss_end"] and self.trains_all_positions:
+            raise ConfigError(
+                "property 'loss_end' is True, but in a prompt of codes alone the next item stands where the end would; "
+                "choose a prompt of words (llm_prompt), or leave it out"
+            )
 
     # -- for strategies -------------------------------------------------------------------------------------------
 
@@ -93,23 +104,36 @@ class PESO(ContinualModel, SequentialRecommender):
     def frozen_bases(self) -> dict[str, dict[str, Any]]:
         """Returns the index of the items' codes, which has no tensors, and the language model under its adapter.
 
-        A checkpoint of other codes is refused; the base that the run has trained is frozen from the second pass on.
+        A checkpoint of other codes, or of an adapter for another language model, is refused. A base that the run has
+        trained itself is frozen from the second pass on.
         """
         bases: dict[str, dict[str, Any]] = {"semantic_ids": {**self._source, "names": []}}
-        if not self.llm.get_input_embeddings().weight.requires_grad:
-            names = [f"llm.{name}" for name in self.llm.state_dict() if "lora_" not in name]
+        own = ["lora_", "trainable_tokens_delta"]
+        if self.language.base is None and self.config["llm_tokens"] == "every":
+            own += ["embed_tokens", "lm_head"]
+        names = [f"llm.{name}" for name in self.llm.state_dict() if not any(part in name for part in own)]
+        if self.language.base is not None:
+            bases["llm"] = {**self.language.base, "names": names}
+        elif not self.llm.model.norm.weight.requires_grad:
             bases["llm"] = {"source": RUN, "names": names}
         return bases
 
     def plan_stage(self, ctx: StageContext, passes: list[Pass]) -> list[Pass]:
-        """Returns two passes for each that begins without a base: all weights, then the adapter."""
+        """Returns two passes for each that begins without a base: all weights, then the adapter.
+
+        Around a checkpoint it is one, of adapter and rows of tokens, of ``base_epochs`` epochs.
+        """
         planned: list[Pass] = []
+        first = self.config["base_epochs"]
         for plan in passes:
             if plan.init != "fresh" and not plan.untrained and (ctx.index > 0 or plan is not passes[0]):
                 planned.append(plan)
                 continue
+            if self.language.base is not None:
+                planned.append(replace(plan, name=f"{plan.name}/first", epochs=plan.epochs or first))
+                continue
             planned += [
-                replace(plan, name=f"{plan.name}/base", epochs=plan.epochs or self.config["base_epochs"]),
+                replace(plan, name=f"{plan.name}/base", epochs=plan.epochs or first),
                 replace(
                     plan,
                     name=f"{plan.name}/adapter",
@@ -122,7 +146,9 @@ class PESO(ContinualModel, SequentialRecommender):
 
     def stage_trainer(self, ctx: StageContext, learning_rate: float) -> StageTrainer | None:
         """Says what the pass trains; RecBole's trainer does it."""
-        train_only(self.llm, "base" if ctx.pass_.name.endswith("/base") else "adapter")
+        kind = ctx.pass_.name.rpartition("/")[2]
+        rows = kind == "first" or (kind != "adapter" and self.config["llm_tokens"] == "every")
+        train_only(self.llm, "base" if kind == "base" else "adapter", rows)
         return None
 
     def item_levels(self) -> dict[str, np.ndarray]:
@@ -146,10 +172,9 @@ class PESO(ContinualModel, SequentialRecommender):
 
     # -- training -------------------------------------------------------------------------------------------------
 
-    def spell(self, items: torch.Tensor) -> torch.Tensor:
-        """Returns the tokens of item ids ``[B, L]``, 0 for none, behind a first token, shape ``[B, 1 + L levels]``."""
-        spelt = self.tokens.of(self.codes[items]).masked_fill((items == 0).unsqueeze(-1), PAD)
-        return nn.functional.pad(spelt.flatten(1), (1, 0), value=START)
+    def spell(self, items: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns item ids ``[B, L]``, 0 for none at their end, as prompts ``[B, P]``, and their lengths ``[B]``."""
+        return self.language.template.write(self.tokens.of(self.codes[items]), (items > 0).sum(1))
 
     def calculate_loss(self, interaction: Interaction) -> torch.Tensor:
         """Returns the mean cross-entropy over the tokens of all supervised items."""
@@ -165,24 +190,47 @@ class PESO(ContinualModel, SequentialRecommender):
         count = loss.new_zeros(len(interaction)).index_add(0, row, torch.ones_like(loss))
         return total / count.clamp(min=1)
 
+    def _loss_of(self, answers: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
+        """Returns the cross-entropy of tokens ``[n, S]`` for outputs of shape ``[n, S, d]``."""
+        temperature = float(self.config["loss_temperature"])
+        return token_loss(answers.flatten(0, 1), self.llm.lm_head, asked.flatten(), temperature).view(asked.shape)
+
+    def _answer_losses(self, interaction: Interaction) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Returns row ``[B]`` and cross-entropies ``[B, levels]`` of each row's item behind its prompt."""
+        prompts, lengths = self._prompts(interaction)
+        asked = self.tokens.of(self.codes[interaction[self.ITEM_ID]])
+        if self.config["loss_end"]:
+            asked = nn.functional.pad(asked, (0, 1), value=self.language.end)
+        steps = asked.size(1)
+        at = lengths.unsqueeze(1) + torch.arange(steps, device=lengths.device)
+        tokens = nn.functional.pad(prompts, (0, steps), value=self.language.template.pad).scatter(1, at, asked)
+        hidden = self.llm.model(input_ids=tokens[:, :-1], use_cache=False).last_hidden_state
+        rows = torch.arange(len(tokens), device=tokens.device)
+        return [(rows, self._loss_of(hidden[rows.unsqueeze(1), at - 1], asked))]
+
     def _token_losses(self, interaction: Interaction) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Returns row ``[n]`` and cross-entropies ``[n, levels]`` of the supervised items, similar lengths together."""
+        if not self.trains_all_positions:
+            return self._answer_losses(interaction)
         history, lengths = interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN].unsqueeze(1)
         items = nn.functional.pad(history, (0, 1)).scatter(1, lengths, interaction[self.ITEM_ID].unsqueeze(1))
         if TARGETS in interaction:
             wanted = interaction[TARGETS] > 0
         else:
             wanted = torch.zeros_like(history, dtype=torch.bool).scatter(1, lengths - 1, True)
-        found = []
+        template, levels, found = self.language.template, self.ids.levels, []
+        head = len(template.head)
         for rows, width in passes(wanted):
-            tokens = self.spell(items[rows, : width + 1])
+            tokens, _ = self.spell(items[rows, : width + 1])
+            tokens = nn.functional.pad(
+                tokens, (0, template.longest(width + 1, levels) - tokens.size(1)), value=template.pad
+            )
             hidden = self.llm.model(input_ids=tokens[:, :-1], use_cache=False).last_hidden_state
             # The tokens of item j + 1, which a flag at j asks for, are answered where those of item j end.
             flags = wanted[rows, :width]
-            levels = self.ids.levels
-            answers = hidden[:, levels:].unflatten(1, (width, levels))[flags]
-            asked = tokens[:, 1 + levels :].unflatten(1, (width, levels))[flags]
-            loss = token_loss(answers.flatten(0, 1), self.llm.lm_head, asked.flatten()).view(-1, levels)
+            answers = hidden[:, head - 1 + levels :].unflatten(1, (width, levels))[flags]
+            asked = tokens[:, head + levels :].unflatten(1, (width, levels))[flags]
+            loss = self._loss_of(answers, asked)
             found.append((rows[flags.nonzero()[:, 0]], loss))
         return found
 
@@ -192,7 +240,7 @@ class PESO(ContinualModel, SequentialRecommender):
         """Returns right-padded prompts ``[B, P]`` and their lengths ``[B]``."""
         lengths = interaction[self.ITEM_SEQ_LEN]
         width = int(lengths.max()) if len(lengths) else 1
-        return self.spell(interaction[self.ITEM_SEQ][:, :width]), 1 + self.ids.levels * lengths
+        return self.spell(interaction[self.ITEM_SEQ][:, :width])
 
     def _parts(self, lengths: torch.Tensor, width: int = 1) -> list[torch.Tensor]:
         """Returns rows that are answered together; ``width`` tokens a row come on top of the prompts."""

@@ -48,27 +48,14 @@ def make_plan(config: Any, stream: Any, aggregator: Aggregator) -> Plan:
     Raises:
         ConfigError: If the budget makes no sense, or noise would drown the prototypes.
     """
-    budget, delta = budget_of(config), float(config["protofed_delta"])
-    sampling = float(config["protofed_participation"])
-    if not budget > 0 or not 0 < delta < 1 or not 0 < sampling <= 1:
-        raise ConfigError(
-            f"protofed_epsilon {budget!r}, protofed_delta {delta!r}, protofed_participation {sampling!r}: the first is "
-            f"above 0 (~ for no noise), the second between 0 and 1, the third above 0 and at most 1"
-        )
-    if not aggregator.private and not math.isinf(budget):
+    mechanism, n_releases = make_mechanism(config, stream, 0 if config["protofed_static"] else aggregator.steps)
+    cost, radius, weight = mechanism.cost, mechanism.radius, mechanism.weight
+    if not aggregator.private and cost.private:
         raise ConfigError(
             f"protofed_aggregator: {config['protofed_aggregator']} has no private form: {aggregator.why_not_private}; "
             f"use DPFedKMeans, or protofed_epsilon: ~"
         )
-    static = bool(config["protofed_static"])
-    n_releases = 0 if static else (len(stream) - 1) * int(config["protofed_rounds"]) * aggregator.steps
-    multiplier = config["protofed_noise_multiplier"]
-    if multiplier is None:
-        multiplier = noise_multiplier(budget, delta, n_releases, sampling)
-    cost = Release(float(multiplier), sampling)
-    radius, weight = float(config["protofed_radius"]), float(config["protofed_count_weight"])
-    mechanism = Mechanism(cost, radius, weight, config["protofed_trust"], int(config["protofed_bits"]))
-    n_users = sampling * users_of_a_slice(stream)
+    n_users = cost.sampling * users_of_a_slice(stream)
     # Local noise is added once for each user: as much as central noise for the root of so many users less.
     effective = math.sqrt(n_users) if mechanism.trust == "local" else n_users
     k, width = config["protofed_prototypes"], config["protofed_width"]
@@ -79,6 +66,33 @@ def make_plan(config: Any, stream: Any, aggregator: Aggregator) -> Plan:
     choices = ((int(k),) if k is not None else PROTOTYPES, (int(width),) if width is not None else WIDTHS)
     sizes = pick_sizes(effective, cost.noise_multiplier, radius, weight, limit, *choices)
     return Plan(mechanism, n_releases, n_users, sizes, True)
+
+
+def make_mechanism(config: Any, stream: Any, steps: int) -> tuple[Mechanism, int]:
+    """Returns how a run releases sums, and how often.
+
+    Args:
+        config: The properties ``protofed_...``.
+        stream: The stream.
+        steps: Releases of a round.
+
+    Raises:
+        ConfigError: If the budget makes no sense.
+    """
+    budget, delta = budget_of(config), float(config["protofed_delta"])
+    sampling = float(config["protofed_participation"])
+    if not budget > 0 or not 0 < delta < 1 or not 0 < sampling <= 1:
+        raise ConfigError(
+            f"protofed_epsilon {budget!r}, protofed_delta {delta!r}, protofed_participation {sampling!r}: the first is "
+            f"above 0 (~ for no noise), the second between 0 and 1, the third above 0 and at most 1"
+        )
+    n_releases = (len(stream) - 1) * int(config["protofed_rounds"]) * steps
+    multiplier = config["protofed_noise_multiplier"]
+    if multiplier is None:
+        multiplier = noise_multiplier(budget, delta, n_releases, sampling)
+    cost = Release(float(multiplier), sampling)
+    radius, weight = float(config["protofed_radius"]), float(config["protofed_count_weight"])
+    return Mechanism(cost, radius, weight, config["protofed_trust"], int(config["protofed_bits"])), n_releases
 
 
 def budget_of(config: Any) -> float:

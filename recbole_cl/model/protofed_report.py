@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from recbole_cl.model.protofed_plan import budget_of
 
 if TYPE_CHECKING:
+    from recbole_cl.federated.server import Mechanism
+    from recbole_cl.model.federated_base import FederatedModel
     from recbole_cl.model.protofed_sp import ProtoFedSP
 
 OUTSIDE = (
@@ -24,11 +26,28 @@ FLOATS = (
 
 def told(model: ProtoFedSP) -> dict[str, Any]:
     """Returns the stage's report: numbers, tables."""
-    plan, config = model.plan, model.config
+    plan = model.plan
     numbers: dict[str, Any] = {
         "prototypes K": plan.sizes.prototypes,
         "numbers of a prototype d'": plan.sizes.width,
     }
+    more, tables = traffic(model)
+    numbers |= more
+    if model.phase == "backbone":
+        return {"numbers": numbers, "tables": tables}
+    epsilon, rows = privacy_rows(model, plan.mechanism, plan.n_releases, _own_rows(model))
+    numbers |= epsilon
+    tables["Privacy"] = rows
+    if model.notes.get("rounds"):
+        tables["Rounds"] = model.notes["rounds"]
+    if model.notes.get("refused"):
+        tables["Refused uploads"] = [{"reason": why, "uploads": n} for why, n in model.notes["refused"].items()]
+    return {"numbers": numbers, "tables": tables}
+
+
+def traffic(model: FederatedModel) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the numbers of the last round and a client's bytes, and the table of targets with unseen items."""
+    numbers: dict[str, Any] = {}
     if model.notes.get("rounds"):
         numbers["noise/R"] = model.notes["rounds"][-1]["noise/R"]
         for key in ("bytes_up_per_client", "bytes_down_per_client"):
@@ -40,11 +59,24 @@ def told(model: ProtoFedSP) -> dict[str, Any]:
             {"stage": stage + 1, **{split: _share(column[stage]) for split, column in model.unseen.items()}}
             for stage in range(len(shares))
         ]
-    if model.phase == "backbone":
-        return {"numbers": numbers, "tables": tables}
-    spent = _spent(model)
-    if spent is not None and math.isfinite(spent):
-        numbers["epsilon"] = round(spent, 4)
+    return numbers, tables
+
+
+def privacy_rows(
+    model: FederatedModel, mechanism: Mechanism, n_releases: int, more: dict[str, str]
+) -> tuple[dict[str, Any], list[dict[str, str]]]:
+    """Returns the epsilon of everything in the ledger, if there is a finite one, and the rows that say what it means.
+
+    Args:
+        model: The model.
+        mechanism: How it releases.
+        n_releases: How often in the whole run.
+        more: Rows of its own.
+    """
+    config, spent = model.config, _spent(model)
+    if model.notes.get("rounds") and not mechanism.cost.private:  # what has no noise need not stand in a ledger
+        spent = math.inf
+    numbers = {"epsilon": round(spent, 4)} if spent is not None and math.isfinite(spent) else {}
     budget = budget_of(config)
     rows = {
         "epsilon spent": "infinite: no noise, no privacy" if spent == math.inf else f"{spent or 0.0:.4g}",
@@ -52,25 +84,20 @@ def told(model: ProtoFedSP) -> dict[str, Any]:
         "delta": f"{float(config['protofed_delta']):g}",
         "unit": "the user",
         "adjacency": "add or remove one user",
-        "trust": _trust(plan.mechanism.trust),
+        "trust": _trust(mechanism.trust),
         "accountant": "dp-accounting, privacy loss distributions; at least the true epsilon",
-        "noise multiplier": f"{plan.mechanism.cost.noise_multiplier:g}, sampling {plan.mechanism.cost.sampling:g}",
-        "releases": f"{len(model.published)} so far, {plan.n_releases} in the run",
-        "K and d'": _sizes(model),
+        "noise multiplier": f"{mechanism.cost.noise_multiplier:g}, sampling {mechanism.cost.sampling:g}",
+        "releases": f"{len(model.published)} so far, {n_releases} in the run",
+        **more,
         "noise from": "the run's seed: a simulation" if config["protofed_noise"] == "seed" else "the operating system",
         "ledger": "shared with whoever releases data of the same users: their releases are in the figure",
         "outside the guarantee": "; ".join(OUTSIDE),
         "arithmetic": FLOATS,
     }
-    tables["Privacy"] = [{"what": what, "value": value} for what, value in rows.items()]
-    if model.notes.get("rounds"):
-        tables["Rounds"] = model.notes["rounds"]
-    if model.notes.get("refused"):
-        tables["Refused uploads"] = [{"reason": why, "uploads": n} for why, n in model.notes["refused"].items()]
-    return {"numbers": numbers, "tables": tables}
+    return numbers, [{"what": what, "value": value} for what, value in rows.items()]
 
 
-def _spent(model: ProtoFedSP) -> float | None:
+def _spent(model: FederatedModel) -> float | None:
     """Returns the epsilon of everything in the ledger, ``None`` where there is no ledger yet."""
     return model.ledger().spent() if model.published else None
 
@@ -80,6 +107,12 @@ def _trust(trust: str) -> str:
         "central": "central: the server sees the clipped uploads and adds the noise",
         "local": "local: each client adds the noise to its own upload",
     }[trust]
+
+
+def _own_rows(model: ProtoFedSP) -> dict[str, str]:
+    plan, delta = model.plan, float(model.config["protofed_delta"])
+    cost, radius = plan.mechanism.cost, plan.mechanism.radius
+    return {"K and d'": _sizes(model), **model.aggregator.told(plan.n_releases, cost.sampling, delta, radius)}
 
 
 def _sizes(model: ProtoFedSP) -> str:

@@ -13,14 +13,15 @@ import torch
 from recbole_cl.federated.client import (
     Examples,
     Prompts,
+    alignment_of,
     encode_upload,
     observe,
     recommendation_losses,
     routed,
 )
-from recbole_cl.federated.prompts import alignment, plasticity, short_step, stability
+from recbole_cl.federated.prompts import plasticity, short_step, stability
 from recbole_cl.federated.server import bytes_of_round, server_round
-from recbole_cl.federated.uploads import unfit
+from recbole_cl.federated.uploads import Upload, accept
 from recbole_cl.rng import numpy_generator
 from recbole_cl.stream.batch import TARGETS
 from recbole_cl.stream.sampler import NegativeSampler
@@ -70,7 +71,10 @@ class ClientData:
         drawn = sampler.sample_repeatable(negatives.size(-1), flat).reshape(negatives.size(-1), -1)
         negatives[supervised] = torch.from_numpy(drawn.T.copy())
         query = self.model.queries_of(sequence[np.cumsum(counts) - 1]).detach()
-        return Examples(torch.from_numpy(owner), sequence, targets, negatives, query)
+        found = Examples(torch.from_numpy(owner), sequence, targets, negatives, query)
+        if self.model.prompt_per == "target":
+            return found.by_target(lambda rows: self.model.queries_of(rows).detach())
+        return found
 
     def trained(self) -> np.ndarray:
         """Returns the numbers of the clients that have a target whose item has a row, rising."""
@@ -123,16 +127,17 @@ class SharedTraining:
         long = prompts.long.clone().requires_grad_(True)
         short = prompts.short.clone().requires_grad_(True)
         alpha = plasticity(prompts.drift, shared.slope, shared.offset).view(-1, 1, 1)
-        prompt = routed(shared, examples.query, settings)
+        apart = examples.row_query is not None  # each target is routed by its own history
+        given = routed(shared, examples.query if examples.row_query is None else examples.row_query, settings)
+        prompt = torch.zeros_like(long) if apart else given
         prompt = prompt + long if settings.long else prompt
         prompt = prompt + alpha * short if settings.short else prompt
-        outputs = model.outputs(examples.sequence)(prompt[examples.client], examples.targets > 0)
+        of_rows = given + prompt[examples.client] if apart else prompt[examples.client]
+        outputs = model.outputs(examples.sequence)(of_rows, examples.targets > 0)
         table = model.backbone.item_embedding.weight
         losses = recommendation_losses(outputs, table, examples, settings.loss)
         weight = stability(prompts.usual, settings.stability, settings.stability_decay)
-        aligned = alignment(
-            shared.encode_prompt(long), shared.prototypes, settings.align_sharpness, settings.align_temperature
-        )
+        aligned = alignment_of(shared, long, alpha * short, shared.prototypes, settings)
         # The decoder's prompts lead back to their prototypes, so that phi and the decoder speak one language.
         cycle = (shared.encode_prompt(shared.decode()) - shared.prototypes).square().sum(-1).mean()
         loss = (losses + (weight * aligned if settings.alignment else 0.0)).mean() + cycle
@@ -196,9 +201,9 @@ class Rounds:
         chosen = able[coins < float(config["protofed_participation"])]
         self.n_targets = 0
         losses = torch.zeros(0)
+        users = torch.from_numpy(self.data.users[chosen])
         vectors = np.zeros((0, model.plan.sizes.width))
         if len(chosen):
-            users = torch.from_numpy(self.data.users[chosen])
             examples = self.data.examples(chosen, self.generator(f"negatives/{epoch}"))
             self.n_targets = int((examples.targets > 0).sum())
             prompts = observe(model.clients.get(users), examples.query, model.settings.window)
@@ -208,26 +213,33 @@ class Rounds:
             self.ctx.log("drift", prompts.drift.mean())
             self.ctx.log("alpha", plasticity(prompts.drift, model.shared.slope, model.shared.offset).mean())
             self.ctx.log("short_zeros", (prompts.short == 0).float().mean())
-            vectors = encode_upload(model.shared, prompts, model.plan.mechanism.radius).numpy().astype(np.float64)
+            vectors = encode_upload(model.shared, prompts, model.plan.mechanism.radius).numpy()
+            sends = model.aggregator.sends(prompts.drift.numpy())
+            users, vectors = users[torch.from_numpy(sends)], vectors[sends]
         if not config["protofed_static"]:
-            self._release(epoch, vectors)
+            self._release(epoch, users.numpy(), vectors)
         return float(losses.mean()) if len(losses) else 0.0
 
-    def _release(self, epoch: int, vectors: np.ndarray) -> None:
-        """Lets the server refresh the prototypes."""
+    def sent(self, round_id: str, users: np.ndarray, vectors: np.ndarray) -> list[Upload]:
+        """Returns what the clients send; what comes over a wire may be anything, and the server looks at it as such."""
+        return [Upload(user, round_id, vector) for user, vector in zip(users.tolist(), vectors, strict=True)]
+
+    def _release(self, epoch: int, users: np.ndarray, vectors: np.ndarray) -> None:
+        """Lets the server take the uploads that are fit, and refresh the prototypes."""
         model, plan = self.model, self.model.plan
-        why = unfit(vectors, plan.mechanism.radius)
-        refused = Counter(why[why != ""].tolist())
         round_id = f"{self.ctx.config['dataset']}/seed{self.ctx.config['seed']}/stage{self.ctx.index}/round{epoch}"
+        taken = accept(
+            self.sent(round_id, users, vectors), round_id, users.tolist(), plan.sizes.width, plan.mechanism.radius
+        )
         ledger, shared = model.ledger(), model.shared
         before = shared.prototypes.detach().cpu().numpy().astype(np.float64)
-        given = server_round(
-            model.aggregator, vectors[why == ""], before, plan.mechanism, ledger, round_id, self.generator
-        )
+        given = server_round(model.aggregator, taken.vectors, before, plan.mechanism, ledger, round_id, self.generator)
         with torch.no_grad():
             shared.prototypes.copy_(torch.from_numpy(given.prototypes).to(shared.prototypes))
         model.published = [*model.published, *(f"{round_id}/{step}" for step in range(model.aggregator.steps))]
-        self._note(epoch, len(vectors), given, refused, float(np.linalg.norm(given.prototypes - before, axis=1).mean()))
+        self._note(
+            epoch, len(vectors), given, taken.refused, float(np.linalg.norm(given.prototypes - before, axis=1).mean())
+        )
 
     def _note(self, epoch: int, n_clients: int, given: Any, refused: Mapping[str, int], moved: float) -> None:
         """Notes what the round has to tell."""

@@ -70,14 +70,15 @@ def owned_state(model: Any) -> dict[str, Any]:
         "tensors": {k: v for k, v in tensors.items() if k not in frozen},
         "frozen": FrozenTensors({k: v for k, v in tensors.items() if k in frozen}),
         "bases": frozen_bases(model),
-        "other": _others(model),
+        "other": others(model),
     }
     if offers(model, "owned_state"):
         state["owned"] = model.owned_state()
     return state
 
 
-def _others(model: Any) -> dict[str, Any]:
+def others(model: Any) -> dict[str, Any]:
+    """Returns what a checkpoint holds of RecBole's ``other_parameter``."""
     # Memory-based models (ItemKNN, EASE) compute theirs from the data when they are made; only what training
     # accumulates (Pop's counts) is carried.
     if not hasattr(model, "other_parameter"):
@@ -154,7 +155,7 @@ def grow_model(
 
 
 def _carry_others(old: Any, new: Any, n_users: tuple[int, int], n_items: tuple[int, int]) -> None:
-    before, after = _others(old), _others(new)
+    before, after = others(old), others(new)
     grown: dict[str, Any] = {}
     for name, value in before.items():
         fresh = after.get(name)

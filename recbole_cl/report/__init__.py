@@ -11,9 +11,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from recbole_cl.errors import DataError, OutputError
+from recbole_cl.disk import write_atomically
+from recbole_cl.errors import DataError
 from recbole_cl.report.html import page
 from recbole_cl.report.picture import picture
+from recbole_cl.report.shape import check_result
 from recbole_cl.report.skeleton import share_script
 from recbole_cl.report.terminal import terminal_summary
 
@@ -32,17 +34,11 @@ def write_report(result: dict[str, Any], folder: str | Path, shared: Path | None
         The file. It is replaced in one step, so that a reader never sees half a page.
 
     Raises:
-        OutputError: The folder cannot be written.
+        OutputError: The folder cannot be written, or a link stands in the place of the page.
     """
     path = Path(folder) / "report.html"
-    fresh = path.with_name(".report.html.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        script = None if shared is None else os.path.relpath(share_script(shared), path.parent).replace(os.sep, "/")
-        fresh.write_text(page(result, script), encoding="utf-8", newline="\n")
-        fresh.replace(path)
-    except OSError as error:
-        raise OutputError(f"the report {path} cannot be written: {error}") from error
+    script = None if shared is None else os.path.relpath(share_script(shared), path.parent).replace(os.sep, "/")
+    write_atomically(path, page(result, script))
     return path
 
 
@@ -64,12 +60,13 @@ def render_folder(path: str | Path) -> str:
         source = source / "result.json"
     try:
         result = json.loads(source.read_text(encoding="utf-8"))
+        check_result(result)
     except OSError as error:
         raise DataError(f"{source} cannot be read ({error.strerror}); is this the output_dir of a run?") from error
-    except ValueError as error:
-        raise DataError(f"{source} is not JSON: {error}") from error
-    if not isinstance(result, dict):
-        raise DataError(f"{source} holds a {type(result).__name__}, not the result of a run")
+    except DataError as error:
+        raise DataError(f"{source}: {error}; restore it from a copy, or run again") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{source} is not JSON: {error}; restore it from a copy, or run again") from error
     write_report(result, source.parent)
     # A folder may have been moved since the run: say where it lies now.
     return terminal_summary({**result, "output_dir": str(source.parent)})

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from recbole_cl.disk import write_atomically
 from recbole_cl.report import text
 from recbole_cl.report.figures import forgetting_curves, heat_map, safe
 
@@ -20,6 +21,9 @@ def picture(result: dict[str, Any], path: str | Path, width: int = 1200, height:
 
     Returns:
         The file, or None where it cannot be drawn: no matrix, kaleido or its browser is not installed.
+
+    Raises:
+        OutputError: It cannot be written, or a link stands in its place.
     """
     metrics = text.metrics_of(result)
     if not metrics:
@@ -40,7 +44,8 @@ def picture(result: dict[str, Any], path: str | Path, width: int = 1200, height:
     try:
         import plotly.graph_objects as go
 
-        go.Figure({"data": traces, "layout": look}).write_image(str(path), format="png", scale=2)
+        drawn = go.Figure({"data": traces, "layout": look}).to_image(format="png", scale=2)
     except Exception:  # kaleido, its browser and their versions fail in many ways; a run must not fail for a picture
         return None
-    return Path(path) if Path(path).exists() else None
+    write_atomically(Path(path), drawn)
+    return Path(path)

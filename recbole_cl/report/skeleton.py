@@ -18,7 +18,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from recbole_cl.checkpoint import write_atomically
+from recbole_cl.disk import write_atomically
 from recbole_cl.report import figures, text
 
 STYLE = """

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from recbole_cl import checkpoint
+from recbole_cl import checkpoint, disk
 from recbole_cl.evaluation.metrics import constant_answer
 from recbole_cl.evaluation.outcome import Outcome
 from recbole_cl.results.exposure import exposure_disparity, head_mask
@@ -32,6 +33,10 @@ from recbole_cl.stream.stage import Stage
 LOGGER = logging.getLogger("recbole_cl")
 PRIMARY = "primary"
 """Name of the matrix whose columns each hold their task's own primary metric, where those differ."""
+RESULTS = ("result.json", "records.csv", "report.html")
+"""What a run that is complete has found out."""
+OWN = (*RESULTS, "checkpoints", "versions", "store", "base", "frozen")
+"""All that a run writes into its folder."""
 PACKAGES = ("recbole-cl", "recbole", "torch", "numpy", "pandas", "scipy", "peft", "transformers", "faiss-cpu")
 
 
@@ -269,20 +274,18 @@ def versions() -> dict[str, str]:
     return found
 
 
-RESULTS = ("result.json", "records.csv", "report.html")
-"""What a run that is complete has found out."""
-
-
 def open_folder(folder: Path) -> None:
     """Makes sure before any work that the folder can be written; what lies there from an earlier run stays.
 
     Raises:
-        OutputError: If it cannot be written.
+        OutputError: If it cannot be written, or something that a run writes is a link there.
     """
     with checkpoint.explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
+        disk.refuse_links(folder, OWN)
         probe = folder / ".probe"
-        probe.write_bytes(b"0" * 4096)
+        with open(disk.create(probe), "wb") as file:
+            file.write(b"0" * 4096)
         probe.unlink()
 
 
@@ -301,7 +304,7 @@ def set_aside(folder: Path, names: Sequence[str]) -> None:
         if not old:
             return
         number = 1
-        while (folder / f"earlier-{number}").exists():
+        while os.path.lexists(folder / f"earlier-{number}"):
             number += 1
         aside = folder / f"earlier-{number}"
         aside.mkdir()

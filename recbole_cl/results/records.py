@@ -8,6 +8,7 @@ saw the stage.
 from __future__ import annotations
 
 import csv
+import io
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import astuple, dataclass, fields
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from recbole_cl.disk import write_atomically
 from recbole_cl.errors import CheckpointError, DataError
 
 __all__ = ["REFERENCE", "Record", "Records"]
@@ -253,13 +255,17 @@ class Records:
 
         Returns:
             The file.
+
+        Raises:
+            OutputError: It cannot be written, or a link stands in its place.
         """
         path = Path(path)
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(COLUMNS)
-            for record in self:
-                writer.writerow(["" if v is None else repr(v) if isinstance(v, float) else v for v in astuple(record)])
+        text = io.StringIO(newline="")
+        writer = csv.writer(text)
+        writer.writerow(COLUMNS)
+        for record in self:
+            writer.writerow(["" if v is None else repr(v) if isinstance(v, float) else v for v in astuple(record)])
+        write_atomically(path, text.getvalue())
         return path
 
     @classmethod

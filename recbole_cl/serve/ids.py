@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from recbole_cl.stream.without import PLACE
+
 
 def token(value: Any) -> str:
     """Returns a user or item as the log writes it: numbers without a fraction as integers, nothing as ``""``."""
@@ -34,7 +36,8 @@ class Vocabulary:
 
     def __init__(self, tokens: np.ndarray, rows: int, trained: np.ndarray) -> None:
         self.tokens = tokens.astype(object)
-        self._ids = {name: number for number, name in enumerate(map(str, tokens)) if number}
+        names = enumerate(map(str, tokens))
+        self._ids = {name: number for number, name in names if number and not name.startswith(PLACE)}
         self.has_row = np.arange(len(tokens)) < rows
         self.trained = np.zeros(len(tokens), dtype=bool)
         self.trained[: len(trained)] = trained[: len(tokens)]
@@ -42,7 +45,7 @@ class Vocabulary:
         self.trained[0] = False
 
     def __len__(self) -> int:
-        return len(self.tokens) - 1
+        return len(self._ids)
 
     def __contains__(self, value: object) -> bool:
         return token(value) in self._ids

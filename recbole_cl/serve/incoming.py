@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,11 @@ class Incoming:
 
 
 def read_incoming(
-    saved: SavedRun, path: str | Path, columns: Mapping[str, Any] | None = None, new_ids: bool = False
+    saved: SavedRun,
+    path: str | Path,
+    columns: Mapping[str, Any] | None = None,
+    new_ids: bool = False,
+    without: Sequence[str] = (),
 ) -> Incoming:
     """Reads new interactions and checks them against what the run was trained over.
 
@@ -46,6 +50,7 @@ def read_incoming(
         columns: Names of its columns (``user``, ``item``, ``time``, ``label``, ...) where they differ from those of the
             file that the log was imported from.
         new_ids: Take a file in which no item is known to the run.
+        without: Users whose rows are left out.
 
     Raises:
         DataError: If it cannot be read, is wholly older than the run or wholly known to it, is of another id space or
@@ -66,7 +71,13 @@ def read_incoming(
     )
     for name, column in source.items():
         rows[name] = _values(saved.config, path, name, column, frame[column], dataset)
-    return _checked(saved, path, rows, new_ids)
+    unwanted = rows[dataset.uid_field].isin(list(without)).to_numpy()
+    if unwanted.all():
+        raise DataError(f"{path.name}: all {len(rows)} rows are of users who are to be forgotten; nothing is left")
+    found = _checked(saved, path, rows[~unwanted], new_ids)
+    if unwanted.any():
+        found.notes.append(f"{int(unwanted.sum())} rows of users who are to be forgotten are left out")
+    return found
 
 
 def _ids_and_clock(dataset: Any) -> tuple[str, str, str]:

@@ -7,7 +7,7 @@ has had before and whom the model does not know is decided by the same rules.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,9 +31,18 @@ from recbole_cl.evaluation.scores import clear_caches
 from recbole_cl.model.contract import contract
 from recbole_cl.rng import ModelRandomness, derive
 from recbole_cl.serve.answers import Position, Recommendation, Recommendations, Scores, Vectors
-from recbole_cl.serve.forms import is_list, listed, who_and_what
+from recbole_cl.serve.asking import Asking
+from recbole_cl.serve.forms import is_list
 from recbole_cl.serve.ids import Ids, Vocabulary, token
-from recbole_cl.serve.requests import Request, RequestBatcher, excluded_pairs, seen_items
+from recbole_cl.serve.requests import (
+    Request,
+    RequestBatcher,
+    excluded_items,
+    excluded_pairs,
+    known_items,
+    seen_items,
+)
+from recbole_cl.serve.search import ModelIndex, VectorSearch, check_search, model_index, spread
 from recbole_cl.serve.vectors import item_vectors, user_vectors
 from recbole_cl.strategy.base import overrides
 from recbole_cl.training.load import SavedRun
@@ -45,15 +54,20 @@ class Recommender:
 
     Args:
         saved: The version.
+        search: ``exact``, ``approximate`` or ``dense``, see :func:`recbole_cl.load`.
 
     Attributes:
         model: The model, in eval mode.
         ids: Tokens and ids of users and items.
+        retired: Tokens of items that are never recommended, though they have a row.
         position: Where in its stream the model stands.
     """
 
-    def __init__(self, saved: SavedRun) -> None:
+    def __init__(self, saved: SavedRun, search: str = "dense") -> None:
         self.saved, self.config, self.stream = saved, saved.config, saved.stream
+        self.search = check_search(search)
+        self._indices: dict[int, ModelIndex | None] = {}
+        self._similar: tuple[Vectors, VectorSearch] | None = None
         runner = saved.runner()
         self.strategy = runner.strategy
         stages = self.stream.stages
@@ -80,6 +94,9 @@ class Recommender:
                 known.scorable(batcher.n_items, untrained),
             ),
         )
+        self.retired = set(saved.versions.retired)
+        self._served = ~np.isin(np.arange(len(self.ids.items.tokens)), self.ids.items.ids(self.retired))
+        self._asking = Asking(self.config, self.ids, self.stream.table, self.needs_user)
         last = stages[int(saved.state["stage"])]
         self.position = Position(
             last.index + 1,
@@ -92,8 +109,8 @@ class Recommender:
         )
 
     def __repr__(self) -> str:
-        where = f"version {self.position.version}, stage {self.position.stage}"
-        return f"Recommender({self.config['model']} on {self.config['dataset']}, {where}, {self.ids!r})"
+        name, at = f"{self.config['model']} on {self.config['dataset']}", self.position
+        return f"Recommender({name}, version {at.version}, stage {at.stage}, {self.ids!r})"
 
     @property
     def sequential(self) -> bool:
@@ -136,36 +153,39 @@ class Recommender:
         """
         if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
             raise ConfigError(f"k: {k!r} must be an integer of at least 1")
-        names, requests, unknown = self._requests(users, histories)
+        names, requests, unknown = self._asking.requests(users, histories)
         stage, ctx = self._asked(task)
         n = ctx.batcher.n_items
         untrained = contract(ctx.model).scores_untrained_items
-        flags = allowed_items(self.config, ctx.known, stage, n, untrained)
+        flags = allowed_items(self.config, ctx.known, stage, n, untrained) & self._served[:n]
         strange: list[str] = []
         if allowed is not None:
-            chosen = self._items(allowed, strange)
+            chosen = known_items(self.ids.items, allowed, strange)
             flags &= np.isin(np.arange(n), chosen)
-        left_out = self._excluded(excluded, names, len(requests), strange)
+        left_out = excluded_items(self.ids.items, excluded, names, len(requests), strange)
         if not self.config.repeatable_items if filter_seen is None else filter_seen:
             left_out = [
                 np.concatenate([mine, seen_items(self.stream.table, request)])
                 for mine, request in zip(left_out, requests, strict=True)
             ]
-        why = [self._why_not(ctx, request) for request in requests]
+        why = [self._asking.why_not(request) for request in requests]
         answered = [number for number, reason in enumerate(why) if reason is None]
         lists: dict[int, tuple[list[str], list[float]]] = {}
-        for numbers, items, scores in self._ranked(ctx, stage, requests, answered, int(k), flags, left_out):
-            for number, row, values in zip(numbers, items.tolist(), scores.double().tolist(), strict=True):
-                found = [(item, value) for item, value in zip(row, values, strict=True) if item]
-                lists[number] = self.ids.items.names([item for item, _ in found]), [value for _, value in found]
+        index = None if allowed is not None else self._index(ctx, stage, flags)
+        tokens = self.ids.items.tokens
+        for numbers, items, scores in self._ranked(ctx, stage, requests, answered, int(k), flags, left_out, index):
+            full = (items > 0).sum(axis=1).tolist()
+            rows = zip(numbers, full, tokens[items].tolist(), scores.astype(np.float64).tolist(), strict=True)
+            for number, n, row, values in rows:  # an empty slot has nothing behind it
+                lists[number] = row[:n], values[:n]
         answers = []
         for number, (name, request) in enumerate(zip(names, requests, strict=True)):
-            tokens, figures = lists.get(number, ([], []))
+            found, figures = lists.get(number, ([], []))
             status = "history" if name is None else self.ids.users.status(request.user)
             reason = why[number]
-            if reason is None and not tokens:
-                reason = "no item is left: every allowed one is excluded, seen or untrained"
-            answers.append(Recommendation(name, status, tokens, figures, unknown[number], reason))
+            if reason is None and not found:
+                reason = "no item is left: every allowed one is excluded, seen, retired or untrained"
+            answers.append(Recommendation(name, status, found, figures, unknown[number], reason))
         return Recommendations(answers, strange)
 
     def _ranked(
@@ -177,28 +197,60 @@ class Recommender:
         k: int,
         flags: np.ndarray,
         left_out: Sequence[np.ndarray],
-    ) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
+        index: ModelIndex | None,
+    ) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
         """Yields numbers of requests, and the items and scores of their lists."""
         allowed = torch.from_numpy(flags).to(ctx.device)
         bound = bound_of(allowed)
-        for numbers, batcher, batch, way in self._batches(ctx, stage, requests, answered):
+        if index is not None and index.users is not None:  # a user's vector is a row of a table: nothing to compute
+            found = index.of_users([requests[number].user for number in answered], k, [left_out[n] for n in answered])
+            if found is not None:
+                yield answered, *found
+                return
+        by_index = index is not None and index.users is None
+        for numbers, batcher, batch, way in self._batches(ctx, stage, requests, answered, by_index):
+            if index is not None and by_index:
+                queries = user_vectors(ctx, self.config["model"], batch).float().cpu().numpy()
+                found = index.search.best(queries, k, [left_out[number] for number in numbers])
+                if found is not None:
+                    yield numbers, *found
+                    continue
             pairs = excluded_pairs([left_out[number] for number in numbers], len(flags), ctx.device)
             if way is Way.OWN:
                 items, values = own_lists(ctx.model, batch, min(k, len(flags) - 1), allowed, pairs)
-                yield numbers, items.cpu(), values.cpu()
+                yield numbers, items.cpu().numpy(), values.cpu().numpy()
                 continue
             for part, scores in self._scored(ctx, way, batcher, batch):
                 inside = (pairs[0] >= part.start) & (pairs[0] < part.stop)
                 limit(scores, bound, (pairs[0][inside] - part.start, pairs[1][inside]))
                 items, values = top_items(scores, k)
-                yield numbers[part], items.cpu(), values.cpu()
+                yield numbers[part], items.cpu().numpy(), values.cpu().numpy()
+
+    def _index(self, ctx: Any, stage: Any, flags: np.ndarray) -> ModelIndex | None:
+        """Returns an index over the items of a task, made when it is asked first; ``None`` where there can be none."""
+        if self.search == "dense" or self._adjusting:
+            return None
+        if stage.index not in self._indices:
+            self._indices[stage.index] = self._made_index(ctx, stage, flags)
+        return self._indices[stage.index]
+
+    def _made_index(self, ctx: Any, stage: Any, flags: np.ndarray) -> ModelIndex | None:
+        requests = [Request(user) for user in spread(np.flatnonzero(self.ids.users.trained))]
+        requests = [request for request in requests if self._asking.why_not(request) is None]
+        probes = (
+            (batch, torch.tensor([requests[number].user for number in numbers[part]]), part, scores)
+            for numbers, batcher, batch, way in self._batches(ctx, stage, requests, list(range(len(requests))))
+            for part, scores in ([] if way is Way.OWN else scores_of(way, ctx.model, batcher, batch))
+        )
+        approximate = self.search == "approximate"
+        return model_index(ctx, self.config["model"], self.sequential, probes, flags, approximate)
 
     def _batches(
-        self, ctx: Any, stage: Any, requests: list[Request], answered: list[int]
+        self, ctx: Any, stage: Any, requests: list[Request], answered: list[int], by_index: bool = False
     ) -> Iterator[tuple[list[int], RequestBatcher, Any, Way]]:
         """Yields the answerable requests in batches: their numbers, their rows, and how their answers are had."""
         way = choose_way(ctx.model, candidates=False, adjusted=bool(self._adjusting), histories=False)
-        size = rows_at_once(self.config, ctx.batcher.n_items, way)
+        size = rows_at_once(self.config, 1 if by_index else ctx.batcher.n_items, way)
         with self._answering(ctx, stage):
             for start in range(0, len(answered), size):
                 numbers = answered[start : start + size]
@@ -247,10 +299,12 @@ class Recommender:
         item = self.ids.items.ids(what)
         for value, is_history, number, name in zip(who, as_history, item.tolist(), what, strict=True):
             request = (
-                Request(0, self._history(value)[0]) if is_history else Request(int(self.ids.users.ids([value])[0]))
+                Request(0, self._asking.history(value)[0])
+                if is_history
+                else Request(int(self.ids.users.ids([value])[0]))
             )
             requests.append(request)
-            reason = self._why_not(ctx, request)
+            reason = self._asking.why_not(request)
             status = self.ids.items.status(number)
             if reason is None and status != "known":
                 told = "is in no interaction" if status == "unknown" else "has no trained row"
@@ -315,15 +369,23 @@ class Recommender:
         if status != "known":
             told = "is in no interaction" if status == "unknown" else "has no trained row"
             return Recommendation(None, status, [], [], reason=f"the item {token(item)!r} {told}")
-        found = self.vectors("items")
-        values = torch.from_numpy(found.values)
-        values = values / values.norm(dim=1, keepdim=True).clamp(min=1e-12)
-        own = found.tokens.index(token(item))
-        near = values @ values[own]
-        near[own] = -torch.inf
-        items, scores = top_items(torch.cat([torch.tensor([-torch.inf]), near]).unsqueeze(0), k)
-        kept = [(int(i) - 1, float(s)) for i, s in zip(items[0], scores[0], strict=True) if i]
-        return Recommendation(None, status, [found.tokens[i] for i, _ in kept], [s for _, s in kept])
+        if self._similar is None:
+            found = self.vectors("items")
+            unit = found.values / np.linalg.norm(found.values, axis=1, keepdims=True).clip(min=1e-12)
+            served = self._served[self.ids.items.ids(found.tokens)]
+            self._similar = Vectors(found.tokens, unit), VectorSearch(unit, served, self.search == "approximate")
+            self._rows = {name: row for row, name in enumerate(found.tokens)}
+        unit_vectors, search = self._similar
+        own = self._rows[token(item)]
+        near = search.best(unit_vectors.values[own : own + 1], min(k + 1, len(unit_vectors)), [])
+        if near is None:
+            return Recommendation(None, status, [], [], reason="every other item is retired")
+        kept = [
+            (int(row), float(score))
+            for row, score in zip(near[0][0], near[1][0], strict=True)
+            if row != own and np.isfinite(score)
+        ][:k]
+        return Recommendation(None, status, [unit_vectors.tokens[row] for row, _ in kept], [s for _, s in kept])
 
     # -- requests -------------------------------------------------------------------------------------------------
 
@@ -336,63 +398,3 @@ class Recommender:
                 f"{', '.join(self._tasks)}"
             )
         return stage, self._contexts[stage.index]
-
-    def _requests(self, users: Any, histories: Any) -> tuple[list[str | None], list[Request], list[list[str]]]:
-        """Returns who asks, what is asked, and the unknown tokens of each history."""
-        who, given = who_and_what(users, histories)
-        if given is not None and who is None and self.needs_user:
-            raise ConfigError(
-                f"model {self.config['model']} knows users by their id, not by a history; give users that the log has"
-            )
-        size = len(who if who is not None else given or [])
-        names: list[str | None] = [None] * size if who is None else [token(user) for user in who]
-        ids = np.zeros(size, dtype=np.int64) if who is None else self.ids.users.ids(who)
-        requests, unknown = [], []
-        for number in range(size):
-            history, strange = (None, []) if given is None else self._history(given[number])
-            requests.append(Request(int(ids[number]), history))
-            unknown.append(strange)
-        return names, requests, unknown
-
-    def _history(self, items: Any) -> tuple[np.ndarray, list[str]]:
-        """Returns the ids of a history's items that the model has rows for, and the tokens of the others."""
-        items = listed(items)
-        ids = self.ids.items.ids(items)
-        fits = (ids > 0) & self.ids.items.has_row[ids]
-        return ids[fits], [token(item) for item, there in zip(items, fits.tolist(), strict=True) if not there]
-
-    def _why_not(self, ctx: Any, request: Request) -> str | None:
-        """Returns why a request cannot be answered, or ``None``."""
-        users = self.ids.users
-        if self.needs_user and not users.trained[request.user]:
-            told = "is in no interaction" if request.user == 0 else "has no trained row"
-            return f"the user {told}; {self.config['model']} answers only for users that it has trained on"
-        if self.sequential:
-            if request.history is None and request.user == 0:
-                return "the user is in no interaction; give a history"
-            history = seen_items(self.stream.table, request)[-int(self.config["MAX_ITEM_LIST_LENGTH"]) :]
-            if not self.ids.items.has_row[history].any():
-                return "the history holds no item that the model knows"
-        return None
-
-    def _items(self, tokens: Any, strange: list[str]) -> np.ndarray:
-        """Returns the ids of items; unknown tokens are added to a list."""
-        tokens = listed(tokens)
-        ids = self.ids.items.ids(tokens)
-        strange += [token(item) for item, number in zip(tokens, ids.tolist(), strict=True) if not number]
-        return ids[ids > 0]
-
-    def _excluded(self, excluded: Any, names: list[str | None], size: int, strange: list[str]) -> list[np.ndarray]:
-        """Returns the excluded items of each request."""
-        nothing = np.zeros(0, dtype=np.int64)
-        if excluded is None:
-            return [nothing] * size
-        if isinstance(excluded, Mapping):
-            by_user = {token(user): self._items(items, strange) for user, items in excluded.items()}
-            return [by_user.get(name or "", nothing) for name in names]
-        rows = listed(excluded)
-        if rows and all(is_list(row) for row in rows):
-            if len(rows) != size:
-                raise ConfigError(f"excluded: {len(rows)} lists for {size} requests; give one for each, or one for all")
-            return [self._items(row, strange) for row in rows]
-        return [self._items(rows, strange)] * size

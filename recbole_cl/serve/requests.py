@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from recbole.data.interaction import Interaction
 
+from recbole_cl.errors import ConfigError
 from recbole_cl.evaluation.ranking import Pairs
+from recbole_cl.serve.forms import is_list, listed
+from recbole_cl.serve.ids import Vocabulary, token
 from recbole_cl.strategy.context import StageContext
 from recbole_cl.stream.batch import POSITION, STAGE, TIMESTAMP, Batcher
 from recbole_cl.stream.stage import Targets
@@ -48,6 +52,43 @@ def excluded_pairs(items: Sequence[np.ndarray], n_items: int, device: torch.devi
     item = np.concatenate([*items, np.zeros(0, dtype=np.int64)]).astype(np.int64)
     fits = item < n_items
     return torch.from_numpy(row[fits]).to(device), torch.from_numpy(item[fits]).to(device)
+
+
+def known_items(items: Vocabulary, tokens: Any, strange: list[str]) -> np.ndarray:
+    """Returns the ids of items; unknown tokens are added to a list."""
+    tokens = listed(tokens)
+    ids = items.ids(tokens)
+    strange += [token(item) for item, number in zip(tokens, ids.tolist(), strict=True) if not number]
+    return ids[ids > 0]
+
+
+def excluded_items(
+    items: Vocabulary, excluded: Any, names: Sequence[str | None], size: int, strange: list[str]
+) -> list[np.ndarray]:
+    """Returns the excluded items of each request.
+
+    Args:
+        items: The items.
+        excluded: Tokens for all requests, a list of them for each, or user to tokens; ``None`` for none.
+        names: Who asks.
+        size: Number of requests.
+        strange: Takes unknown tokens.
+
+    Raises:
+        ConfigError: If there are lists, but not one for each.
+    """
+    nothing = np.zeros(0, dtype=np.int64)
+    if excluded is None:
+        return [nothing] * size
+    if isinstance(excluded, Mapping):
+        by_user = {token(user): known_items(items, theirs, strange) for user, theirs in excluded.items()}
+        return [by_user.get(name or "", nothing) for name in names]
+    rows = listed(excluded)
+    if rows and all(is_list(row) for row in rows):
+        if len(rows) != size:
+            raise ConfigError(f"excluded: {len(rows)} lists for {size} requests; give one for each, or one for all")
+        return [known_items(items, row, strange) for row in rows]
+    return [known_items(items, rows, strange)] * size
 
 
 class RequestBatcher(Batcher):

@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from recbole_cl.errors import ConfigError, nearest
+from recbole_cl.model.contract import contract
 from recbole_cl.results.matrix import smaller_is_better
 from recbole_cl.serve.incoming import read_incoming
 from recbole_cl.stream.build import Stream
@@ -47,6 +48,7 @@ class Update:
         promoted: A new version is served.
         reason: Why, or why not, in a sentence.
         champion: Number of the version that is served now.
+        challenger: Number of the version that was trained and kept aside, or ``None``.
         metric: The guard metric, or ``None`` for none.
         old: The old model on the held-out tail.
         new: The new model there.
@@ -64,6 +66,7 @@ class Update:
     new: float | None
     tested: int
     rows: dict[str, int]
+    challenger: int | None = None
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -82,6 +85,8 @@ def update(
     margin: float = MARGIN,
     keep: int = KEEP,
     new_ids: bool = False,
+    without: Sequence[str] = (),
+    as_challenger: bool = False,
     dry_run: bool = False,
     model_class: type | None = None,
 ) -> Update:
@@ -96,6 +101,8 @@ def update(
         margin: Share of the old figure that the new one may fall short of it.
         keep: Versions that are kept.
         new_ids: Take a file in which no item is known to the run.
+        without: Users whose rows in the file are left out.
+        as_challenger: Keep the new version as the challenger even where it is as good.
         dry_run: Train and compare, but change nothing in the run's folder.
         model_class: The model's class, where nobody here answers to its name.
 
@@ -111,7 +118,7 @@ def update(
     with contextlib.nullcontext() if dry_run or not folder.is_dir() else locked(folder, "update"):
         saved = SavedRun.open(run, model_class=model_class)
         changed = SavedRun.open(run, model_class=model_class, changes=changes) if changes else saved
-        incoming = read_incoming(saved, new_data, columns, new_ids)
+        incoming = read_incoming(saved, new_data, columns, new_ids, without)
         name = f"update {len(saved.stream) + 1}"
         stream, moves = extended(changed.config, saved.stream, incoming.rows, name)
         stage = stream.stages[-1]
@@ -122,8 +129,11 @@ def update(
         )  # fmt: skip
         new = standing_at(changed, stream, moves)
         new.train_stages(stage.index)
+        costs = contract(new.standing(stage.index).model).stage_costs()
         metric, old_figure, new_figure = _compared(saved, stream, moves, new, guard)
         promoted, reason = judged(metric, old_figure, new_figure, margin)
+        if promoted and as_challenger:
+            promoted, reason = False, f"kept as the challenger, as asked: {reason}"
         result = Update(
             promoted and not dry_run,
             reason,
@@ -133,11 +143,15 @@ def update(
             new_figure,
             len(stage.test),
             used,
-            incoming.notes,
+            notes=[
+                *incoming.notes,
+                *(f"{name}: {value}" for name, value in costs.items() if isinstance(value, int) and value),
+            ],
         )
-        if promoted and not dry_run:
-            result.champion = _promote(changed, stream, moves, new, result, Path(new_data).name, keep)
-        elif dry_run:
+        if not dry_run:
+            number = _keep(changed, stream, moves, new, result, Path(new_data).name, keep)
+            result.champion, result.challenger = (number, None) if promoted else (saved.number, number)
+        else:
             result.reason = f"dry run, nothing has changed; it would {'' if promoted else 'not '}be promoted: {reason}"
         result.seconds = round(time.perf_counter() - begun, 3)
     return result
@@ -214,11 +228,11 @@ def judged(metric: str | None, old: float | None, new: float | None, margin: flo
     return False, f"{told}: worse by more than the margin of {margin:.0%}, so the old model is kept"
 
 
-# -- promotion ----------------------------------------------------------------------------------------------------
+# -- versions -------------------------------------------------------------------------------------------------------
 
 
-def _promote(saved: SavedRun, stream: Stream, moves: Moves, new: Runner, result: Update, file: str, keep: int) -> int:
-    """Writes the new version and makes it the champion; returns its number."""
+def _keep(saved: SavedRun, stream: Stream, moves: Moves, new: Runner, result: Update, file: str, keep: int) -> int:
+    """Writes the new version and makes it the champion, or the challenger; returns its number."""
     last, served_all = len(stream) - 1, bool(saved.state.get("all_rows", False))
     runner = new
     if served_all:
@@ -241,4 +255,4 @@ def _promote(saved: SavedRun, stream: Stream, moves: Moves, new: Runner, result:
         "old": result.old,
         "new": result.new,
     }
-    return saved.versions.add(state, entry, keep)
+    return saved.versions.add(state, entry, keep, result.promoted)

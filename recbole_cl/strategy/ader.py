@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from recbole_cl.errors import ConfigError
 from recbole_cl.model.all_positions import AllPositions
+from recbole_cl.model.forget import Forgetting
 from recbole_cl.model.fused import distillation, divergence, softmax_loss
 from recbole_cl.registry import strategies
 from recbole_cl.strategy.base import Strategy, require
@@ -187,3 +188,7 @@ class ADER(Strategy):
         require(state, "exemplars", "order", "cursor")
         self.exemplars = Targets(**{name: np.array(state["exemplars"][name], dtype=np.int64) for name in COLUMNS})
         self.order, self.cursor = np.array(state["order"], dtype=np.int64), int(state["cursor"])
+
+    def without_users(self, state: Mapping[str, Any], forgetting: Forgetting) -> Mapping[str, Any]:
+        exemplars = forgetting.removal.rows(state["exemplars"], "user")
+        return {"exemplars": exemplars, "order": np.empty(0, dtype=np.int64), "cursor": 0}  # a stage begins with none

@@ -24,7 +24,7 @@ state, ``begin_pass``, the optimiser's state; then training goes on with the nex
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from recbole.data.interaction import Interaction
@@ -34,6 +34,9 @@ from recbole_cl.errors import nearest
 from recbole_cl.strategy.context import Pass, StageContext
 from recbole_cl.stream.stage import Stage
 from recbole_cl.stream.vocabulary import Growth
+
+if TYPE_CHECKING:
+    from recbole_cl.model.forget import Forgetting
 
 
 class Strategy:
@@ -163,6 +166,13 @@ class Strategy:
         Raises:
             KeyError: If a key is missing; the message names it.
         """
+
+    def without_users(self, state: Mapping[str, Any], forgetting: Forgetting) -> Mapping[str, Any]:
+        """Returns a saved state of this strategy without users who are to be forgotten.
+
+        By default named tensors lose their rows, and memories with a column ``user`` or ``users`` their entries.
+        """
+        return forgetting.nest(state)  # type: ignore[no-any-return]
 
     def side_stores(self) -> dict[str, str]:
         """Returns durable stores outside the checkpoint (name to path); they are named in it, never rolled back."""

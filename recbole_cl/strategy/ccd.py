@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from recbole_cl.errors import ConfigError
+from recbole_cl.model.forget import Forgetting
 from recbole_cl.registry import strategies
 from recbole_cl.rng import torch_generator
 from recbole_cl.strategy.base import Strategy, require
@@ -185,3 +186,7 @@ class CCD(Strategy):
         self.proxies = {name: dict(proxy) for name, proxy in state["proxies"].items()}
         self.soft_labels = {name: dict(drawn) for name, drawn in state["soft_labels"].items()}
         self.drawn = list(state["drawn"])
+
+    def without_users(self, state: Mapping[str, Any], forgetting: Forgetting) -> Mapping[str, Any]:
+        kept = forgetting.nest({key: state[key] for key in ("teacher", "proxies")})
+        return {**kept, "soft_labels": {}, "drawn": []}  # the next stage draws its own

@@ -10,6 +10,7 @@ from torch import nn
 
 from recbole_cl.errors import ConfigError
 from recbole_cl.model.contract import contract, offers
+from recbole_cl.model.forget import Forgetting
 from recbole_cl.registry import strategies
 from recbole_cl.strategy.base import Strategy, require
 from recbole_cl.strategy.context import StageContext
@@ -104,3 +105,6 @@ class ERRandom(Strategy):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         require(state, "memory")
         self.memory.load_state_dict(state["memory"])
+
+    def without_users(self, state: Mapping[str, Any], forgetting: Forgetting) -> Mapping[str, Any]:
+        return {"memory": self.memory.without_users(state["memory"], forgetting)}

@@ -46,6 +46,9 @@ class InfLoRA(Folded):
         if self.params["side"] not in ("outside", "inside"):
             raise ConfigError(f"property 'inf_lora_side' is {self.params['side']!r}; it must be 'outside' or 'inside'")
 
+    def beside(self, name: str, like: torch.Tensor) -> list[Factors]:
+        return [(a, self._scaling * b) for a, b in self.of_layer(name, like)]
+
     def added(self, past: list[Factors]) -> torch.Tensor:
         return self._scaling * torch.stack([product(factors) for factors in past]).sum(0)
 

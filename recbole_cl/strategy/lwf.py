@@ -77,7 +77,11 @@ class LwF(Strategy):
         if not temperature > 0:
             raise ConfigError(f"lwf_temperature: {temperature} is not positive; the usual value is 2")
         pointwise = config["MODEL_INPUT_TYPE"] == InputType.POINTWISE
-        if not _full_softmax(model) and pointwise and not isinstance(getattr(model, "sigmoid", None), nn.Sigmoid):
+        if (
+            not _full_softmax(contract(model).causal_part())
+            and pointwise
+            and not isinstance(getattr(model, "sigmoid", None), nn.Sigmoid)
+        ):
             raise ConfigError(
                 f"strategy: {self.name} cannot serve the model {config['model']}: it trains on points, and without a "
                 f"module named sigmoid it cannot be told whether predict gives logits or probabilities; use EWC, SI, a "
@@ -90,21 +94,23 @@ class LwF(Strategy):
             return {}
         if self._known is None or self._known.ctx is not ctx or self._known.loader is not ctx.loader:
             self._known = TeacherRows(ctx, teacher)
-        known = self._known
-        distil = self.positions if TARGETS in batch else self.softmax if _full_softmax(ctx.model) else self.pairs
+        known, encoder = self._known, contract(ctx.model).causal_part()
+        distil = self.positions if TARGETS in batch else self.softmax if _full_softmax(encoder) else self.pairs
         with contextlib.nullcontext() if _draws_nothing(ctx.model, batch) else second_forward(ctx, self.name):
             found = distil(ctx, known, batch)
         return {} if found is None else {f"{self.name}/distillation": float(self.params["lambda"]) * found}
 
     def positions(self, ctx: StageContext, known: TeacherRows, batch: Interaction) -> torch.Tensor | None:
         """Returns the term over all positions that the teacher can answer; ``None`` without one."""
-        model, teacher, supervised = ctx.model, known.teacher, batch[TARGETS] > 0
+        model, teacher, supervised = contract(ctx.model).causal_part(), known.encoder, batch[TARGETS] > 0
         old, at = known.positions(batch, supervised)
         if not len(old):
             return None
         outputs = vars(batch).get("outputs")
         if outputs is None:  # the loss was another's, or is taken of shares of the batch
             new = model.outputs(batch[model.ITEM_SEQ], at)
+            added = contract(ctx.model).added_at(batch, at)
+            new = new if added is None else new + added
         else:
             new = outputs if len(outputs) == len(old) else outputs[at[supervised]]
         if _full_softmax(model):

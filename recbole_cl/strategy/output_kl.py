@@ -54,6 +54,7 @@ class OutputKL(AdapterPull):
             total = torch.stack([0 * (a.sum() + b.sum()) for a, b in adapter.values()]).sum()
             for name, x in inputs.items():
                 (a, b), (a_before, b_before) = adapter[name], before[name]
+                x = x.to(a.dtype)  # a checkpoint may be of bfloat16
                 mine = torch.log_softmax((x @ a.T @ b.T).float(), dim=-1)
                 theirs = torch.log_softmax((x @ a_before.T @ b_before.T).float(), dim=-1)
                 total = total + (mine.exp() * (mine - theirs)).sum(-1).mean()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from recbole_cl.generative.lora import Factors, sum_of_directions
+from recbole_cl.generative.lora import Factors, direction_factors, sum_of_directions
 from recbole_cl.registry import strategies
 from recbole_cl.strategy.parts.cumulative import Folded
 
@@ -20,6 +20,10 @@ class SumLoRA(Folded):
     prefix = "sum_lora"
     defaults = {"adapters": "all", "inherit": False, "scaled": False}
     why_not_neutral = "the adapter of a past stage is always added"
+
+    def beside(self, name: str, like: torch.Tensor) -> list[Factors]:
+        scale = self._scaling if self.params["scaled"] else 1.0
+        return [(a, scale * b) for a, b in map(direction_factors, self.of_layer(name, like))]
 
     def added(self, past: list[Factors]) -> torch.Tensor:
         return (self._scaling if self.params["scaled"] else 1.0) * sum_of_directions(past)

@@ -11,6 +11,7 @@ from recbole.utils import EvaluatorType, ModelType
 
 from recbole_cl.errors import DataError
 from recbole_cl.stream.dataset import StageView, StreamDatasetMixin, load_dataset
+from recbole_cl.stream.read_tables import tables_digest
 from recbole_cl.stream.stage import Stage, Targets, Task
 from recbole_cl.stream.table import TEST, TRAIN, VALID, InteractionTable
 
@@ -195,7 +196,7 @@ class Stream:
         return np.flatnonzero(seen)
 
     def fingerprint(self) -> str:
-        """Returns a hash of the table, of the stages' targets and of all tokens."""
+        """Returns a hash of all that was read: the table, the stages' targets, and every table of the dataset."""
         digest = hashlib.sha256(self.table.fingerprint().encode())
         for stage in self.stages:
             digest.update(repr(stage.task).encode())
@@ -203,6 +204,6 @@ class Stream:
                 targets = stage.split(split)
                 for column in (targets.position, targets.hi, targets.label):
                     digest.update(np.ascontiguousarray(column, dtype=np.int64).tobytes())
-        for known in (self.dataset.uid_field, self.dataset.iid_field):
-            digest.update("\x1f".join(map(str, self.dataset.field2id_token[known])).encode())
+        for part in tables_digest(self.dataset):
+            digest.update(part)
         return digest.hexdigest()

@@ -24,7 +24,7 @@ from recbole_cl.config.columns import ID_PROPERTIES, check_header
 from recbole_cl.errors import DataError, RecBoleCLError
 from recbole_cl.registry import schedulers
 from recbole_cl.stream.parity import plain_class, recbole_view
-from recbole_cl.stream.quality import check_labels, check_timestamps, clock, number
+from recbole_cl.stream.quality import check_labels, check_timestamps, clock, idle_labels, number
 from recbole_cl.stream.reader import fast_reader
 from recbole_cl.stream.schedulers.base import Log, Scheduler, parse_time
 from recbole_cl.stream.split import roles, vocabulary_phase
@@ -71,7 +71,10 @@ class StreamDatasetMixin(_Mixed):
         super().__init__(config)
         self._change_feat_format()
         label = config["LABEL_FIELD"]
-        check_labels(config, self.inter_feat[label].numpy() if label in self.inter_feat else None)
+        labels = self.inter_feat[label].numpy() if label in self.inter_feat else None
+        check_labels(config, labels)
+        self.stream_warnings += idle_labels(config, labels)
+        self._drop_unused_col()
 
     def _download(self) -> None:
         raise DataError(f"data_path: {self.dataset_path!r} does not exist; nothing is downloaded")
@@ -366,6 +369,11 @@ def load_dataset(config: Any) -> StreamDatasetMixin:
         raise
     except ValueError as error:
         raise DataError(f"dataset {config['dataset']!r}: {error}") from error
+    except (TypeError, KeyError) as error:
+        raise DataError(
+            f"dataset {config['dataset']!r}: RecBole cannot load it with these properties ({type(error).__name__}: "
+            f"{error}); look at the types in the first lines of its files, and at load_col and alias_of_*"
+        ) from error
 
 
 __all__ = ["StageView", "StreamDatasetMixin", "dataset_class", "load_dataset", "select"]

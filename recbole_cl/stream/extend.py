@@ -53,13 +53,17 @@ class Moves:
         return replace(targets, lo=lo, hi=hi)
 
     def state(self, value: Any) -> Any:
-        """Returns a strategy's state with the histories in it moved: what it keeps as ``user``, ``lo`` and ``hi``."""
+        """Returns a strategy's state with its histories moved: those of targets (``lo``, ``hi``) and rows (``_lo``)."""
         if isinstance(value, Mapping):
             moved = {key: self.state(inner) for key, inner in value.items()}
             if {"user", "lo", "hi"} <= moved.keys():
                 arrays = [np.asarray(value[key], dtype=np.int64) for key in ("user", "lo", "hi")]
                 lo, hi = self(*arrays)
                 for key, array in (("lo", lo), ("hi", hi)):
+                    moved[key] = torch.from_numpy(array) if torch.is_tensor(value[key]) else array
+            elif {"_position", "_lo", "_hi"} <= moved.keys():  # rows of batches
+                position, lo, hi = (np.asarray(value[key]) for key in ("_position", "_lo", "_hi"))
+                for key, array in zip(("_lo", "_hi"), self(self.new.user[position], lo, hi), strict=True):
                     moved[key] = torch.from_numpy(array) if torch.is_tensor(value[key]) else array
             return moved
         return [self.state(inner) for inner in value] if isinstance(value, list) else value
@@ -135,6 +139,28 @@ def extended(config: Any, stream: Stream, rows: pd.DataFrame, name: str) -> tupl
     stages.append(_stage(config, stream, table, role, time, late, name))
     longer = replace(stream, table=table, stages=stages, dataset=dataset)
     return longer, moves
+
+
+def with_more_users(stream: Stream, more: int) -> Stream:
+    """Returns the stream with further users at its end who have done nothing: what of a model grows by them is theirs.
+
+    Args:
+        stream: The stream; it stays as it is.
+        more: How many.
+    """
+    base = stream.dataset
+    dataset: Any = copy.copy(base)
+    uid, size = base.uid_field, len(base.field2id_token[base.uid_field]) + more
+    dataset.field2id_token, dataset.field2token_id = dict(base.field2id_token), dict(base.field2token_id)
+    tokens = [*map(str, base.field2id_token[uid]), *(f"[MORE {number}]" for number in range(more))]
+    for field in {uid, *(base.alias.get("user_id") or [])} & base.field2id_token.keys():
+        dataset.field2id_token[field] = np.array(tokens)
+        dataset.field2token_id[field] = {token: number for number, token in enumerate(tokens)}
+    if base.user_feat is not None:
+        dataset.user_feat = _with_rows(dataset, base.user_feat, uid, size)
+    last = stream.stages[-1]
+    stages = [*stream.stages[:-1], replace(last, n_users=last.n_users + more)]
+    return replace(stream, stages=stages, dataset=dataset, table=dataset.build_table())
 
 
 def _stage(

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from recbole_cl.config.models import reads
+from recbole_cl.config.models import configured_classes
+from recbole_cl.config.recbole_properties import labels_are_idle, labels_are_learnt
 from recbole_cl.errors import DataError
 
 # A timestamp is far outside the bulk when it lies this many bulk spans (1st to 99th percentile) beyond it.
@@ -130,7 +131,7 @@ def check_labels(config: Any, labels: np.ndarray | None) -> None:
             0 and 1 would judge others.
     """
     field, model = config["LABEL_FIELD"], config["model"]
-    learnt = config["train_neg_sample_args"]["distribution"] == "none" and reads(config.model_class, "LABEL")
+    learnt = labels_are_learnt(config)
     remedy = "set threshold: {rating: 4}, with the column and the value from which a label is 1"
     if labels is None:
         if learnt:
@@ -152,3 +153,21 @@ def check_labels(config: Any, labels: np.ndarray | None) -> None:
             f"metrics: {', '.join(asked)} judge labels that are 0 or 1, but {field!r} holds {number(low)} to "
             f"{number(high)}; {remedy}, or metrics: [RMSE, MAE]"
         )
+
+
+def idle_labels(config: Any, labels: np.ndarray | None) -> list[str]:
+    """Returns a warning where rows of label 0 are taken for positives, as training does whose model reads no labels.
+
+    Args:
+        config: The run's configuration.
+        labels: Labels of the interactions, ``None`` where no column and no threshold gives any.
+    """
+    zeros = 0 if labels is None else int((labels <= 0).sum())
+    if labels is None or not zeros or not labels_are_idle(config, list(configured_classes(config))):
+        return []
+    field = config["LABEL_FIELD"]
+    column, least = next(iter((config["threshold"] or {field: 1}).items()))
+    return [
+        f"LABEL_FIELD: {zeros} of {len(labels)} interactions have the label 0 ({field}), but {config['model']} takes "
+        f"every interaction for a positive; set val_interval: {{{column}: '[{number(least)},inf)'}} to leave them out"
+    ]

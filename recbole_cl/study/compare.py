@@ -15,7 +15,7 @@ from typing import Any
 
 import pandas as pd
 
-from recbole_cl.checkpoint import explained, write_atomically
+from recbole_cl.disk import explained, write_atomically
 from recbole_cl.errors import ConfigError, nearest
 from recbole_cl.results.matrix import smaller_is_better
 from recbole_cl.study.plan import Plan

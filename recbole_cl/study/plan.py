@@ -32,6 +32,7 @@ from typing import Any
 
 from recbole_cl.config import properties_dir, read_properties
 from recbole_cl.config.strategies import asked_strategies
+from recbole_cl.disk import check_name
 from recbole_cl.errors import ConfigError, nearest
 from recbole_cl.registry import strategies
 from recbole_cl.results.strata import STRATA
@@ -42,6 +43,7 @@ AXES = {"datasets": "dataset", "schedulers": "scheduler", "models": "model", "st
 """Axes of a preset in the order in which their properties win, and the property that a bare name sets."""
 PLOTS = {"curves": "", "orders": "orders", "probe": "probe"}
 """Kinds of plots, and the key that a preset needs for them."""
+LABEL = "it names a folder of the study, so give another one, without '/', '\\\\' and NUL, and neither '.' nor '..'"
 _PRESET_KEYS = (*AXES, "orders", "seeds", "settings", "probe", "about", "share_base")
 _PLAN_KEYS = ("about", "report", "presets")
 _REPORT_KEYS = ("metric", "summaries", "strata", "scale", "published", "source", "plots", "by_stage")
@@ -69,7 +71,7 @@ class Cell:
     @property
     def folder(self) -> str:
         """Folder of the run below the study's."""
-        parts = [re.sub(r"[^\w.+-]+", "_", label) for label in self.labels.values()]
+        parts = [re.sub(r"[^\w.+-]+", "_", label) for label in self.labels.values()]  # checked to be names before
         return "/".join((*parts, f"seed{self.seed}"))
 
     @property
@@ -114,7 +116,8 @@ def read_plan(study: str | Path, preset: str) -> Plan:
         preset: Name of the preset.
 
     Raises:
-        ConfigError: If there is no such study or preset, or a key of the file is unknown; the message names it.
+        ConfigError: If there is no such study or preset, a key of the file is unknown, or a label is no name of a
+            folder; the message names it.
     """
     path = Path(study)
     if path.suffix not in (".yaml", ".yml"):
@@ -130,6 +133,8 @@ def read_plan(study: str | Path, preset: str) -> Plan:
     presets = content.get("presets") or {}
     if preset not in presets:
         raise ConfigError(f"{path.name}: no preset {preset!r}{nearest(preset, presets)} It has {', '.join(presets)}")
+    check_name(preset, f"{path.name}: the preset", LABEL)
+    check_name(path.stem, "the study", "rename the file: the study's folder is called after it")
     asked = presets[preset]
     where = f"{path.name}, preset {preset}"
     _only(asked, _PRESET_KEYS, where)
@@ -235,6 +240,7 @@ def _axis(asked: Mapping[str, Any], key: str, where: str) -> list[tuple[str, dic
             label, more = next(iter(entry.items()))
         else:
             raise ConfigError(f"{where}: {key} holds {entry!r}; give a name, or {{name: {{property: value}}}}")
+        check_name(str(label), f"{where}: {key}: the label", LABEL)
         out.append((str(label), {AXES[key]: str(label), **more}))
     return out
 

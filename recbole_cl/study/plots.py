@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from recbole_cl.checkpoint import write_atomically
+from recbole_cl.disk import write_atomically
 from recbole_cl.report.figures import COLOURS, Figure, axis, layout, safe
 from recbole_cl.report.gallery import gallery
 from recbole_cl.report.skeleton import share_script
@@ -304,7 +304,8 @@ def _png(figure: Mapping[str, Any], path: Path) -> Path | None:
     try:
         import plotly.graph_objects as go
 
-        go.Figure(figure).write_image(str(path), format="png", scale=2, width=WIDTH)
+        drawn = go.Figure(figure).to_image(format="png", scale=2, width=WIDTH)
     except Exception:  # kaleido, its browser and their versions fail in many ways; a study must not fail for a picture
         return None
-    return path if path.exists() else None
+    write_atomically(path, drawn)
+    return path

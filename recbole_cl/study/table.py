@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from recbole_cl.checkpoint import explained, write_atomically
+from recbole_cl.disk import explained, write_atomically
 from recbole_cl.study.by_stage import OWN, by_stage_table
 from recbole_cl.study.orders import degradation_table
 from recbole_cl.study.plan import Plan

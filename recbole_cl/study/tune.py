@@ -25,8 +25,8 @@ import numpy as np
 import yaml
 from recbole.data.transform import construct_transform
 
-from recbole_cl.checkpoint import explained, write_atomically
 from recbole_cl.config import CLConfig, properties_dir, read_properties
+from recbole_cl.disk import explained, write_atomically
 from recbole_cl.errors import ConfigError, RecBoleCLError, TrainingError, nearest
 from recbole_cl.results.matrix import smaller_is_better
 from recbole_cl.rng import derive

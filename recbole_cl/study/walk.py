@@ -11,7 +11,6 @@ import json
 import logging
 import multiprocessing
 import os
-import shutil
 import threading
 import time
 import traceback
@@ -24,7 +23,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from recbole_cl.checkpoint import explained, write_atomically
+from recbole_cl.disk import clear, explained, refuse_links, refuse_links_to, write_atomically
 from recbole_cl.errors import ConfigError, RecBoleCLError
 from recbole_cl.lock import NAME, Holder, hold
 from recbole_cl.report import write_report
@@ -42,10 +41,12 @@ def state(cell: Cell, folder: Path) -> str:
 
     Raises:
         ConfigError: If the folder holds a run of other settings.
+        OutputError: If a part of its path inside the study's folder is a link.
     """
     own = folder / cell.folder
     if isinstance(cell, FoundRun):
         return "done"  # only finished ones are found
+    refuse_links_to(folder, cell.folder)
     if (own / CELL).is_file():
         then = json.loads((own / CELL).read_text(encoding="utf-8"))
         if then["digest"] != cell.digest:
@@ -138,6 +139,7 @@ def _run_held(
     torch.set_num_threads(threads)
     logging.getLogger().setLevel(logging.ERROR)
     with explained(folder):
+        refuse_links(folder, (CELL, REFUSED, PROBE))
         note = {"digest": digest, "settings": settings, **({"probe": probe} if probe else {}), "done": False}
         write_atomically(folder / CELL, json.dumps(note, indent=1, default=str))
     given = {**settings, "output_dir": str(folder), "show_progress": False, "checkpoint_keep": 1}
@@ -161,7 +163,7 @@ def _run_held(
             traceback.print_exc()
         return {"state": "refused" if refused else "failed", "told": told, "error": type(error).__name__}
     write_atomically(folder / CELL, json.dumps({**note, "done": True}, indent=1, default=str))
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # a study keeps numbers, not weights
+    clear(folder / "checkpoints")  # a study keeps numbers, not weights
     return {"state": "done", "told": "", "error": ""}
 
 
@@ -189,7 +191,9 @@ def walk(
 
     Raises:
         ConfigError: If a folder holds a run of other settings.
+        OutputError: If something that the study writes is a link in its folder.
     """
+    refuse_links(folder, ("table.md", "table.csv", "plots.html"))  # what is written when all runs are done
     asked = _Asked(folder, jobs, threads, shard, until)
     bases = [cell for cell in plan.cells if cell.base == cell.folder]
     failures = {}
@@ -199,7 +203,7 @@ def walk(
     for cell in bases:
         users = [other for other in plan.cells if other.base == cell.folder]
         if (shard is None and until is None) or all(state(other, folder) != "open" for other in users):
-            shutil.rmtree(folder / cell.folder / BASE, ignore_errors=True)
+            clear(folder / cell.folder / BASE)
     return [f"{name}: {told}" for name, told in failures.items()]
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from recbole_cl.disk import write_atomically
+
 STAGE_SECONDS = 1_000_000
 """Stage s holds the timestamps ``[s * STAGE_SECONDS, (s + 1) * STAGE_SECONDS)``."""
 
@@ -124,9 +126,8 @@ def write_planted_drift(
                     last[user] = newest[cluster] if stage else int(rng.choice(clusters[cluster]))
                 lines.append(f"u{user}\ti{last[user]}\t{stage * STAGE_SECONDS + step * users + user}")
     target = Path(folder) / name
-    target.mkdir(parents=True, exist_ok=True)
     header = "user_id:token\titem_id:token\ttimestamp:float"
-    (target / f"{name}.inter").write_text("\n".join([header, *lines]) + "\n", encoding="utf-8")
+    write_atomically(target / f"{name}.inter", "\n".join([header, *lines]) + "\n")
     item_cluster = {f"i{item}": number for number, part in enumerate(clusters) for item in part}
     user_cluster = {f"u{u}": u % n_clusters for u in range(users)}
     return PlantedDrift(Path(folder), name, rules, user_cluster, item_cluster, moving)

@@ -64,13 +64,25 @@ class SavedRun:
             raise CheckpointError(f"{str(folder)!r} is no folder; give the output folder of a run")
         versions = Versions.of(folder)
         number = versions.champion if version is None else version
-        state = versions.read(number)
+        return cls.of_state(versions, number, versions.read(number), model_class, changes)
+
+    @classmethod
+    def of_state(
+        cls,
+        versions: Versions,
+        number: int,
+        state: dict[str, Any],
+        model_class: type | None = None,
+        changes: Mapping[str, Any] | None = None,
+    ) -> SavedRun:
+        """Returns the run of a checkpoint that was read; the arguments are those of :meth:`open`."""
+        folder = versions.folder
         if not state.get("store"):
             raise CheckpointError(
                 f"the run in {folder} did not keep what it was trained over (it was made by an older version of "
                 f"RecBole-CL), so it cannot be loaded; run it again"
             )
-        config = RestoredConfig(state["config"], model_class, changes)
+        config = RestoredConfig(state["config"], model_class, changes, folder)
         stream, fingerprint, log = read_stream(folder, state["store"], config)
         if fingerprint != state["data"]:
             raise CheckpointError(f"version {number}: its store {state['store']} is that of another log; run again")

@@ -11,9 +11,11 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from recbole_cl import checkpoint
+from recbole_cl import checkpoint, distributed
 from recbole_cl.report import write_report
 from recbole_cl.results.journal import RESULTS, Journal, set_aside
+from recbole_cl.training.run_state import RunState
+from recbole_cl.training.store import imported_columns, keep_stream
 
 LOGGER = logging.getLogger("recbole_cl")
 
@@ -32,6 +34,23 @@ class Output:
     def go_on(self) -> None:
         """The run goes on from a checkpoint in the folder, so what is there is its own, but for results."""
         self._in_the_way = RESULTS
+
+    def keep(self, run: RunState, store: str | None) -> str | None:
+        """Keeps what the run is trained over, so that it can be loaded without its log; returns the name of the store.
+
+        Args:
+            run: The run.
+            store: The name where it is kept already.
+        """
+        if run.config["saved"] is False or store is not None:
+            return store
+        with distributed.current().together():
+            if run.main:
+                try:
+                    store = keep_stream(self.folder, run.stream, imported_columns(run.config))
+                except TypeError as error:  # a dataset class of another package
+                    run.journal.warn(f"{error}; the run cannot be loaded without its log")
+        return store
 
     def make_room(self) -> None:
         """Moves what an earlier run left aside, before the first write."""

@@ -15,6 +15,7 @@ from recbole_cl.errors import CheckpointError, ConfigError, RecBoleCLError
 from recbole_cl.model.contract import contract
 from recbole_cl.results.journal import PACKAGES, settings, versions
 from recbole_cl.strategy.composite import Composite
+from recbole_cl.training.inputs import files_read, refuse_changed_files
 
 LOGGER = logging.getLogger("recbole_cl")
 
@@ -70,6 +71,9 @@ def newest(
     def accept(state: dict[str, Any]) -> None:
         check_state(state, stages)
         refuse_changes(state, config, data)
+        refuse_changed_files(files, state.get("files"))
+
+    files = files_read(config)
 
     state, number, warnings = checkpoint.newest(folder / "checkpoints", accept, before)
     seen = distributed.current().texts(str(number))

@@ -39,6 +39,7 @@ from recbole_cl.training.all_rows import refuse_serving, train_on_all_rows
 from recbole_cl.training.base_run import keep_base, take_base
 from recbole_cl.training.costs import note_costs
 from recbole_cl.training.data_parallel import keep_alike
+from recbole_cl.training.inputs import files_read
 from recbole_cl.training.output import Output
 from recbole_cl.training.passes import Save, make_pass
 from recbole_cl.training.peak_memory import reset_peak
@@ -47,7 +48,6 @@ from recbole_cl.training.references import score_scratch_model, score_untrained_
 from recbole_cl.training.resume import go_on, loading, side_stores
 from recbole_cl.training.run_state import RunState
 from recbole_cl.training.stage_models import StageModels, build_model, prepare_stage
-from recbole_cl.training.store import imported_columns, keep_stream
 from recbole_cl.tree import clone_tree, tree_hash
 
 LOGGER = logging.getLogger("recbole_cl")
@@ -77,6 +77,7 @@ class Runner:
         self.folder = run_folder(config)
         self.number = 0  # of the newest checkpoint
         self.data = ""  # fingerprint of the stream
+        self.files: dict[str, str | None] = {}  # what else is read, and its hashes
         self.store: str | None = None  # name of what is kept of the log
         self.output = Output(self.folder)
 
@@ -145,7 +146,7 @@ class Runner:
         construct_transform(self.config)  # it names its fields in the configuration, where models read them
         stream = build_stream(self.config)
         self.begin(stream)
-        self.data = stream.fingerprint()
+        self.data, self.files = stream.fingerprint(), files_read(self.config)
         found = go_on(self) if self.config["resume"] else None
         if found is None:
             self.walk()
@@ -158,7 +159,7 @@ class Runner:
 
     def walk(self, saved: dict[str, Any] | None = None) -> int:
         """Walks over the stages that are left after a checkpoint, all without one; returns the first of them."""
-        self._keep(self.stream)
+        self.store = self.output.keep(self.state, self.store)
         if saved is None and self.config["base_run"] is not None:
             saved = take_base(self)
         first = 0 if saved is None else int(saved["stage"] + (saved["phase"] == "done"))
@@ -347,6 +348,7 @@ class Runner:
             "config": settings(self.config),
             "versions": versions(),
             "data": self.data,
+            "files": self.files,
             "store": self.store,
             "stage": ctx.index,
             "phase": phase,
@@ -374,17 +376,6 @@ class Runner:
         with distributed.current().together():
             if self.state.main:
                 checkpoint.save(self.folder / "checkpoints", self.number, state, int(self.config["checkpoint_keep"]))
-
-    def _keep(self, stream: Stream) -> None:
-        """Keeps what the run is trained over in its folder, so that it can be loaded without its log."""
-        if self.config["saved"] is False:
-            return
-        with distributed.current().together():
-            if self.state.main:
-                try:
-                    self.store = keep_stream(self.folder, stream, imported_columns(self.config))
-                except TypeError as error:  # a dataset class of another package
-                    self.journal.warn(f"{error}; the run cannot be loaded without its log")
 
     def adopt(self, saved: dict[str, Any]) -> None:
         """Takes over where a checkpoint stands: what was found out and learnt; after a whole stage, its model, too."""

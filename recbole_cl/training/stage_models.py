@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from recbole_cl.config.model_values import told_with_properties
+from recbole_cl.config.models import configured_classes
 from recbole_cl.model.contract import contract, offers
 from recbole_cl.model.state import load_owned_state, owned_state
 from recbole_cl.rng import ModelRandomness, derive
@@ -22,7 +24,7 @@ Build = Callable[[Any, ModelRandomness], nn.Module]
 
 def build_model(config: Any, view: Any, randomness: ModelRandomness) -> nn.Module:
     """Returns a new model over a view, initialised from the given random state."""
-    with randomness.owned():
+    with randomness.owned(), told_with_properties(config, list(configured_classes(config))):
         model: nn.Module = config.model_class(config, view)
     return model.to(config["device"])
 

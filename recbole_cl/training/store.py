@@ -14,7 +14,7 @@ from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
-from recbole_cl import checkpoint
+from recbole_cl import checkpoint, disk
 from recbole_cl.errors import CheckpointError, DataError
 from recbole_cl.stream.build import Stream
 from recbole_cl.stream.store import stream_of, stream_state
@@ -46,11 +46,12 @@ def keep_stream(folder: Path, stream: Stream, log: Any = None) -> str:
         return name
     with checkpoint.explained(folder):
         writing = root / f".writing-{os.getpid()}"
+        disk.own_folder(root)
+        disk.clear(writing)
         written = checkpoint.save(writing, 1, state, keep=1)
-        if target.exists():
-            shutil.rmtree(target)
+        disk.clear(target)
         os.replace(written, target)
-        checkpoint._sync(root)
+        disk.sync(root)
         shutil.rmtree(writing, ignore_errors=True)
     return name
 

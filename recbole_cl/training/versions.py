@@ -4,7 +4,7 @@
 
     RUN/checkpoints/          the run itself; version 0 where it was not trained on all rows for serving
     RUN/store/<hash>/         what the versions were trained over
-    RUN/versions/00000003/    a version: a checkpoint
+    RUN/versions/00000003/    a version: a checkpoint; one that was written anew (users forgotten) has another number
     RUN/versions/index.json   the list of versions and the champion; one file, replaced by one rename
 
 A version becomes one by that rename and not before, so whoever reads sees the old list or the new one. What a killed
@@ -23,7 +23,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from recbole_cl import checkpoint
+from recbole_cl import checkpoint, disk
 from recbole_cl.errors import CheckpointError, ConfigError
 from recbole_cl.lock import hold
 from recbole_cl.seal import read_plain
@@ -43,12 +43,16 @@ class Versions:
         champion: Number of the version that is served.
         entries: One a version, oldest first: ``number``, ``parent``, ``created``, ``store`` and what an update tells.
         previous: Champions before this one, newest last: where a rollback goes.
+        retired: Tokens of the items that no version recommends.
+        challenger: Number of a version that was trained and is not served: worse, or kept aside; ``None`` for none.
     """
 
     folder: Path
     champion: int = 0
     entries: list[dict[str, Any]] = field(default_factory=list)
     previous: list[int] = field(default_factory=list)
+    retired: list[str] = field(default_factory=list)
+    challenger: int | None = None
 
     @classmethod
     def of(cls, folder: Path) -> Versions:
@@ -69,7 +73,9 @@ class Versions:
             read = json.loads(read_plain(path))
             if read["format"] != FORMAT:
                 raise ValueError(f"format is {read['format']!r}")
-            found = cls(folder, int(read["champion"]), list(read["versions"]), [int(n) for n in read["previous"]])
+            previous, retired = [int(n) for n in read["previous"]], [str(one) for one in read.get("retired", [])]
+            challenger = None if read.get("challenger") is None else int(read["challenger"])
+            found = cls(folder, int(read["champion"]), list(read["versions"]), previous, retired, challenger)
             if not all(isinstance(e["number"], int) and isinstance(e["store"], str | None) for e in found.entries):
                 raise ValueError("a version has no number or no store")
             found.entry(found.champion)
@@ -99,7 +105,7 @@ class Versions:
         """
         if self.entry(number).get("where") != "run":
             try:
-                state = checkpoint.read(self.folder / FOLDER / f"{number:08d}")
+                state = checkpoint.read(self.folder / FOLDER / place(self.entry(number)))
                 check_state(state)
             except (CheckpointError, OSError) as error:
                 others = [entry["number"] for entry in self.entries if entry["number"] != number]
@@ -117,18 +123,19 @@ class Versions:
         return newest
 
     def next_number(self) -> int:
-        """Returns the number of the version that comes next; a number is never used twice."""
-        return 1 + max(entry["number"] for entry in self.entries)
+        """Returns the number of the version that comes next; a number, also of a folder, is never used twice."""
+        return 1 + max(max(entry["number"], entry.get("folder", 0)) for entry in self.entries)
 
     # -- changes --------------------------------------------------------------------------------------------------
 
-    def add(self, state: Mapping[str, Any], entry: Mapping[str, Any], keep: int) -> int:
+    def add(self, state: Mapping[str, Any], entry: Mapping[str, Any], keep: int, serve: bool = True) -> int:
         """Writes a version and makes it the champion; the champion before stays until the very last step.
 
         Args:
             state: The checkpoint.
             entry: What is told of it: ``store`` and the rest.
-            keep: How many versions are kept; the champion and the one before it always are.
+            keep: How many versions are kept; the champion, the one before it and the challenger always are.
+            serve: Make it the champion; else it becomes the challenger, in the place of another one.
 
         Returns:
             Its number.
@@ -140,14 +147,17 @@ class Versions:
         root = self.folder / FOLDER
         checkpoint.save(root, number, state, keep=1 << 30)
         told = {"number": number, "parent": self.champion if self.entries else None, "created": now(), **entry}
-        previous = [*self.previous, self.champion] if self.entries else []
-        entries = [*self.entries, told]
-        needed = {number, *previous[-1:]}
+        previous = [*self.previous, self.champion] if self.entries and serve else self.previous
+        beaten = {self.challenger} - {self.champion, *previous[-1:]} if not serve else set[int | None]()
+        entries = [*(e for e in self.entries if e["number"] not in beaten), told]
+        champion, challenger = (number, self.challenger) if serve else (self.champion, number)
+        needed = {champion, challenger, *previous[-1:]}
         for old in [entry["number"] for entry in entries if entry["number"] not in needed]:
             if len(entries) > max(keep, len(needed)):
                 entries = [entry for entry in entries if entry["number"] != old]
         left = {entry["number"] for entry in entries}
-        self.champion, self.entries, self.previous = number, entries, [n for n in previous if n in left]
+        self.entries, self.previous = entries, [n for n in previous if n in left]
+        self.champion, self.challenger = champion, challenger
         self.write()
         self.clean()
         return number
@@ -171,6 +181,8 @@ class Versions:
         elif to != self.champion:
             self.previous = [*self.previous, self.champion]
         self.champion = to
+        if self.challenger == to:
+            self.challenger = None
         self.write()
         return to
 
@@ -181,20 +193,30 @@ class Versions:
             "champion": self.champion,
             "previous": self.previous,
             "versions": self.entries,
+            "retired": self.retired,
+            "challenger": self.challenger,
         }
-        checkpoint.write_atomically(self.folder / FOLDER / INDEX, json.dumps(content, indent=1))
+        with disk.explained(self.folder):
+            root = disk.own_folder(self.folder / FOLDER)
+        disk.write_atomically(root / INDEX, json.dumps(content, indent=1))
 
     def clean(self) -> None:
         """Removes what no version needs: folders of versions that are not listed, stores that nothing refers to."""
-        listed = {f"{entry['number']:08d}" for entry in self.entries}
+        listed = {place(entry) for entry in self.entries}
         for path in checkpoint.numbered(self.folder / FOLDER):
             if path.name not in listed:
                 shutil.rmtree(path, ignore_errors=True)
         stores = {entry["store"] for entry in self.entries if entry["store"]}
-        run = checkpoint.numbered(self.folder / "checkpoints")
+        runs = [self.folder, *self.folder.glob("earlier-*")]  # those moved aside find their stores here
+        run = [path for one in runs for name in ("checkpoints", FOLDER) for path in checkpoint.numbered(one / name)]
         with contextlib.suppress(OSError, ValueError):
             stores |= {json.loads((path / "state.json").read_text(encoding="utf-8")).get("store") for path in run}
             prune_stores(self.folder, stores)
+
+
+def place(entry: Mapping[str, Any]) -> str:
+    """Returns the name of the folder that a version lies in."""
+    return f"{entry.get('folder', entry['number']):08d}"
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ import tempfile
 import time
 from typing import Any, NamedTuple
 
-import kept
+import figures
 import numpy as np
 import torch
 import yaml
@@ -188,14 +188,14 @@ def main() -> None:
         head = [f"| {dataset} | {COLUMNS} |", "|---|---|---|---|---|---|---|"]
         print("\n".join([*head, *rows, "", sentence]), flush=True)
         if given.keep:
-            kept.keep(f"{given.keep}.{dataset}", head, rows)
-            kept.keep(f"{given.keep}.{dataset}.told", [], [f"- {sentence}."])
+            figures.record(f"{given.keep}.{dataset}", head, rows)
+            figures.record(f"{given.keep}.{dataset}.sentences", [], [f"- {sentence}."])
     if first is None or not given.pairs:
         return
     line = sharing(*first, given.pairs)
     print(line)
     if given.keep:
-        kept.keep(f"{given.keep}.sharing", [], [f"- {given.datasets[0]}: {line}."])
+        figures.record(f"{given.keep}.sharing", [], [f"- {given.datasets[0]}: {line}."])
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 RECBOLE_CL_DATA=... OMP_NUM_THREADS=1 python tests/benchmarks/report.py
 ... report.py matrix finetune                 # only some of the comparisons
-... report.py --keep                          # also write them into the documentation (kept.py)
+... report.py --keep                          # also write them into the documentation (figures.py)
 ... report.py --device cuda                   # those that a GPU can run, in wall-clock seconds
 """
 
@@ -13,7 +13,7 @@ import os
 import tempfile
 
 import cases
-import kept
+import figures
 from side_by_side import Ratio, alternate, alternate_fresh, fresh
 
 DATA = bool(os.environ.get("RECBOLE_CL_DATA"))
@@ -175,8 +175,8 @@ def main() -> None:
         SAID.clear()
         run()
         if args.keep and SAID:
-            kept.keep(name, head(name), SAID, DEVICE)
-    print("\n" + kept.machine(DEVICE))
+            figures.record(name, head(name), SAID, DEVICE)
+    print("\n" + figures.machine(DEVICE))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import kept
+import figures
 import numpy as np
 import torch
 from cases import context, recbole_side
@@ -247,7 +247,7 @@ def main() -> None:
     lines = table(read(args.output))
     print(*HEAD, *lines, sep="\n")
     if args.keep:
-        kept.keep("time_to_quality", HEAD, lines, args.device)
+        figures.record("time_to_quality", HEAD, lines, args.device)
 
 
 if __name__ == "__main__":

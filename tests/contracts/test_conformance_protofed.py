@@ -16,8 +16,10 @@ from safetensors.numpy import save_file
 from recbole_cl import checkpoint
 from recbole_cl.errors import CheckpointError, ConfigError
 from recbole_cl.federated.ledger import BudgetSpent, Ledger
+from recbole_cl.federated.uploads import Upload
 from recbole_cl.model import protofed_sp
 from recbole_cl.model.protofed_plan import budget_of
+from recbole_cl.model.protofed_rounds import Rounds
 from recbole_cl.tree import tree_hash
 
 pytest.importorskip("dp_accounting", reason="dp-accounting, of the extra 'federated', is not installed")
@@ -326,6 +328,8 @@ def test_online_steps_read_no_label_before_its_answer(job: Job, whole: Walk, tmp
         ({"protofed_participation": 0.0}, "protofed_participation"),
         ({"protofed_epsilon": -1.0}, "protofed_epsilon"),
         ({"protofed_steps": 0}, "protofed_steps"),
+        ({"protofed_trust": "distributed"}, "protofed_trust.*not offered"),
+        ({"protofed_preset": "paper"}, "protofed_preset.*paper_literal"),
         ({"protofed_prototypes": None, "protofed_width": None, "protofed_noise_multiplier": 9.0}, "drown"),
         ({"strategy": "FullRetrain"}, "FullRetrain cannot serve ProtoFedSP"),
         ({"strategy": "EWC"}, "EWC cannot serve"),
@@ -342,3 +346,59 @@ def test_the_ledger_is_readable(whole: Walk) -> None:
     rows = [json.loads(line) for line in ledger_of(whole).path.read_text().splitlines()]
     assert [row["kind"] for row in rows] == ["charge", "release"] * 4
     assert [row["round"] for row in rows[1::2]] == whole.runner.model.published
+
+
+def test_broken_clients_are_refused_and_the_round_goes_on(
+    job: Job, whole: Walk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What else comes with the uploads is counted by its reason, and the released sums are those of the honest ones."""
+    sent = Rounds.sent
+
+    def attacked(rounds: Rounds, round_id: str, users: np.ndarray, vectors: np.ndarray) -> list[Upload]:
+        honest = sent(rounds, round_id, users, vectors)
+        one, width = users.tolist()[0], vectors.shape[1]
+        return [
+            *honest,
+            Upload(one, round_id, -vectors[0]),  # once more, with its sign turned
+            Upload(one, round_id.replace("round0", "round9"), vectors[0]),  # of another round
+            Upload(10**9, round_id, vectors[0]),  # who was never asked
+            Upload(True, round_id, vectors[0]),
+            Upload("u1", round_id, vectors[0]),
+            Upload(one, None, np.ones(width)),
+        ]
+
+    monkeypatch.setattr(Rounds, "sent", attacked)
+    walk = job.walk(tmp_path)
+    assert ledger_of(walk).path.read_bytes() == ledger_of(whole).path.read_bytes()
+    assert walk.result["matrix"] == whole.result["matrix"]
+    told = {row["reason"]: row["uploads"] for row in walk.result["reports"][1]["tables"]["Refused uploads"]}
+    assert told["a client that was not asked"] == 2 and told["a client that is no number"] == 4
+    assert told["another round: replayed, stale or from the future"] >= 3
+    assert sum(row["refused"] for row in walk.result["reports"][1]["tables"]["Rounds"]) == 12
+    monkeypatch.setattr(Rounds, "sent", lambda *given: [])
+    lonely = job.walk(tmp_path / "all gone")
+    assert np.isfinite(matrix(lonely, "ndcg@5")).all(), "a round that nobody answers ends the run"
+
+
+def test_a_prompt_for_each_target_and_the_transport_alignment(job: Job, tmp_path: Path) -> None:
+    """Both through a whole walk; the prompts differ from those of an update's one prompt."""
+    pytest.importorskip("ot", reason="POT, of the extra 'federated', is not installed")
+    walk = job.walk(tmp_path, protofed_prompt_per="target", protofed_align_form="wasserstein")
+    trained = [c["targets"] for c in walk.result["curves"] if c["pass"] == "rounds"]
+    assert np.isfinite(matrix(walk, "ndcg@5")).all() and min(trained) > 0
+    assert walk.runner.model.clients.prompts.long.abs().sum() > 0
+
+
+def test_the_paper_literally(job: Job, tmp_path: Path) -> None:
+    """The preset's own defaults, those that were given all the same, and the true epsilon beside the paper's."""
+    kept = {k: v for k, v in SETTINGS.items() if k not in ("protofed_epsilon", "protofed_noise_multiplier",
+            "protofed_prototypes", "protofed_width")}  # fmt: skip
+    literal = Job(ProtoFedSP, job.data, {**kept, "protofed_hidden": 64, "protofed_preset": "paper_literal"})
+    walk = literal.walk(tmp_path, protofed_participation=0.5, protofed_prototypes=6)
+    model = walk.runner.model
+    assert (model.plan.sizes.prototypes, model.plan.sizes.width) == (6, 64) and model.settings.short_rate == 5e-3
+    privacy = {row["what"]: row["value"] for row in walk.result["reports"][-1]["tables"]["Privacy"]}
+    assert privacy["epsilon by the paper"].startswith("3.4") and privacy["true epsilon"].startswith("infinite")
+    assert privacy["epsilon spent"].startswith("infinite") and privacy["budget"] == "none"
+    with pytest.raises(ConfigError, match="AsPrinted has no private form"):
+        literal.walk(tmp_path / "budget", protofed_epsilon=3.4)

@@ -157,3 +157,84 @@ def test_orthogonality_and_rank_groups_by_hand() -> None:
     assert float(orthogonality(a, b, c, d)) == 14.0 + 20.0
     groups = rank_groups(a, b)
     assert [t.tolist() for t in groups[1]] == [[0.0, 1.0], [0.0, 2.0, 1.0]]
+
+
+def test_proposition_3_over_modules() -> None:
+    """Of modules of different sizes: lambda times half of the sum of p-weighted variances, and nothing across them."""
+    weight = 5.0
+    now, before = adapters(1.0, torch.float64)
+    groups = Groups(before)
+    u, step = groups.matrix(before), groups.matrix(now) - groups.matrix(before)
+    p = probabilities(u, groups.filled)
+    rests = []
+    for scale in (1e-1, 1e-2, 1e-3):
+        value = weight * softmax_kl(u + scale * step, u, p).value.sum()
+        quadratic = torch.zeros((), dtype=torch.float64)
+        for row, size in enumerate(groups.sizes):  # of each module alone, by its dense H
+            q, d = p[row, :size], scale * step[row, :size]
+            quadratic = quadratic + d @ (q * d) - (q @ d) ** 2
+        rests.append(float((value - weight / 2 * quadratic).abs() / (scale * step).square().sum()))
+    assert rests[1] < 0.2 * rests[0] and rests[2] < 0.2 * rests[1]
+    shifted = u + 0.7 * torch.arange(1.0, 4.0, dtype=torch.float64).unsqueeze(1) * groups.filled
+    assert (softmax_kl(shifted, u, p).value.abs() < 1e-14).all(), "a shift of a whole module costs nothing"
+
+
+def test_proposition_5() -> None:
+    """At u itself value and gradient are 0, and the Hessian is diag(p) - p p^T."""
+    g = torch.Generator().manual_seed(4)
+    u = torch.randn(14, generator=g, dtype=torch.float64)
+    p = u.softmax(0)
+
+    def divergence(d: torch.Tensor) -> torch.Tensor:
+        return (torch.softmax(u + d, 0) * (torch.log_softmax(u + d, 0) - torch.log_softmax(u, 0))).sum()
+
+    zero = torch.zeros_like(u)
+    assert abs(float(divergence(zero))) < 1e-15
+    assert torch.autograd.functional.jacobian(divergence, zero).abs().max() < 1e-15
+    hessian = torch.autograd.functional.hessian(divergence, zero)
+    assert torch.allclose(hessian, torch.diag(p) - torch.outer(p, p), atol=1e-14)
+    # The same of the form that is trained: its gradient's derivative at u.
+    filled = torch.ones(1, 14, dtype=torch.bool)
+    ours = torch.autograd.functional.jacobian(
+        lambda d: softmax_kl((u + d)[None], u[None], probabilities(u[None], filled)).gradient[0], zero
+    )
+    assert torch.allclose(ours, hessian, atol=1e-12)
+
+
+def test_proposition_1_with_the_softmax_metric_of_modules() -> None:
+    """H of two modules has a kernel of two shifts; S of low rank is positive on it, and the optimum is unique.
+
+    The pencil's finite pairs are those of H's quotient: with P the projection that S makes orthogonal to ker H, the
+    directions q of ``S q = rho H q`` with rho finite number rank(H), and H-coordinates are interpolated along each.
+    """
+    g = torch.Generator().manual_seed(7)
+    blocks = []
+    for n in (5, 8):
+        p = torch.randn(n, generator=g, dtype=torch.float64).softmax(0)
+        blocks.append(torch.diag(p) - torch.outer(p, p))
+    h = torch.block_diag(*blocks)
+    kernel = torch.block_diag(*(torch.ones(n, 1, dtype=torch.float64) for n in (5, 8)))
+    root = torch.randn(13, 6, generator=g, dtype=torch.float64)
+    s, weight = root @ root.T, 2.0
+    assert torch.linalg.matrix_rank(s) == 6 and torch.linalg.eigvalsh(kernel.T @ s @ kernel).min() > 1e-3
+    assert torch.linalg.eigvalsh(s + weight * h).min() > 1e-6  # assumption 5
+    best, before = torch.randn(2, 13, generator=g, dtype=torch.float64)
+    v = torch.linalg.solve(s + weight * h, s @ best + weight * h @ before)
+    # Away from the kernel in S's sense: q^T S k = 0 for all k of it, without which S q = rho H q has no solution.
+    away = torch.eye(13, dtype=torch.float64) - kernel @ torch.linalg.solve(kernel.T @ s @ kernel, kernel.T @ s)
+    values, basis = torch.linalg.eigh(away @ away.T)
+    basis = basis[:, values > 1e-10]
+    assert basis.shape[1] == torch.linalg.matrix_rank(h) == 11
+    lower = torch.linalg.cholesky(basis.T @ h @ basis)
+    inverse = torch.linalg.inv(lower)
+    rho, q = torch.linalg.eigh(inverse @ (basis.T @ s @ basis) @ inverse.T)
+    q = basis @ inverse.T @ q
+    assert torch.allclose(q.T @ h @ q, torch.eye(11, dtype=torch.float64), atol=1e-9)
+    kept = 0
+    for k in range(11):
+        assert torch.allclose(s @ q[:, k], rho[k] * (h @ q[:, k]), atol=1e-8)
+        share = rho[k] / (rho[k] + weight)
+        expected = share * (q[:, k] @ h @ best) + (1 - share) * (q[:, k] @ h @ before)
+        assert torch.allclose(q[:, k] @ h @ v, expected, atol=1e-8)
+        kept += int(rho[k] < 1e-9)
+    assert kept > 0, "where the data say nothing, the adapter before stays"

@@ -38,6 +38,8 @@ def test_the_page_runs_from_top_to_bottom(
 ) -> None:
     write_shop(tmp_path / "shop.csv", "2024-05-01T12:00:00", 1500, 40, 0)
     write_shop(tmp_path / "today.csv", "2024-05-04T00:00:00", 200, 44, 1)
+    (tmp_path / "gone.list").write_text("i7\ni8\n")
+    (tmp_path / "left.list").write_text("u5\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("RECBOLE_CL_DATA", raising=False)
     told: dict[str, list[str]] = {}
@@ -67,7 +69,7 @@ def test_the_page_runs_from_top_to_bottom(
 
 def test_the_page_tells_every_serving_command() -> None:
     named = {shlex.split(line)[1] for kind, text in pieces() if kind == "bash" for line in text.splitlines()}
-    assert named == {"import", "run", "recommend", "update", "versions", "rollback"}
+    assert named == {"import", "run", "recommend", "export", "update", "versions", "rollback"}
 
 
 # -- exit codes ---------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from task_helpers import SETTINGS as TASK_SETTINGS
 from task_helpers import write_task_log
 
 import recbole_cl
-from recbole_cl import checkpoint
+from recbole_cl import checkpoint, cli
 from recbole_cl.config import CLConfig
 from recbole_cl.errors import CheckpointError, ConfigError, DataError, OutputError
 from recbole_cl.model.state import owned_state
@@ -164,10 +164,44 @@ def test_a_worse_model_is_not_served(log: PlantedDrift, folder: Path, tmp_path: 
     assert not done.promoted and done.champion == 0
     assert done.old is not None and done.new is not None and done.new < done.old
     assert "worse by more than the margin" in done.reason
-    assert {name: data for name, data in told(folder).items() if "versions" not in name} == {
-        name: data for name, data in before.items()
-    }
+    after = told(folder)
+    assert {name: after[name] for name in before} == before, "nothing that was there has changed"
     assert recbole_cl.load(folder).position.version == 0
+
+
+def test_a_challenger_is_kept_compared_and_promoted(
+    log: PlantedDrift, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A version that is worse, or that is meant to wait, is there and is not served until somebody says so."""
+    bad = {"learning_rate": 30.0, "epochs": 1, "eval_step": 0}
+    path = new_rows(log, tmp_path / "new.csv")
+    zero = recbole_cl.load(folder).recommend("u1", 5)[0]
+    worse = update(folder, path, bad, columns=NAMES, margin=0.0)
+    assert (worse.champion, worse.challenger) == (0, 1) and not worse.promoted
+    assert recbole_cl.load(folder).recommend("u1", 5)[0] == zero
+    good = update(folder, path, columns=NAMES, margin=1.0, as_challenger=True)
+    assert (good.champion, good.challenger) == (0, 2) and good.reason.startswith("kept as the challenger, as asked")
+    versions = Versions.of(folder)
+    assert [entry["number"] for entry in versions.entries] == [0, 2], "one challenger at a time"
+    assert (versions.champion, versions.challenger, versions.entry(2)["parent"]) == (0, 2, 0)
+    assert versions.entry(2)["new"] > worse.new and not (folder / "versions" / "00000001").exists()
+    challenger = recbole_cl.load(folder, version=2)
+    assert challenger.position.version == 2 and challenger.recommend("u1", 5)[0] != zero
+    assert cli.main(["versions", str(folder)]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("*   0") and second.startswith("    2") and second.endswith("challenger")
+    assert cli.main(["versions", str(folder), "--promote", "7"]) == 2 and Versions.of(folder).champion == 0
+    assert cli.main(["versions", str(folder), "--promote", "2", "--json"]) == 0
+    told_now = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (told_now["champion"], told_now["challenger"]) == (2, None)
+    assert recbole_cl.load(folder).recommend("u1", 5)[0] == challenger.recommend("u1", 5)[0]
+    assert Versions.of(folder).roll_back() == 0
+    # An update goes on from the champion, and a challenger is kept however many come after it.
+    update(folder, path, columns=NAMES, margin=1.0, as_challenger=True)
+    for number in range(3):
+        updated(folder, log, tmp_path / "n.csv", number, keep=2)
+    numbers = [entry["number"] for entry in Versions.of(folder).entries]
+    assert numbers == [3, 5, 6] and Versions.of(folder).challenger == 3
 
 
 def test_the_margin_is_a_share_of_the_old_figure() -> None:

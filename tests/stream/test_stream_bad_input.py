@@ -230,8 +230,10 @@ def test_rows_without_features_are_dropped_and_counted_or_kept(tmp_path: Path) -
 
 
 def test_normalisation_of_what_is_no_number(tmp_path: Path) -> None:
-    refused(tmp_path, ROWS, "normalize_field: 'user_id' is no column of numbers", normalize_field=["user_id"])
-    refused(tmp_path, ROWS, "normalize_field: 'price' is no column of numbers", normalize_field=["price"])
+    for field, told in (("user_id", "declares as 'token'"), ("price", "which is no column")):
+        write(tmp_path, ROWS)
+        with pytest.raises(ConfigError, match=f"'normalize_field' names '{field}', .*{told}"):
+            configure(tmp_path, normalize_field=[field])
     refused(tmp_path, ROWS, "both set", normalize_field=["timestamp"], normalize_all=True)
 
 

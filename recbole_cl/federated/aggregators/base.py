@@ -62,6 +62,38 @@ class Aggregator:
         """
         raise NotImplementedError
 
+    def round(
+        self, uploads: np.ndarray, prototypes: np.ndarray, radius: float, generator: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray, int]:
+        """Returns prototypes, numbers of users and new beginnings of a whole round, of an aggregator without noise.
+
+        Args:
+            uploads: The users' vectors, shape ``[n, d']``.
+            prototypes: Before, shape ``[K, d']``.
+            radius: R.
+            generator: Draws.
+        """
+        raise NotImplementedError
+
+    def sends(self, drift: np.ndarray) -> np.ndarray:
+        """Returns flags of the clients that upload; all, where who takes part must not depend on data.
+
+        Args:
+            drift: Of each client, shape ``[n]``.
+        """
+        return np.ones(len(drift), dtype=bool)
+
+    def told(self, n_releases: int, sampling: float, delta: float, radius: float) -> dict[str, str]:
+        """Returns rows of its own for the report's table of privacy.
+
+        Args:
+            n_releases: Releases of the run.
+            sampling: Chance by which a client takes part.
+            delta: The delta.
+            radius: R.
+        """
+        return {}
+
     def finish(
         self, prototypes: np.ndarray, counts: np.ndarray, noise: float, generator: np.random.Generator
     ) -> tuple[np.ndarray, int]:

@@ -63,7 +63,7 @@ class LLMClient:
 
         @llm_clients.register("parrot")
         class Parrot(LLMClient):
-            instant = True
+            instant, remote = True, False
 
             def ask(self, request):
                 return Answer("Mostly seeds.", len(request.prompt) // 4, 3)
@@ -76,10 +76,12 @@ class LLMClient:
     Attributes:
         prefix: What its own properties begin with; its name by default.
         instant: It answers at once and costs nothing: questions are asked one after the other and kept many at a time.
+        remote: Prompts leave this machine; then nothing is asked without ``liber_consent``.
     """
 
     prefix: ClassVar[str | None] = None
     instant: ClassVar[bool] = False
+    remote: Any = True
 
     def __init__(self, parameters: Mapping[str, Any]) -> None:
         self.parameters = dict(parameters)

@@ -35,6 +35,7 @@ class Offline(LLMClient):
     """
 
     prefix = "offline"
+    remote = False
     instant = True
 
     def __init__(self, parameters: Mapping[str, Any]) -> None:

@@ -17,6 +17,7 @@ from recbole_cl.registry import llm_clients
 
 LONGEST = 1 << 20
 """Bytes of an answer that are read."""
+_LOCAL = ("127.0.0.1", "::1", "localhost")
 _AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 
 
@@ -51,13 +52,24 @@ class OpenAICompatible(LLMClient):
         if not self.parameters["model"]:
             raise ConfigError("property 'openai_model' is not set; name the model that the server is to ask")
 
-    def ask(self, request: Request) -> Answer:
-        body = {
+    @property
+    def remote(self) -> bool:
+        """Whether the server is another machine."""
+        return urlsplit(str(self.parameters["base_url"] or "")).hostname not in _LOCAL
+
+    def body(self, request: Request) -> dict[str, Any]:
+        """Returns what is asked, JSON-able; also a line of a batch file."""
+        if not self.parameters["model"]:
+            raise ConfigError("property 'openai_model' is not set; name the model that the server is to ask")
+        return {
             "model": self.parameters["model"],
             "messages": [{"role": "user", "content": request.prompt}],
             "temperature": self.parameters["temperature"],
             "max_tokens": self.parameters["max_tokens"],
         }
+
+    def ask(self, request: Request) -> Answer:
+        body = self.body(request)
         headers = {"Content-Type": "application/json", "Idempotency-Key": request.key}
         key = os.environ.get(str(self.parameters["key_env"] or ""), "").strip()
         if key:
@@ -76,7 +88,7 @@ class OpenAICompatible(LLMClient):
 
     @staticmethod
     def _opener(base: str) -> urllib.request.OpenerDirector:
-        local = urlsplit(base).hostname in ("127.0.0.1", "::1", "localhost")
+        local = urlsplit(base).hostname in _LOCAL
         return urllib.request.build_opener(_NoRedirects, *([urllib.request.ProxyHandler({})] if local else []))
 
 

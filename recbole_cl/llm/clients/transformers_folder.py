@@ -27,6 +27,7 @@ class Transformers(LLMClient):
     """
 
     prefix = "transformers"
+    remote = False
 
     def __init__(self, parameters: Mapping[str, Any]) -> None:
         super().__init__(parameters)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,10 @@ def load(folder: Path) -> Any:
     """Returns the encoder of a folder, on the CPU; nothing is downloaded.
 
     Raises:
-        ConfigError: If sentence-transformers is not installed or cannot read the folder.
+        ConfigError: If sentence-transformers is not installed or cannot read the folder, or the folder names classes of
+            other packages: older versions import them, so that a folder from elsewhere runs code.
     """
+    check_modules(folder)
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError as error:
@@ -31,12 +34,31 @@ def load(folder: Path) -> Any:
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # a bar for a tenth of a second
     try:
-        return SentenceTransformer(str(folder), device="cpu", local_files_only=True)
+        return SentenceTransformer(str(folder), device="cpu", local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConfigError(f"sentence-transformers cannot read the folder {str(folder)!r}: {error}") from error
     finally:
         if shown:
             logging.enable_progress_bar()
+
+
+def check_modules(folder: Path) -> None:
+    """Refuses a folder whose ``modules.json`` names a class outside of sentence-transformers.
+
+    Raises:
+        ConfigError: If it does, or is no list of modules.
+    """
+    try:
+        told = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
+        types = [str(module["type"]) for module in told]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ConfigError(f"{folder / 'modules.json'} is no list of modules: {error}") from error
+    for name in types:
+        if not name.startswith("sentence_transformers."):
+            raise ConfigError(
+                f"{folder / 'modules.json'} names the class {name[:80]!r}, which is none of sentence-transformers and "
+                f"is not imported; give a folder whose modules are its own"
+            )
 
 
 def folder_hash(folder: Path) -> str:

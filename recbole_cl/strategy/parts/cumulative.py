@@ -26,6 +26,22 @@ Past = list[dict[str, Factors]]
 """The adapters of past stages, A and B by the adapted layer's name, oldest first."""
 
 
+def start_anew(ctx: StageContext, who: str) -> None:
+    """Starts the adapter in training anew: A at random as peft does, B zero.
+
+    Args:
+        ctx: The stage; its number and the run's seed are what A is drawn from.
+        who: The strategy's name.
+    """
+    generator = torch_generator(ctx.config["seed"], ctx.index, f"{who}/adapter")
+    with torch.no_grad():
+        for a, b in ctx.model.adapters().values():
+            fresh = torch.empty(a.shape)
+            nn.init.kaiming_uniform_(fresh, a=math.sqrt(5), generator=generator)
+            a.copy_(fresh)
+            b.zero_()
+
+
 class Cumulative(Strategy):
     """``W0 + what past adapters add + B_t A_t``; the adapter of a stage joins the past when the next one begins.
 
@@ -58,6 +74,15 @@ class Cumulative(Strategy):
         """Returns what an adapted layer's base and the past answer; only asked while something is ``used``."""
         raise NotImplementedError(f"{type(self).__name__} must implement output(name, inputs, base)")
 
+    def beside(self, name: str, like: torch.Tensor) -> list[Factors]:
+        """Returns factors A, B whose products are what the used past adds to a layer's weight.
+
+        Args:
+            name: The adapted layer.
+            like: A tensor on the device that is wanted.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must implement beside(name, like)")
+
     def past_changed(self) -> None:
         """Forgets what was computed from the past."""
 
@@ -89,13 +114,11 @@ class Cumulative(Strategy):
 
     def anew(self, ctx: StageContext) -> None:
         """Starts the adapter anew: A at random as peft does, B zero."""
-        generator = torch_generator(ctx.config["seed"], ctx.index, f"{self.name}/adapter")
-        with torch.no_grad():
-            for a, b in ctx.model.adapters().values():
-                fresh = torch.empty(a.shape)
-                nn.init.kaiming_uniform_(fresh, a=math.sqrt(5), generator=generator)
-                a.copy_(fresh)
-                b.zero_()
+        start_anew(ctx, self.name)
+
+    def own_weight(self, name: str) -> float:
+        """Returns what the adapter in training is multiplied by in a layer."""
+        return 1.0
 
     def end_stage(self, ctx: StageContext) -> None:
         self.past.append(

@@ -14,6 +14,7 @@ import torch
 from recbole.data.interaction import Interaction
 
 from recbole_cl.errors import CheckpointError, ConfigError
+from recbole_cl.model.forget import Forgetting
 from recbole_cl.strategy.base import require
 from recbole_cl.strategy.context import StageContext
 from recbole_cl.stream.batch import TARGETS, Windows
@@ -164,3 +165,16 @@ class ReservoirMemory:
         require(state, "keys", "columns", "vocabulary")
         self.keys, self.columns, self._mean = np.array(state["keys"], dtype=np.float64), dict(state["columns"]), None
         self.vocabulary, self._checked = dict(state["vocabulary"]), None
+
+    def without_users(self, state: Mapping[str, Any], forgetting: Forgetting) -> dict[str, Any]:
+        """Returns a saved state without the rows of users who are to be forgotten."""
+        if not state["columns"]:
+            return dict(state)
+        rows = forgetting.removal.rows({**state["columns"], "keys": state["keys"]}, forgetting.stream.dataset.uid_field)
+        keys, vocabulary = rows.pop("keys"), dict(state["vocabulary"])
+        known = {key: int(vocabulary[key]) for key in ("n_users", "n_items")}
+        return {
+            "keys": keys,
+            "columns": rows if len(keys) else {},
+            "vocabulary": {**known, "hash": vocabulary_hash(forgetting.stream, **known)},
+        }

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from recbole.data.interaction import Interaction
 
+from recbole_cl.model.contract import contract
 from recbole_cl.strategy.context import StageContext
 from recbole_cl.strategy.parts.outputs import arguments
 from recbole_cl.stream.batch import Windows
@@ -33,7 +34,8 @@ class TeacherRows:
     def __init__(self, ctx: StageContext, teacher: Any) -> None:
         before = ctx.stream.stages[ctx.index - 1]
         self.batcher, self.teacher, self.n_items = ctx.batcher, teacher, before.n_items
-        reads_users = not ctx.batcher.sequential or "user" in (arguments(teacher, "forward") or ())
+        self.encoder = contract(teacher).causal_part()
+        reads_users = not ctx.batcher.sequential or "user" in (arguments(self.encoder, "forward") or ())
         self.n_users = before.n_users if reads_users else None
         self.ctx, self.loader = ctx, ctx.loader
         self._outputs: _Outputs | None = None  # made when asked for
@@ -45,14 +47,17 @@ class TeacherRows:
 
     def positions(self, batch: Interaction, supervised: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the teacher's outputs ``[N, d]`` at the supervised positions with something known, and the flags."""
-        sequence = batch[self.teacher.ITEM_SEQ]
+        sequence = batch[self.encoder.ITEM_SEQ]
         order, known = self.histories(sequence)
         last = known.cumsum(dim=1) - 1  # where the newest known item lies in the closed-up history
         wanted = supervised & (last >= 0)
         if self.n_users is not None:
             wanted &= (batch[self.batcher.uid] < self.n_users).unsqueeze(1)
         rows, _ = at = wanted.nonzero(as_tuple=True)
-        return self._answers((sequence * known).gather(1, order), rows, last[at]), wanted
+        found = self._answers((sequence * known).gather(1, order), rows, last[at])
+        with torch.no_grad():
+            added = contract(self.teacher).added_at(batch, wanted)
+        return found if added is None else found + added, wanted
 
     def _answers(self, closed: torch.Tensor, rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         """Returns the outputs ``[N, d]`` at some places of closed-up histories."""
@@ -64,7 +69,7 @@ class TeacherRows:
             return self._outputs.outputs[starts[rows] + places]
         number = torch.zeros_like(starts).index_fill_(0, new, 1).cumsum(0) - 1
         with torch.no_grad():
-            made = self.teacher.encode(closed[new])
+            made = self.encoder.encode(closed[new])
         if len(new) == len(closed):
             return made[rows, places]
         held = starts[rows] >= 0
@@ -121,13 +126,13 @@ class _Outputs:
         made, step = 0, max(1, INPUTS_AT_ONCE // int((units.last - units.lo).max()))
         for start in range(0, len(units), step):
             index = np.arange(start, min(start + step, len(units)))
-            sequence = known.batcher.window_rows(units, index, collate=False)[known.teacher.ITEM_SEQ].to(
+            sequence = known.batcher.window_rows(units, index, collate=False)[known.encoder.ITEM_SEQ].to(
                 known.ctx.device
             )
             order, flags = known.histories(sequence)
             closed = (sequence * flags).gather(1, order)
             with torch.no_grad():
-                part = known.teacher.encode(closed)[closed > 0]
+                part = known.encoder.encode(closed)[closed > 0]
             for key, length in zip(_keys(closed), flags.sum(dim=1).tolist(), strict=True):
                 self.starts[key] = made
                 made += length

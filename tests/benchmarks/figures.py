@@ -1,13 +1,13 @@
-"""Figures of the benchmarks, kept in a file and written from there into the pages of the documentation.
+"""Figures of the benchmarks, recorded in a file and written from there into the pages of the documentation.
 
-A script keeps what it printed (:func:`keep`) under a name; a page shows it where it says
+A script records what it printed (:func:`record`) under a name; a page shows it where it says
 
-    <!-- kept: NAME NAME -->
+    <!-- figures: NAME NAME -->
     <!-- end -->
 
 Names whose lines belong to the same table stand in one; what a GPU gave stands in a table below.
-``python tests/benchmarks/kept.py`` writes all pages anew, and ``tests/test_docs.py`` refuses a page that shows anything
-else.
+``python tests/benchmarks/figures.py`` writes all pages anew, and ``tests/test_docs.py`` refuses a page that shows
+anything else.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-FILE = Path(__file__).with_name("kept.json")
+FILE = Path(__file__).with_name("figures.json")
 PAGES = Path(__file__).parents[2] / "docs"
-_BLOCK = re.compile(r"(<!-- kept: ([\w .-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_BLOCK = re.compile(r"(<!-- figures: ([\w .-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def machine(device: str = "cpu") -> str:
@@ -39,33 +39,37 @@ def machine(device: str = "cpu") -> str:
     )
 
 
-def keep(name: str, head: list[str], lines: list[str], device: str = "cpu") -> None:
-    """Keeps the lines of a comparison and writes the pages.
+def record(name: str, head: list[str], lines: list[str], device: str = "cpu") -> None:
+    """Records the lines of a comparison and writes the pages.
 
     Args:
-        name: Name of the comparison; what was kept under it goes.
+        name: Name of the comparison; what was recorded under it goes.
         head: First lines of the table that the lines belong to; empty where they are no table.
         lines: What was printed.
         device: Device of the run; another one than the CPU is part of the name.
     """
-    kept = read()
-    kept[name if device == "cpu" else f"{name}.{device}"] = {"head": head, "lines": lines, "machine": machine(device)}
-    FILE.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
+    recorded = read()
+    recorded[name if device == "cpu" else f"{name}.{device}"] = {
+        "head": head,
+        "lines": lines,
+        "machine": machine(device),
+    }
+    FILE.write_text(json.dumps(recorded, indent=1, sort_keys=True) + "\n")
     write_pages()
 
 
 def read() -> dict[str, dict[str, Any]]:
-    """Returns all that is kept."""
+    """Returns all that is recorded."""
     return json.loads(FILE.read_text()) if FILE.exists() else {}
 
 
 def filled(page: str) -> str:
-    """Returns a page with what is kept in its places."""
-    kept = read()
+    """Returns a page with what is recorded in its places."""
+    recorded = read()
 
     def block(found: re.Match[str]) -> str:
         asked = found[2].split()
-        there = [kept[name] for name in (*asked, *(f"{name}.cuda" for name in asked)) if name in kept]
+        there = [recorded[name] for name in (*asked, *(f"{name}.cuda" for name in asked)) if name in recorded]
         parts = ["*Not measured yet.*"] if not there else []
         for head, group in groupby(there, key=lambda one: one["head"]):
             members = list(group)
@@ -78,7 +82,7 @@ def filled(page: str) -> str:
 
 
 def write_pages() -> None:
-    """Writes what is kept into every page that asks for it."""
+    """Writes what is recorded into every page that asks for it."""
     for path in sorted(PAGES.rglob("*.md")):
         page = path.read_text()
         if filled(page) != page:

@@ -1,0 +1,1 @@
+"""An example app: what a SuperLink and its SuperNodes run."""
