@@ -1,11 +1,13 @@
 """RecBole-CL: any RecBole model through a stream of stages under any continual strategy."""
 
-from __future__ import annotations
+from recbole_cl import interrupt
 
-from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+interrupt.end_at_once()  # before anything that takes time is imported
 
-from recbole_cl import compat
+from importlib.metadata import PackageNotFoundError, version  # noqa: E402
+from typing import Any  # noqa: E402
+
+from recbole_cl import compat  # noqa: E402
 
 try:
     __version__ = version("recbole-cl")

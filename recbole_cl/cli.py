@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from recbole_cl import __version__
+from recbole_cl import __version__, interrupt
 from recbole_cl.commands.base import Command
 from recbole_cl.commands.terminal import PROGRAM, rank, tell
 from recbole_cl.errors import ConfigError, RecBoleCLError
@@ -113,6 +113,11 @@ def _asked(arguments: list[str]) -> tuple[Command, argparse.Namespace, list[str]
     return command, options, rest
 
 
+def _interrupted(goes_on_by: str) -> int:
+    tell(f"interrupted; run {goes_on_by} to go on from the newest checkpoint")
+    return 130
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command.
 
@@ -130,6 +135,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         command, options, properties = _asked(arguments)
         goes_on_by = command.goes_on_by
         _import(options.imports)
+        for module in command.imports:
+            importlib.import_module(module)
+        interrupt.raise_from_here()
         command.run(options, properties)
         if sys.stdout is not None:
             sys.stdout.flush()  # here, not at exit: a reader that has gone away (| head) is no error
@@ -139,14 +147,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
-        tell(f"interrupted; run {goes_on_by} to go on from the newest checkpoint")
-        return 130
+        return _interrupted(goes_on_by)
     except RecBoleCLError as error:
+        if interrupt.was_seen():
+            return _interrupted(goes_on_by)
         if debug:
             traceback.print_exc()
         tell(f"error: {error}")
         return error.exit_code
     except Exception as error:
+        if interrupt.was_seen():  # a library has made an error of its own of it
+            return _interrupted(goes_on_by)
         if debug:
             traceback.print_exc()
         hint = "" if debug else " (--state=debug shows the traceback)"

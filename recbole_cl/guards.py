@@ -136,13 +136,14 @@ def _teacher(module: ModuleType) -> Callable[[str], Any]:
     return lambda name: vars(module)[check_teacher(name)]
 
 
-def check(model_class: type, final: Mapping[str, Any]) -> None:
-    """Refuses, before a log is read, a property that RecBole would evaluate when it makes the model.
+def check(model_classes: Sequence[type], final: Mapping[str, Any]) -> None:
+    """Refuses, before a log is read, a property that RecBole would evaluate when it makes one of these models.
 
     Raises:
         ConfigError: If there is one.
     """
-    if any(cls.__name__ == "KD_DAGFM" and cls.__module__.startswith("recbole.") for cls in model_class.__mro__):
+    known = {f"{cls.__module__}.{cls.__name__}" for given in model_classes for cls in given.__mro__}
+    if "recbole.model.context_aware_recommender.kd_dagfm.KD_DAGFM" in known:
         check_teacher(final.get("teacher"))
 
 

@@ -159,7 +159,7 @@ def test_other_errors_of_the_system_are_told_too(tmp_path: Path, monkeypatch: py
     def refuse(*_: Any, **__: Any) -> None:
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr(checkpoint, "save_file", refuse)
+    monkeypatch.setattr("safetensors.torch.save_file", refuse)
     with pytest.raises(OutputError, match="read-only; choose another output_dir"):
         checkpoint.save(tmp_path, 1, {"a": torch.ones(1)}, 2)
 

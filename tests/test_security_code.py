@@ -178,7 +178,11 @@ OWN = {
     ("llm/clients/transformers_folder.py", "Transformers._load", "AutoModelForCausalLM.from_pretrained"): "safetensors",
     ("llm/clients/transformers_folder.py", "Transformers._load", "AutoTokenizer.from_pretrained"): "no remote code",
     ("llm/encoders/sentence_transformers_folder.py", "load", "SentenceTransformer"): "classes are checked before",
+    ("llm/partition_store.py", "PartitionStore.read", "np.load"): "with allow_pickle=False",
     ("model/content_rows.py", "read_vectors", "np.load"): "with allow_pickle=False",
+    ("model/llama_checkpoint.py", "load_checkpoint", "AutoConfig.from_pretrained"): "no remote code",
+    ("model/llama_checkpoint.py", "load_checkpoint", "AutoModelForCausalLM.from_pretrained"): "safetensors",
+    ("model/llama_checkpoint.py", "load_checkpoint", "AutoTokenizer.from_pretrained"): "no remote code",
     ("registry.py", "Registry._load_members", "importlib.import_module"): "a file of this package",
     ("stream/reader.py", "fast_reader", "importlib.import_module"): "a fixed name",
 }
@@ -455,16 +459,18 @@ def test_saved_datasets_and_loaders_are_not_read(tmp_path: Path, attack: Attack,
 def test_a_run_and_a_comparison_leave_planted_files_alone(
     tmp_path: Path, attack: Attack, log: PlantedDrift, monkeypatch: Any
 ) -> None:
-    """Files under RecBole's names in the working directory, with properties that ask for them: neither is read."""
+    """Files under RecBole's names in the working directory, and properties that ask for them: none is read."""
     from recbole_cl.study.parity import compare
 
     monkeypatch.chdir(tmp_path)
     for name in (f"{log.name}-Dataset", f"{log.name}-for-BPR-dataloader", f"BPR-{log.name}"):
         attack.pickle_file(tmp_path / "saved" / f"{name}.pth")
     named = str(attack.pickle_file(tmp_path / "named.pth"))
-    given = {"dataset_save_path": named, "dataloaders_save_path": named, "epochs": 1}
-    run(log, tmp_path / "run", "BPR", **given)
-    more = {**SMALL, "parity": "recbole", "output_dir": str(tmp_path / "parity"), "attack": attack.code, **given}
+    for key in ("dataset_save_path", "dataloaders_save_path"):
+        with pytest.raises(ConfigError, match=f"property '{key}'"):
+            run(log, tmp_path / "run", "BPR", **{key: named})
+    run(log, tmp_path / "run", "BPR", epochs=1)
+    more = {**SMALL, "parity": "recbole", "output_dir": str(tmp_path / "parity"), "attack": attack.code, "epochs": 1}
     keys = ("data_path", "load_col")
     found = compare(CLConfig("BPR", log.name, config_dict={**{k: log.settings()[k] for k in keys}, **more}))
     assert found["equal_losses"]

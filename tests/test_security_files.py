@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -99,10 +100,13 @@ ELSEWHERE = {
     ("config/blocks.py", "open"): "into a temporary folder",
     ("study/parity.py", "write_text"): "into a temporary folder",
     ("study/parity.py", "copy"): "into a temporary folder",
+    ("model/adapter_export.py", "save_pretrained"): "links in the folder are refused before",
+    ("study/claims.py", "os.open"): "a file that is not there, or none (O_EXCL)",
+    ("study/claims.py", "write_text"): "under a name that is drawn",
+    ("study/claims.py", "touch"): "under a name that is drawn",
     ("training/peak_memory.py", "write_text"): "the counter of /proc",
     ("cli.py", "os.open"): "the null device",
     ("lock.py", "os.open"): "the lock, which stays where it is; O_NOFOLLOW",
-    ("seal.py", "os.open"): "for reading",
 }
 """Writes that do not go through :mod:`recbole_cl.disk`, and why they need not."""
 
@@ -116,13 +120,16 @@ def _writes(source: str) -> set[str]:
         name = ast.unparse(node.func)
         last = name.rpartition(".")[2]
         if name == "os.open":
-            found.add(name)
+            found |= set() if "os.O_RDONLY" in ast.unparse(node.args[1]) else {name}
         elif last in ("open", "fdopen"):
             modes = [*node.args, *(k.value for k in node.keywords if k.arg == "mode")]
             texts = {a.value for a in modes if isinstance(a, ast.Constant) and isinstance(a.value, str)}
-            given = bool(node.args) and isinstance(node.args[0], ast.Call)  # open(disk.create(...), "wb")
+            first = ast.unparse(node.args[0]) if node.args else ""
+            given = re.match(r"(disk\.)?(create|open_kept)\(|descriptor$", first) is not None  # made or opened before
             if not given and any(set(text) <= set("rwxab+t") and set(text) & set("wxa+") for text in texts):
                 found.add("open")
+        elif last in ("save", "savefig") and node.args and ast.unparse(node.args[0]) in ("file", "image"):
+            continue  # into what was opened before, or into memory
         elif last in WRITES and not name.startswith(("copy.", "self.")) and name != "torch.save":
             if last == "copy" and not name.startswith("shutil."):
                 continue
@@ -187,6 +194,11 @@ def test_a_file_is_whole_or_the_old_one(tmp_path: Path, victim: Victim, monkeypa
         kind(path.with_name(".file.tmp"))  # left there by a killed process, or planted: never waited for, never written
         disk.write_atomically(path, "new")
         assert path.read_text() == "new" and [p.name for p in path.parent.iterdir()] == ["file"]
+    with monkeypatch.context() as patched:  # a link that comes back between the two steps
+        patched.setattr(Path, "unlink", lambda self, **_: None)
+        path.with_name(".file.tmp").symlink_to(victim.file)
+        with pytest.raises(FileExistsError):
+            disk.create(path.with_name(".file.tmp"))
     os.link(path, tmp_path / "other")
     disk.write_atomically(path, "newer")
     assert (tmp_path / "other").read_text() == "new", "a second name of the old file keeps the old content"
@@ -339,6 +351,39 @@ def test_vectors_of_liber(tmp_path: Path, victim: Victim, caplog: pytest.LogCapt
         (tmp_path / "vectors" / name).symlink_to(victim.file)
     liber_knowledge._write(tmp_path / "vectors" / "a.safetensors", made)
     assert [path.is_symlink() for path in (tmp_path / "vectors").iterdir()] == [False]
+
+
+@pytest.mark.parametrize("kind, name", [("npy", "items.npy"), ("faiss", "items.faiss"), ("npy", "items.tokens.txt")])
+def test_exported_vectors(finished: Path, tmp_path: Path, victim: Victim, kind: str, name: str) -> None:
+    import recbole_cl
+    from recbole_cl.serve.export import export
+
+    served, folder = recbole_cl.load(finished), tmp_path / "out"
+    folder.mkdir()
+    (folder / f".{os.getpid()}-{name}").symlink_to(victim.file)
+    (folder / name).symlink_to(victim.file)
+    with pytest.raises(OutputError, match=f"{name} {LINK}"):
+        export(served, folder, kind=kind)
+    (folder / name).unlink()
+    export(served, folder, kind=kind)
+    assert (folder / name).is_file() and not (folder / name).is_symlink()
+
+
+def test_questions_for_a_batch_service(tmp_path: Path, victim: Victim) -> None:
+    from recbole_cl.llm.batch_files import write_requests
+    from recbole_cl.llm.clients.base import Request
+
+    class Speaks:
+        def body(self, request: Request) -> dict[str, str]:
+            return {"prompt": request.prompt}
+
+    out = tmp_path / "questions.jsonl"
+    (tmp_path / f".{os.getpid()}-{out.name}.part").symlink_to(victim.file)
+    assert write_requests(out, [Request("summary", "What of 1?", {}, "k")], Speaks()) == 1
+    out.unlink()
+    out.symlink_to(victim.file)
+    with pytest.raises(ConfigError, match=f"--batch-out: .*{LINK}"):
+        write_requests(out, [], Speaks())
 
 
 # -- studies --------------------------------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ class Command:
         place: Where it stands in ``--help``: smaller ones first.
         former_names: Names that it had; they go on working and say so.
         goes_on_by: What goes on where an interruption stopped it.
+        imports: Modules that :meth:`run` needs and that take seconds to import: an interruption meanwhile ends at once.
     """
 
     summary: ClassVar[str]
@@ -41,6 +42,7 @@ class Command:
     place: ClassVar[int] = 100
     former_names: ClassVar[tuple[str, ...]] = ()
     goes_on_by: ClassVar[str] = "the same command with --resume=True"
+    imports: ClassVar[tuple[str, ...]] = ()
 
     def arguments(self, parser: argparse.ArgumentParser) -> None:
         """Declares the command's own arguments."""

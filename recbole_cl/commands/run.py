@@ -19,6 +19,7 @@ class Run(ConfiguredCommand):
         "such as --strategy=EWC --ewc_lambda=10 --n_stages=5."
     )
     place = 0
+    imports = ("recbole_cl.training.runner",)
 
     def run(self, options: argparse.Namespace, properties: list[str]) -> None:
         config = self.configured(options, properties)

@@ -301,8 +301,7 @@ class CLConfig(Config):
             if isinstance(final.get(key), list) and len(final[key]) == 2:
                 final[key] = f"[{final[key][0]},{final[key][1]}]"
         schema.check(final)
-        for cls in self._classes():
-            guards.check(cls, final)
+        guards.check(self._classes(), final)
         check_model_values(self.external_config_dict, self._classes())
         if final["n_stages"] is None and self.internal_config_dict["n_stages"] is not None:
             raise ConfigError(

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from recbole_cl import disk
 from recbole_cl.errors import ConfigError
 from recbole_cl.llm.cache import Kept
 from recbole_cl.llm.clients.base import Request
@@ -39,14 +40,15 @@ def write_requests(path: str | os.PathLike[str], requests: Sequence[Request], cl
     file = Path(path).expanduser()
     part = file.with_name(f".{os.getpid()}-{file.name}.part")
     try:
-        with part.open("w", encoding="utf-8") as out:
+        disk.refuse_link(file, "--batch-out")
+        with open(disk.create(part), "w", encoding="utf-8") as out:
             for request in requests:
                 line = {"custom_id": request.key, "method": "POST", "url": URL, "body": client.body(request)}
                 out.write(json.dumps(line) + "\n")
         os.replace(part, file)
     except OSError as error:
         raise ConfigError(
-            f"--batch-out: {str(file)!r} cannot be written ({error.strerror}); give another file"
+            f"--batch-out: {str(file)!r} cannot be written ({error.strerror or error}); give another file"
         ) from error
     return len(requests)
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from recbole_cl import disk
 from recbole_cl.config.columns import read_header
 from recbole_cl.errors import ConfigError, nearest
 from recbole_cl.llm.texts import clean, quoted
@@ -87,11 +88,12 @@ class Catalogue:
                 return
         part = file.with_name(f".{os.getpid()}-{file.name}.part")
         try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            part.write_text(content, encoding="utf-8")
-            os.replace(part, file)
+            disk.own_folder(file.parent, "liber_cache")
+            with open(disk.create(part), "w", encoding="utf-8") as out:
+                out.write(content)
+            os.replace(part, file)  # a link in its place goes, what it leads to stays
         except OSError as error:
-            _LOG.warning("LIBER: the words of prompts are not kept in %s: %s", file.parent, error.strerror)
+            _LOG.warning("LIBER: the words of prompts are not kept in %s: %s", file.parent, error.strerror or error)
 
     def _recalled(self, file: Path) -> bool:
         """Reads the words that were kept; tells whether there are any that can be read."""

@@ -23,6 +23,8 @@ from pathlib import Path
 
 import numpy as np
 
+from recbole_cl import disk
+
 _LOG = logging.getLogger("recbole_cl")
 _NAME = re.compile(r"[0-9a-f]{64}\.keys")
 KEY = 32
@@ -92,14 +94,15 @@ class PartitionStore:
         mark = f"{os.getpid()}-{secrets.token_hex(6)}"
         parts = {suffix: self.folder / f".{mark}{suffix}" for suffix in (".npy", ".keys")}
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with parts[".npy"].open("xb") as file:
+            disk.own_folder(self.folder, "liber_cache")
+            with open(disk.create(parts[".npy"]), "wb") as file:
                 np.save(file, vectors, allow_pickle=False)
-            parts[".keys"].write_bytes(raw)
+            with open(disk.create(parts[".keys"]), "wb") as file:
+                file.write(raw)
             for suffix, part in parts.items():  # the keys last: without them nobody looks at the vectors
                 os.replace(part, self.folder / f"{name}{suffix}")
         except OSError as error:
-            _LOG.warning("LIBER: vectors are not kept in %s: %s", self.folder, error.strerror)
+            _LOG.warning("LIBER: vectors are not kept in %s: %s", self.folder, error.strerror or error)
             for part in parts.values():
                 with contextlib.suppress(OSError):
                     part.unlink()

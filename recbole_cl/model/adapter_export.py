@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from recbole_cl import disk
 from recbole_cl.errors import ConfigError, OutputError
 from recbole_cl.generative.lora import Factors
 from recbole_cl.model.contract import offers
@@ -87,12 +88,13 @@ def export_adapter(
 
 
 def _write(into: Path, settings: Any, tensors: dict[str, torch.Tensor], model: Any) -> None:
-    from safetensors.torch import save_file
-
-    into.mkdir(parents=True, exist_ok=True)
+    disk.own_folder(into, "the folder of the adapter")
+    for folder in (into, into / "base"):
+        for path in folder.iterdir() if folder.is_dir() else ():
+            disk.refuse_link(path, "the folder of the adapter")  # peft and transformers would write through it
     settings.save_pretrained(into)
     part = into / ".adapter_model.safetensors.tmp"
-    save_file(tensors, part, metadata={"format": "pt"})
+    disk.write_tensors(part, tensors, {"format": "pt"})
     part.replace(into / "adapter_model.safetensors")
     if model.language.tokenizer is not None:
         model.language.tokenizer.save_pretrained(into)

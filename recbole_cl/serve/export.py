@@ -8,7 +8,7 @@ from pathlib import Path
 import faiss
 import numpy as np
 
-from recbole_cl.disk import explained, write_atomically
+from recbole_cl.disk import create, explained, refuse_link, write_atomically
 from recbole_cl.errors import ConfigError
 from recbole_cl.serve.answers import Vectors
 from recbole_cl.serve.recommender import Recommender
@@ -50,11 +50,13 @@ def export(
         if kind == "parquet":
             return [_parquet(folder / f"{of}.parquet", Vectors(tokens, values))]
         target = folder / f"{of}.{kind}"
+        refuse_link(target)
         part = target.with_name(f".{os.getpid()}-{target.name}")
         if kind == "npy":
-            with part.open("wb") as file:
+            with open(create(part), "wb") as file:
                 np.save(file, values, allow_pickle=False)
         else:
+            os.close(create(part))
             faiss.write_index(make_index(values, approximate), str(part))
         names = folder / f"{of}.tokens.txt"
         write_atomically(names, "".join(f"{name}\n" for name in tokens))
@@ -70,7 +72,9 @@ def _parquet(target: Path, found: Vectors) -> Path:
         raise ConfigError("export: parquet needs pyarrow; install it (pip install 'recbole-cl[parquet]')") from error
     flat = pa.array(found.values.ravel())
     vectors = pa.FixedSizeListArray.from_arrays(flat, found.values.shape[1])
+    refuse_link(target)
     part = target.with_name(f".{os.getpid()}-{target.name}")
+    os.close(create(part))
     pq.write_table(pa.table({"token": pa.array(found.tokens, pa.string()), "vector": vectors}), part)
     os.replace(part, target)
     return target

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import logging
 import re
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from recbole_cl.checkpoint import explained
+from recbole_cl.disk import explained, write_atomically
 from recbole_cl.errors import ConfigError
 from recbole_cl.report.figures import COLOURS
 from recbole_cl.study.compare import Asked, column_is_smaller, directions
@@ -178,6 +179,8 @@ def write_pictures(plan: Plan, folder: Path, asked: Asked, formats: Sequence[str
         for name, drawn in made.items():
             for ending in formats:
                 path = folder / (re.sub(r"[^\w.+-]+", "_", name) + f".{ending}")
-                drawn.savefig(path, dpi=200, metadata={"Date": None} if ending == "svg" else None)
+                image = io.BytesIO()
+                drawn.savefig(image, format=ending, dpi=200, metadata={"Date": None} if ending == "svg" else None)
+                write_atomically(path, image.getvalue())
                 files.append(path)
     return files

@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 from run_helpers import configure, run
 from serve_helpers import MODELS, SETTINGS, fresh
 from task_helpers import SETTINGS as TASK_SETTINGS
 from task_helpers import write_task_log
 
 import recbole_cl
-from recbole_cl import checkpoint, cli
+from recbole_cl import cli
 from recbole_cl.config import CLConfig
 from recbole_cl.errors import CheckpointError, ConfigError, DataError, OutputError
 from recbole_cl.model.state import owned_state
@@ -412,15 +413,15 @@ def test_a_full_disk_leaves_the_champion(
     log: PlantedDrift, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
     """The disk is full while the store, or the version, is written."""
-    whole, calls = checkpoint.save_file, []
+    whole, calls = safetensors.torch.save_file, []
 
-    def full(tensors: Any, path: str) -> None:
+    def full(tensors: Any, path: str, metadata: Any = None) -> None:
         calls.append(path)
         if len(calls) == at:
             raise OSError(errno.ENOSPC, "No space left on device")
-        whole(tensors, path)
+        whole(tensors, path, metadata)
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr("safetensors.torch.save_file", full)
     with pytest.raises(OutputError, match="the disk is full"):
         updated(folder, log, tmp_path / "n.csv", 0)
     assert recbole_cl.load(folder).position.version == 0
