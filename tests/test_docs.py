@@ -231,6 +231,7 @@ def test_commands_name_what_exists() -> None:
             "update",
             "recommend",
             "export",
+            "export-adapter",
             "versions",
             "rollback",
         ):
@@ -255,7 +256,8 @@ def test_readme_has_the_two_set_up_lines() -> None:
     assert run_line in lines
     assert venv + '".[test]" && .venv/bin/python -m pytest -n 2 --dist loadscope' in lines
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
-    named = {name for page in PAGES for name in re.findall(r"`\[([a-z]+)\]`", page.read_text(encoding="utf-8"))}
+    told = [page for page in PAGES if page.name != "reference.md"]  # shapes of arrays look alike: `[n]`
+    named = {name for page in told for name in re.findall(r"`\[([a-z]+)\]`", page.read_text(encoding="utf-8"))}
     assert named <= extras.keys()
 
 

@@ -98,6 +98,12 @@ def _studies() -> dict[str, str]:
     return _files("study", list_studies())
 
 
+def _papers() -> dict[str, str]:
+    from recbole_cl.study.plan import list_papers
+
+    return _files("paper", list_papers())
+
+
 def _formats() -> dict[str, str]:
     from recbole_cl.config import properties_dir
     from recbole_cl.importer import list_formats
@@ -121,6 +127,7 @@ KINDS: dict[str, Callable[[], dict[str, str]]] = {
     "datasets": _datasets,
     "metrics": _metrics,
     "studies": _studies,
+    "papers": _papers,
     "formats": _formats,
     "strata": lambda: described(strata),
     "encoders": lambda: described(encoders),

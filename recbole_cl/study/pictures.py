@@ -84,11 +84,12 @@ def blocks(frame: pd.DataFrame, column: str) -> tuple[list[str], np.ndarray, str
     """
     place = ["dataset", "scheduler", "model"]
     by_table = frame.pivot_table(index=place, columns="strategy", values=column, aggfunc="mean", sort=False)
-    told = f"{len(by_table)} tables (log, scheduler, model), means over seeds"
+    n_tables = len(by_table)
+    told = f"{n_tables} tables (log, scheduler, model), means over seeds"
     if len(by_table) < BLOCKS:
         keys = [*place, *(key for key in ("order", "seed") if key in frame)]
         by_table = frame.pivot_table(index=keys, columns="strategy", values=column, aggfunc="mean", sort=False)
-        told = f"{len(by_table)} seeds of {told.partition(' (')[0]}"
+        told = f"{len(by_table)} seeds of {n_tables} table{'s' if n_tables > 1 else ''}"
     whole = by_table.dropna(axis="columns")
     order = [name for name in dict.fromkeys(frame["strategy"]) if name in whole]
     return order, whole[order].to_numpy(dtype=float), told

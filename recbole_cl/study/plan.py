@@ -30,7 +30,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from recbole_cl.config import properties_dir, read_properties
+from recbole_cl.config import find_dataset, properties_dir, read_properties
 from recbole_cl.config.strategies import asked_strategies
 from recbole_cl.disk import check_name
 from recbole_cl.errors import ConfigError, nearest
@@ -44,8 +44,8 @@ AXES = {"datasets": "dataset", "schedulers": "scheduler", "models": "model", "st
 PLOTS = {"curves": "", "orders": "orders", "probe": "probe"}
 """Kinds of plots, and the key that a preset needs for them."""
 LABEL = "it names a folder of the study, so give another one, without '/', '\\\\' and NUL, and neither '.' nor '..'"
-_PRESET_KEYS = (*AXES, "orders", "seeds", "settings", "probe", "about", "share_base")
-_PLAN_KEYS = ("about", "report", "presets")
+_PRESET_KEYS = (*AXES, "orders", "seeds", "settings", "probe", "about", "share_base", "report")
+_PLAN_KEYS = ("about", "report", "presets", "logs")
 _REPORT_KEYS = ("metric", "summaries", "strata", "scale", "published", "source", "plots", "by_stage")
 
 
@@ -94,6 +94,7 @@ class Plan:
         report: What the tables tell: ``metric``, ``summaries``, ``strata`` (beside the last model's figures), ``scale``
             (100 for per cent), ``published`` (strategy to {column: figure}) and ``source`` of those, ``by_stage`` (a
             ``metric`` told for each stage, and ``published`` figures, one a stage); and the ``plots``.
+        logs: Dataset to where it is to be had and what to call it, told where it is missing.
     """
 
     name: str
@@ -101,6 +102,24 @@ class Plan:
     about: str
     cells: tuple[Cell, ...]
     report: Mapping[str, Any] = field(default_factory=dict)
+    logs: Mapping[str, str] = field(default_factory=dict)
+
+    def check_logs(self) -> None:
+        """Raises a :class:`ConfigError` that says where a log is to be had, if one is missing."""
+        for name, source in self.logs.items():
+            cells = [cell for cell in self.cells if cell.settings["dataset"] == name]
+            if not cells:
+                continue
+            try:
+                find_dataset(name, cells[0].settings.get("data_path"))
+            except ConfigError as error:
+                told_of = " ".join(source.split())
+                raise ConfigError(f"{error}. Where it is to be had, and what to call it: {told_of}") from error
+
+
+def list_papers() -> list[str]:
+    """Returns the protocols of papers that come with the package, one for each of their tables."""
+    return sorted(file.stem for file in (properties_dir() / "paper").glob("*.yaml"))
 
 
 def list_studies() -> list[str]:
@@ -121,9 +140,10 @@ def read_plan(study: str | Path, preset: str) -> Plan:
     """
     path = Path(study)
     if path.suffix not in (".yaml", ".yml"):
-        path = properties_dir() / "study" / f"{study}.yaml"
+        folder = "paper" if str(study) in list_papers() else "study"
+        path = properties_dir() / folder / f"{study}.yaml"
         if not path.is_file():
-            known = list_studies()
+            known = [*list_studies(), *list_papers()]
             raise ConfigError(
                 f"unknown study {str(study)!r}{nearest(str(study), known)} Known: {', '.join(known)}; or give a .yaml "
                 f"file"
@@ -138,10 +158,10 @@ def read_plan(study: str | Path, preset: str) -> Plan:
     asked = presets[preset]
     where = f"{path.name}, preset {preset}"
     _only(asked, _PRESET_KEYS, where)
-    report = content.get("report") or {}
+    report = {**(content.get("report") or {}), **(asked.get("report") or {})}
     _check_report(report, asked, f"{path.name}, report")
     about = " ".join(str(text) for text in (content.get("about"), asked.get("about")) if text)
-    return Plan(path.stem, preset, about, tuple(_cells(asked, where)), report)
+    return Plan(path.stem, preset, about, tuple(_cells(asked, where)), report, content.get("logs") or {})
 
 
 def _only(given: Any, known: Sequence[str], where: str) -> None:

@@ -194,6 +194,7 @@ def walk(
         OutputError: If something that the study writes is a link in its folder.
     """
     refuse_links(folder, ("table.md", "table.csv", "plots.html"))  # what is written when all runs are done
+    plan.check_logs()
     asked = _Asked(folder, jobs, threads, shard, until)
     bases = [cell for cell in plan.cells if cell.base == cell.folder]
     failures = {}

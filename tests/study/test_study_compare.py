@@ -268,6 +268,6 @@ def test_figures_hold_the_numbers(tmp_path: Path) -> None:
     assert order == list(methods) and scores.shape == (3, 3) and what.startswith("3 tables")
     one = frame[frame["model"] == "BPR"]
     assert pictures.blocks(one, f"final_average:{METRIC}")[1].shape == (3, 3)
-    assert pictures.blocks(one, f"final_average:{METRIC}")[2] == "3 seeds of 1 tables"
+    assert pictures.blocks(one, f"final_average:{METRIC}")[2] == "3 seeds of 1 table"
     with pytest.raises(ConfigError, match="'jpg' is none"):
         pictures.write_pictures(plan, tmp_path, Asked(), ("jpg",))
