@@ -16,8 +16,8 @@ from report_fixture import METRICS, make_result
 
 from recbole_cl.errors import DataError, OutputError
 from recbole_cl.report import page, picture, render_folder, terminal_summary, text, write_report
-from recbole_cl.report.skeleton import plotly_script
 from recbole_cl.report.figures import learning_curves
+from recbole_cl.report.skeleton import plotly_script
 from recbole_cl.results import summarise_all
 
 SECTIONS = ["headline", "stages", "matrix", "forgetting", "curves", "strata", "disparity", "costs", "terms"]
