@@ -304,8 +304,8 @@ def newest(
     if len(reasons) == 1 and not reasons[0].startswith("checkpoint "):
         raise CheckpointError(reasons[0])  # the same of all: not they are wrong, but what is asked of them
     if refused:
-        told = "; ".join(_named(*one) for one in refused.items())
-        raise CheckpointError(f"resume: no checkpoint in {folder} can be used: {told}. Start anew without resume")
+        listed = "; ".join(_named(*one) for one in refused.items())
+        raise CheckpointError(f"resume: no checkpoint in {folder} can be used: {listed}. Start anew without resume")
     return None, 0, []
 
 

@@ -157,24 +157,26 @@ def _only_tensors(*properties: str, weights: bool = True) -> Callable[..., Any]:
         properties: The properties that name the file, for messages.
         weights: The file must hold a ``state_dict`` or be one.
     """
-    told = " or ".join(properties)
+    named = " or ".join(properties)
 
     def load(file: Any, *args: Any, **kwargs: Any) -> Any:
         import torch
 
+        if file is None:
+            raise ConfigError(f"{named}: no file is named; give the file with the weights")
         given = {key: value for key, value in kwargs.items() if key not in ("weights_only", "pickle_module")}
         try:
             found = torch.load(file, *args[:1], **given, weights_only=True)
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-            raise ConfigError(f"{told}: {str(file)!r} is no file; give the file with the weights") from error
+            raise ConfigError(f"{named}: {str(file)!r} is no file; give the file with the weights") from error
         except Exception as error:
             raise ConfigError(
-                f"{told}: {str(file)!r} is not read, for it does not hold tensors and plain values alone, and anything "
-                f"else could run code ({' '.join(str(error).split())[:120]}). Where you trust the file, write its "
-                f"weights into another one: torch.save({{'state_dict': loaded['state_dict']}}, path)"
+                f"{named}: {str(file)!r} is not read, for it does not hold tensors and plain values alone, and "
+                f"anything else could run code ({' '.join(str(error).split())[:120]}). Where you trust the file, write "
+                f"its weights into another one: torch.save({{'state_dict': loaded['state_dict']}}, path)"
             ) from error
         if weights and not (isinstance(found, Mapping) and isinstance(found.get("state_dict", found), Mapping)):
-            raise ConfigError(f"{told}: {str(file)!r} holds no weights; give a file with a 'state_dict'")
+            raise ConfigError(f"{named}: {str(file)!r} holds no weights; give a file with a 'state_dict'")
         if weights and "state_dict" not in found:
             return {"state_dict": found}
         return found
@@ -204,12 +206,12 @@ def _only_numbers(what: str) -> Callable[..., Any]:
     return load
 
 
-def _refuse(told: str) -> Callable[..., Any]:
+def _refuse(message: str) -> Callable[..., Any]:
     """Returns a function that refuses whatever it is given."""
 
     def refuse(*args: Any, **kwargs: Any) -> Any:
         name = getattr(args[0], "name", args[0]) if args else ""
-        raise ConfigError(told.format(file=str(name)))
+        raise ConfigError(message.format(file=str(name)))
 
     return refuse
 

@@ -68,10 +68,10 @@ class Holder:
     def read(cls, descriptor: int) -> Holder | None:
         """Returns who stands in an open lock; ``None`` where nobody does, or what does is no holder."""
         try:
-            told: Any = json.loads(os.pread(descriptor, 1 << 16, 0))
+            written: Any = json.loads(os.pread(descriptor, 1 << 16, 0))
             types = {"host": str, "boot": str | None, "pid": int, "start": int | None, "since": str, "what": str}
-            if all(isinstance(told[key], kind) for key, kind in types.items()) and told["pid"] > 0:
-                return cls(**{key: told[key] for key in types})
+            if all(isinstance(written[key], kind) for key, kind in types.items()) and written["pid"] > 0:
+                return cls(**{key: written[key] for key in types})
         except (ValueError, KeyError, TypeError, RecursionError):
             pass
         return None

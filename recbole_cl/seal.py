@@ -53,8 +53,8 @@ def state_text(body: Mapping[str, Any], own_id: str, tensors_sha256: str) -> str
         own_id: Id of the checkpoint.
         tensors_sha256: Hash of the file of its tensors.
     """
-    told = {"id": own_id, "tensors": tensors_sha256, "content": _hash(json.dumps(body, allow_nan=False))}
-    return json.dumps({KEY: told, **body}, allow_nan=False)
+    own_seal = {"id": own_id, "tensors": tensors_sha256, "content": _hash(json.dumps(body, allow_nan=False))}
+    return json.dumps({KEY: own_seal, **body}, allow_nan=False)
 
 
 def manifest_text(manifest: Mapping[str, Any]) -> str:
@@ -81,11 +81,11 @@ def read_plain(path: Path, largest: int | None = None) -> bytes:
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     with os.fdopen(descriptor, "rb") as file:
-        told = os.fstat(descriptor)
-        if not stat.S_ISREG(told.st_mode):
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
             raise OSError("it is no plain file")
-        if largest is not None and told.st_size > largest:
-            raise OSError(f"it has {told.st_size} bytes")
+        if largest is not None and status.st_size > largest:
+            raise OSError(f"it has {status.st_size} bytes")
         return file.read()
 
 
@@ -164,19 +164,19 @@ def opened(folder: Path, manifest: Mapping[str, Any], body: Any, tensors: dict[s
         CheckpointError: If they are not of one checkpoint, or were changed although their hashes are right.
     """
     where = f"checkpoint {folder.name}"
-    told = body.pop(KEY, None) if isinstance(body, dict) else None
-    if not isinstance(told, dict):
+    inner_seal = body.pop(KEY, None) if isinstance(body, dict) else None
+    if not isinstance(inner_seal, dict):
         raise CheckpointError(f"{where}: {STATE} is not what a run writes: it lacks the checkpoint's id")
     inside = tensors.pop(KEY, None)
     theirs = inside.numpy().tobytes().hex() if inside is not None and inside.dtype == torch.uint8 else None
-    for name, found in ((STATE, told.get("id")), (TENSORS, theirs)):
+    for name, found in ((STATE, inner_seal.get("id")), (TENSORS, theirs)):
         if found != manifest["id"]:
             raise CheckpointError(
                 f"{where}: {name} is that of another checkpoint (id {found}, {MANIFEST} has {manifest['id']})"
             )
-    if told.get("tensors") != manifest["sha256"][TENSORS]:
+    if inner_seal.get("tensors") != manifest["sha256"][TENSORS]:
         raise CheckpointError(f"{where}: {TENSORS} is not what a run writes: it was changed, and its hash made anew")
-    if told.get("content") != _hash(json.dumps(body, allow_nan=False)):
+    if inner_seal.get("content") != _hash(json.dumps(body, allow_nan=False)):
         raise CheckpointError(f"{where}: {STATE} is not what a run writes: it was changed, and its hash made anew")
     if manifest.get("seal") != _seal(manifest):
         raise CheckpointError(f"{where}: {MANIFEST} is damaged, or was made anew; it is not what a run writes")

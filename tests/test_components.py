@@ -99,7 +99,7 @@ def test_a_strategy_names_its_parts(parts: Any) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"farm_hands": "many"}, r"'farm_hands' is 'many'; it must be of type int"),
+        ({"farm_hands": "many"}, r"'farm_hands' is 'many'; it must be of type float"),
         ({"farm_hand": 3}, r"unknown property 'farm_hand'; did you mean 'farm_hands'"),
         ({"farm_cows_and_sheep": 3}, r"unknown property 'farm_cows_and_sheep' of the engine 'farm'.* has farm_hands"),
         ({"model_engine": "fram"}, r"model_engine: unknown engine 'fram'; did you mean 'farm'\? Known: farm, "),

@@ -168,6 +168,6 @@ def test_the_round_as_printed(tmp_path: Path) -> None:
 def test_the_literal_preset_tells_what_it_is_worth() -> None:
     """The accountant's figure for q .05, T 8, z .4 is 13.3, and none for what is printed."""
     pytest.importorskip("dp_accounting", reason="dp-accounting, of the extra 'federated', is not installed")
-    told = AsPrinted({**PRINTED, "sigma": 0.4}).told(8, 0.05, 1e-5, 1.0)
+    told = AsPrinted({**PRINTED, "sigma": 0.4}).described(8, 0.05, 1e-5, 1.0)
     assert told["epsilon by the paper"] == "3.4 for sigma 0.4" and told["true epsilon"].startswith("infinite")
     assert told["if its noise came after the clip, on sums"].startswith("13.3 ")

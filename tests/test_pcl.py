@@ -908,7 +908,7 @@ class Cut(Exception):
 class CutPCL(PCL):
     """Notes the task of each training step, and ends the walk at a given one."""
 
-    defaults = read_properties(properties_dir() / "model" / "PCL.yaml")
+    defaults = {**read_properties(properties_dir() / "model" / "PCL.yaml"), "pcl_attributes": None}  # of any type
     stages: ClassVar[list[int]] = []
     limit: ClassVar[int] = sys.maxsize
 

@@ -18,7 +18,7 @@ from recbole_cl.config import CLConfig
 from recbole_cl.errors import ConfigError, DataError
 from recbole_cl.generative.index import read_index
 from recbole_cl.model.peso import PESO
-from recbole_cl.model.semantic_ids import make_semantic_ids, save, told
+from recbole_cl.model.semantic_ids import make_semantic_ids, save, summary_of
 
 TEXTS: dict[int, str] = {
     1: "",
@@ -58,7 +58,7 @@ def test_texts_are_data(data: Path, tmp_path: Path) -> None:
     assert made.report["same_text"] == 2 and made.report["cleaned"] == len({"i4", "i6"} & place.keys())
     assert (codes[place["i2"]] == codes[place["i3"]]).all(), "the same text may share a leaf"
     assert made.report["after"]["colliding"] >= 2
-    words = told(made)
+    words = summary_of(made)
     assert f"{len(gone)} items have none, 2 share theirs" in words and words.isprintable() is False
     assert all(line.isprintable() for line in words.splitlines())
     save(made, str(tmp_path / "index.json"))

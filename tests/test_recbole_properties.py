@@ -62,7 +62,7 @@ def test_what_is_refused_says_why(key: str) -> None:
     assert answer is not None and answer.example is not None
     with pytest.raises(ConfigError) as caught:
         make(**{key: answer.example})
-    assert str(caught.value) == f"property {key!r} is {answer.example!r}, which nothing here reads: {answer.told}"
+    assert str(caught.value) == f"property {key!r} is {answer.example!r}, which nothing here reads: {answer.note}"
     for value in (defaults_of_recbole().get(key), *answer.default, None):
         assert make(**{key: value}).warnings == []
 
@@ -71,7 +71,7 @@ def test_what_is_refused_says_why(key: str) -> None:
 def test_what_nothing_reads_is_told(key: str) -> None:
     answer = answer_of(key)
     assert answer is not None
-    assert make(**{key: answer.example}).warnings == [f"property {key!r} has no effect: {answer.told}"]
+    assert make(**{key: answer.example}).warnings == [f"property {key!r} has no effect: {answer.note}"]
     assert make(**{key: defaults_of_recbole()[key]}).warnings == []
 
 
@@ -211,7 +211,9 @@ def test_values_of_another_kind_are_refused_for_models() -> None:
 
 
 def test_what_a_model_dies_of_is_told_with_its_properties(log: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=r"model 'NeuMF' cannot be made with .*use_pretrain: True"):
+    with pytest.raises(ConfigError, match=r"model 'DGCF' cannot be made with .*n_factors: 4"):
+        walk("DGCF", log, embedding_size=7, n_factors=4)
+    with pytest.raises(ConfigError, match="mf_pretrain_path or mlp_pretrain_path: no file is named"):
         walk("NeuMF", log, use_pretrain=True)
 
 

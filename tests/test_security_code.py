@@ -170,9 +170,12 @@ def test_every_call_that_could_run_something_is_told() -> None:
 
 OWN = {
     ("cli.py", "_import", "importlib.import_module"): "the module that --import names: it is asked for",
+    ("cli.py", "main", "importlib.import_module"): "modules that a command names in its class",
     ("config/models.py", "get_model_class", "importlib.import_module"): "a file of RecBole's models",
     ("config/values.py", "read_properties", "yaml.load"): "with a loader that makes plain values",
     ("config/values.py", "parse_value", "yaml.load"): "with a loader that makes plain values",
+    ("training/costs.py", "import_before_the_clock", "importlib.import_module"): "fixed names",
+    ("llm/frozen_vectors.py", "_from", "kind.from_pretrained"): "no remote code; safetensors",
     ("guards.py", "_only_numbers.load", "np.load"): "with allow_pickle=False",
     ("guards.py", "_only_tensors.load", "torch.load"): "with weights_only=True",
     ("llm/clients/transformers_folder.py", "Transformers._load", "AutoModelForCausalLM.from_pretrained"): "safetensors",

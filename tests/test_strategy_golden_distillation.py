@@ -411,7 +411,7 @@ def test_an_auxiliary_pass_leaves_no_trace(toy: PlantedDrift, tmp_path: Path, mo
         torch.rand(3)
         return grow_model(*args)
 
-    monkeypatch.setattr("recbole_cl.training.runner.grow_model", drawing)
+    monkeypatch.setattr("recbole_cl.training.stage_models.grow_model", drawing)
 
     def runner(strategy: str, folder: str, **settings: Any) -> Runner:
         given = {**SMALL, **toy.settings(), "strategy": strategy, "output_dir": str(tmp_path / folder)}

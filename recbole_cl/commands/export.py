@@ -37,9 +37,9 @@ class Export(Command):
         from recbole_cl.serve.export import export
 
         if options.of == "adapter":
-            told = export_adapter(load(options.folder, options.run_version), options.to)
-            rows = f", rows of {told['tokens']} tokens" if told["tokens"] else ""
-            show(f"adapter of rank {told['rank']}{rows}: {told['bytes'] / 1e6:.1f} MB in {options.to}")
+            adapter = export_adapter(load(options.folder, options.run_version), options.to)
+            rows = f", rows of {adapter['tokens']} tokens" if adapter["tokens"] else ""
+            show(f"adapter of rank {adapter['rank']}{rows}: {adapter['bytes'] / 1e6:.1f} MB in {options.to}")
             return
         run = load(options.folder, options.run_version, search="dense")
         for of in ("items", "users") if options.of == "both" else (options.of,):

@@ -11,16 +11,16 @@ from recbole_cl.errors import ConfigError
 from recbole_cl.registry import commands
 
 
-def column_arguments(parser: argparse.ArgumentParser, told: str = "") -> None:
+def column_arguments(parser: argparse.ArgumentParser, note: str = "") -> None:
     """Declares how a table's columns are named and how it is read.
 
     Args:
         parser: The command's parser.
         told: What is added to each name's help.
     """
-    parser.add_argument("--user", help=f"column of users{told}")
-    parser.add_argument("--item", help=f"column of items{told}")
-    parser.add_argument("--time", help=f"column of times{told}")
+    parser.add_argument("--user", help=f"column of users{note}")
+    parser.add_argument("--item", help=f"column of items{note}")
+    parser.add_argument("--time", help=f"column of times{note}")
     parser.add_argument("--label", help="column of labels or ratings, if there is one")
     parser.add_argument("--unit", choices=["s", "ms", "us", "ns", "iso", "row"], help="clock (default: found out)")
     parser.add_argument("--encoding", help="encoding of a text file (default: UTF-8, UTF-16 or Windows' Western one)")
@@ -84,10 +84,10 @@ class Import(Command):
                     sides[name] = (file, side)
         elif options.items or options.users:
             raise ConfigError("--items and --users are read by a --format; give one")
-        path, told, found = import_log(
+        path, numbers, found = import_log(
             options.file, Columns.of(given), options.name, options.data_path, options.overwrite, sides
         )
-        lines = [f"{path}", *health_lines(told), f"clock         {found.unit}"]
+        lines = [f"{path}", *health_lines(numbers), f"clock         {found.unit}"]
         show(
             "\n".join(
                 [

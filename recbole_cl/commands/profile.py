@@ -62,10 +62,10 @@ class Profile(ConfiguredCommand):
         elif options.show_prompt:
             show("\n\n".join(profiles.prompts(user)))
         else:
-            told = self._told(profiles, options)
-            words = {name: f"{value:,}" if isinstance(value, int) else str(value) for name, value in told.items()}
+            numbers = self._told(profiles, options)
+            words = {name: f"{value:,}" if isinstance(value, int) else str(value) for name, value in numbers.items()}
             show("\n".join(f"{name}: {value}" for name, value in words.items()))
-            if options.check and any(told[name] for name in FAULTS):
+            if options.check and any(numbers[name] for name in FAULTS):
                 raise SystemExit(DAMAGED)
 
     @staticmethod

@@ -23,9 +23,9 @@ class SemanticIdsCommand(ConfiguredCommand):
     def run(self, options: argparse.Namespace, properties: list[str]) -> None:
         options.model = options.model or "PESO"
         config = self.configured(options, properties)
-        from recbole_cl.model.semantic_ids import make_semantic_ids, save, told
+        from recbole_cl.model.semantic_ids import make_semantic_ids, save, summary_of
 
         path = config["semantic_ids"] or f"index.{config['dataset']}.json"
         made = make_semantic_ids(config)
         save(made, path)
-        show(f"{told(made)}\nwritten to   {path}; go on with --semantic_ids={path}")
+        show(f"{summary_of(made)}\nwritten to   {path}; go on with --semantic_ids={path}")

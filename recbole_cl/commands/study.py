@@ -86,8 +86,8 @@ class Study(Command):
         if comparison is not None:
             self._compare(plan, folder, comparison, options.formats)
         if failures:
-            told = "; ".join(failures)
-            raise RecBoleCLError(f"{len(failures)} runs failed; the same command tries them again: {told}")
+            reasons = "; ".join(failures)
+            raise RecBoleCLError(f"{len(failures)} runs failed; the same command tries them again: {reasons}")
 
     def _shard(self, asked: str | None) -> tuple[int, int] | None:
         from recbole_cl.study.claims import shard_of

@@ -51,8 +51,8 @@ class ListVersions(Command):
                 found = Versions.of(folder)
                 found.roll_back(options.promote)
         if options.json:
-            told = {"champion": found.champion, "challenger": found.challenger, "versions": found.entries}
-            show(json.dumps({**told, "retired": len(found.retired)}))
+            numbers = {"champion": found.champion, "challenger": found.challenger, "versions": found.entries}
+            show(json.dumps({**numbers, "retired": len(found.retired)}))
         else:
             lines = [described(entry, found.champion, found.challenger) for entry in found.entries]
             show("\n".join([*lines, *([f"{len(found.retired)} items are retired"] if found.retired else [])]))

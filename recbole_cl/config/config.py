@@ -266,8 +266,8 @@ class CLConfig(Config):
         asked = self.external_config_dict
         owners: list[tuple[Any, Mapping[str, Any]]] = [(self.model_class, {**of_model, **asked})]
         for cls, brought, (_, own) in zip(self.strategy_classes, of_strategies, self._asked_strategies, strict=True):
-            told = {brought.own.get(key, key): parse_property(key, value) for key, value in own.items()}
-            owners.append((cls, {**brought.values, **asked, **told}))
+            parsed = {brought.own.get(key, key): parse_property(key, value) for key, value in own.items()}
+            owners.append((cls, {**brought.values, **asked, **parsed}))
         return chosen_components(owners, asked)
 
     def _add_layer(self, values: Mapping[str, Any], declared: Mapping[str, tuple[str, ...]]) -> None:

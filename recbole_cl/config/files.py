@@ -89,4 +89,4 @@ def _kind(default: Any) -> tuple[str, ...]:
     for kind, words in ((bool, ("bool",)), (int | float, ("float",)), (str, ("str",)), (list | tuple, ("list",))):
         if isinstance(default, kind):
             return words
-    return ("dict",) if isinstance(default, dict) else ()
+    return ("dict", "none") if isinstance(default, dict) else ()

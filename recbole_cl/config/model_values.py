@@ -110,10 +110,10 @@ def told_with_properties(config: Any, classes: Sequence[type]) -> Iterator[None]
         own = {key for name in recbole_names(*classes) for key in _kinds(name)}
         own |= schema.MODEL_SCHEMA.keys() | {"MAX_ITEM_LIST_LENGTH"}
         given = getattr(config, "external_config_dict", {})
-        told = ", ".join(f"{key}: {given[key]!r}" for key in sorted(own & given.keys()))
-        if not told:
+        properties = ", ".join(f"{key}: {given[key]!r}" for key in sorted(own & given.keys()))
+        if not properties:
             raise
         raise ConfigError(
-            f"model {config['model']!r} cannot be made with {told} ({type(error).__name__}: "
+            f"model {config['model']!r} cannot be made with {properties} ({type(error).__name__}: "
             f"{' '.join(str(error).split())[:200]}); change what does not go together, or leave it out"
         ) from error

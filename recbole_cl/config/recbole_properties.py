@@ -32,23 +32,23 @@ class Answer:
 
     Attributes:
         kind: :data:`WORKS`; :data:`REFUSED` or, with a warning, :data:`UNREAD` where it is not the default.
-        told: The reason and the remedy, or what is particular about it here.
+        note: The reason and the remedy, or what is particular about it here.
         default: Values beside RecBole's default that ask for nothing.
         example: A value that is refused or warned of.
     """
 
     kind: str = WORKS
-    told: str = ""
+    note: str = ""
     default: tuple[Any, ...] = ()
     example: Any = None
 
 
-def _refused(told: str, example: Any, *default: Any) -> Answer:
-    return Answer(REFUSED, told, default, example)
+def _refused(reason: str, example: Any, *default: Any) -> Answer:
+    return Answer(REFUSED, reason, default, example)
 
 
-def _unread(told: str, example: Any, *default: Any) -> Answer:
-    return Answer(UNREAD, told, default, example)
+def _unread(reason: str, example: Any, *default: Any) -> Answer:
+    return Answer(UNREAD, reason, default, example)
 
 
 _TORCHRUN = "several processes are started by torchrun, which says who each of them is; leave it out"
@@ -66,8 +66,8 @@ ANSWERS: dict[str, dict[str, Answer]] = {
         "seed": Answer(),
         "state": Answer(),
         "encoding": Answer(),
-        "reproducibility": Answer(told="every run has bits of its own seed; this sets cuDNN's part"),
-        "data_path": Answer(told="the folder that holds the dataset's folder, or that folder"),
+        "reproducibility": Answer(note="every run has bits of its own seed; this sets cuDNN's part"),
+        "data_path": Answer(note="the folder that holds the dataset's folder, or that folder"),
         "checkpoint_dir": _refused(
             "checkpoints lie in the run's folder; set output_dir", "mine", "saved", "saved/", "./saved", "./saved/"
         ),
@@ -83,7 +83,7 @@ ANSWERS: dict[str, dict[str, Answer]] = {
             False,
         ),
         "wandb_project": _unread("nothing is sent anywhere; leave it out", "mine"),
-        "shuffle": Answer(told="of the training targets, from the run's own generator"),
+        "shuffle": Answer(note="of the training targets, from the run's own generator"),
         "config_file": _refused("files of properties are named by config_files", "mine.yaml"),
         "nproc": _refused(_TORCHRUN, 2, 1),
         "world_size": _refused(_TORCHRUN, 2, 1, -1),
@@ -98,37 +98,37 @@ ANSWERS: dict[str, dict[str, Answer]] = {
         "seq_separator": Answer(),
         "USER_ID_FIELD": Answer(),
         "ITEM_ID_FIELD": Answer(),
-        "RATING_FIELD": Answer(told="loaded where `load_col` is not set; DMF learns from it"),
-        "TIME_FIELD": Answer(told="a stream needs it"),
-        "seq_len": Answer(told="a column of it must be loaded"),
+        "RATING_FIELD": Answer(note="loaded where `load_col` is not set; DMF learns from it"),
+        "TIME_FIELD": Answer(note="a stream needs it"),
+        "seq_len": Answer(note="a column of it must be loaded"),
         "LABEL_FIELD": Answer(
-            told="read where labels are learnt (context-aware models, without sampled negatives) or judged (`mode: "
+            note="read where labels are learnt (context-aware models, without sampled negatives) or judged (`mode: "
             "labeled`); elsewhere a warning tells how many rows of label 0 are taken for positives"
         ),
         "threshold": Answer(
-            told="as LABEL_FIELD; refused where nothing reads the labels: `val_interval: {rating: '[4,inf)'}` leaves "
+            note="as LABEL_FIELD; refused where nothing reads the labels: `val_interval: {rating: '[4,inf)'}` leaves "
             "out what was not liked"
         ),
         "NEG_PREFIX": Answer(),
-        "numerical_features": Answer(told="a column of it must be loaded"),
-        "load_col": Answer(told="the columns that a stream needs are added"),
-        "unload_col": Answer(told="with `load_col: ~`, as in RecBole; not the columns that a stream needs"),
-        "unused_col": Answer(told="not the columns that a stream needs"),
+        "numerical_features": Answer(note="a column of it must be loaded"),
+        "load_col": Answer(note="the columns that a stream needs are added"),
+        "unload_col": Answer(note="with `load_col: ~`, as in RecBole; not the columns that a stream needs"),
+        "unused_col": Answer(note="not the columns that a stream needs"),
         "additional_feat_suffix": Answer(),
-        "rm_dup_inter": Answer(told="over the whole log, with the number of rows told"),
-        "val_interval": Answer(told="over the whole log, with the number of rows told; its columns are loaded"),
-        "filter_inter_by_user_or_item": Answer(told="with the number of rows told"),
-        "user_inter_num_interval": Answer(told="counted over the whole log, with the number of rows told"),
-        "item_inter_num_interval": Answer(told="counted over the whole log, with the number of rows told"),
-        "alias_of_user_id": Answer(told="with `vocabulary: global`: such a column may name users of the future"),
-        "alias_of_item_id": Answer(told="with `vocabulary: global`: such a column may name items of the future"),
-        "alias_of_entity_id": Answer(told="models with a knowledge graph"),
-        "alias_of_relation_id": Answer(told="models with a knowledge graph"),
-        "preload_weight": Answer(told="models that read it: KSR, GRU4RecKG; refused for the others"),
-        "normalize_field": Answer(told="by minimum and maximum of the first stage; later values may lie outside"),
-        "normalize_all": Answer(told="as normalize_field"),
-        "discretization": Answer(told="the bounds of ED are computed over the whole log, which a warning says"),
-        "ITEM_LIST_LENGTH_FIELD": Answer(told="not the name of a column"),
+        "rm_dup_inter": Answer(note="over the whole log, with the number of rows told"),
+        "val_interval": Answer(note="over the whole log, with the number of rows told; its columns are loaded"),
+        "filter_inter_by_user_or_item": Answer(note="with the number of rows told"),
+        "user_inter_num_interval": Answer(note="counted over the whole log, with the number of rows told"),
+        "item_inter_num_interval": Answer(note="counted over the whole log, with the number of rows told"),
+        "alias_of_user_id": Answer(note="with `vocabulary: global`: such a column may name users of the future"),
+        "alias_of_item_id": Answer(note="with `vocabulary: global`: such a column may name items of the future"),
+        "alias_of_entity_id": Answer(note="models with a knowledge graph"),
+        "alias_of_relation_id": Answer(note="models with a knowledge graph"),
+        "preload_weight": Answer(note="models that read it: KSR, GRU4RecKG; refused for the others"),
+        "normalize_field": Answer(note="by minimum and maximum of the first stage; later values may lie outside"),
+        "normalize_all": Answer(note="as normalize_field"),
+        "discretization": Answer(note="the bounds of ED are computed over the whole log, which a warning says"),
+        "ITEM_LIST_LENGTH_FIELD": Answer(note="not the name of a column"),
         "LIST_SUFFIX": Answer(),
         "MAX_ITEM_LIST_LENGTH": Answer(),
         "POSITION_FIELD": _unread("no model of RecBole reads it; leave it out", "place"),
@@ -136,39 +136,39 @@ ANSWERS: dict[str, dict[str, Answer]] = {
         "TAIL_ENTITY_ID_FIELD": Answer(),
         "RELATION_ID_FIELD": Answer(),
         "ENTITY_ID_FIELD": Answer(),
-        "kg_reverse_r": Answer(told="models with a knowledge graph"),
-        "entity_kg_num_interval": Answer(told="models with a knowledge graph"),
-        "relation_kg_num_interval": Answer(told="models with a knowledge graph"),
+        "kg_reverse_r": Answer(note="models with a knowledge graph"),
+        "entity_kg_num_interval": Answer(note="models with a knowledge graph"),
+        "relation_kg_num_interval": Answer(note="models with a knowledge graph"),
         "benchmark_filename": _refused("stages are cut from one file; join the files and leave it out", ["a", "b"], []),
     },
     "Training": {
-        "epochs": Answer(told="at most so many in each stage"),
+        "epochs": Answer(note="at most so many in each stage"),
         "train_batch_size": Answer(),
-        "learner": Answer(told="an unknown name is refused; RecBole takes Adam"),
+        "learner": Answer(note="an unknown name is refused; RecBole takes Adam"),
         "learning_rate": Answer(),
-        "train_neg_sample_args": Answer(told="drawn from what is known by then, never from the future"),
-        "eval_step": Answer(told="0 never validates"),
+        "train_neg_sample_args": Answer(note="drawn from what is known by then, never from the future"),
+        "eval_step": Answer(note="0 never validates"),
         "stopping_step": Answer(),
         "clip_grad_norm": Answer(),
         "weight_decay": Answer(),
         "loss_decimal_place": _unread("losses are kept with all their digits; leave it out", 2),
-        "require_pow": Answer(told="models that read it: LightGCN, SimpleX; refused for the others"),
+        "require_pow": Answer(note="models that read it: LightGCN, SimpleX; refused for the others"),
         "enable_amp": Answer(),
         "enable_scaler": Answer(),
         "transform": Answer(
-            told="sequential models that train on their last position (`train_positions: last`); `user_defined` is "
+            note="sequential models that train on their last position (`train_positions: last`); `user_defined` is "
             "refused: a model's `collate` adds columns to its batches"
         ),
     },
     "Evaluation": {
-        "eval_args": Answer(told=_SPLIT),
-        "repeatable": Answer(told="`auto`: sequential models may recommend an earlier item again"),
+        "eval_args": Answer(note=_SPLIT),
+        "repeatable": Answer(note="`auto`: sequential models may recommend an earlier item again"),
         "metrics": Answer(),
         "topk": Answer(),
         "valid_metric": Answer(),
-        "valid_metric_bigger": Answer(told="follows from valid_metric; refused where it says otherwise"),
+        "valid_metric_bigger": Answer(note="follows from valid_metric; refused where it says otherwise"),
         "eval_batch_size": Answer(),
-        "metric_decimal_place": Answer(told="12 and more rounds nothing"),
+        "metric_decimal_place": Answer(note="12 and more rounds nothing"),
     },
 }
 """Every property of RecBole's pages on its configuration, by page."""
@@ -227,8 +227,8 @@ def check_recbole(asked: Mapping[str, Any]) -> list[str]:
         if answer is None or answer.kind == WORKS or value is None or value in (defaults.get(key), *answer.default):
             continue
         if answer.kind == REFUSED:
-            raise ConfigError(f"property {key!r} is {value!r}, which nothing here reads: {answer.told}")
-        warnings.append(f"property {key!r} has no effect: {answer.told}")
+            raise ConfigError(f"property {key!r} is {value!r}, which nothing here reads: {answer.note}")
+        warnings.append(f"property {key!r} has no effect: {answer.note}")
     return warnings
 
 
@@ -401,10 +401,10 @@ def markdown() -> str:
     for page, answers in ANSWERS.items():
         lines += [f"### RecBole: {page.lower()}", "", "| property | answer | |", "|---|---|---|"]
         for key, answer in answers.items():
-            told = (
-                re.sub(r"\b(output_dir|config_files)\b", r"`\1`", answer.told).replace("|", "\\|").replace("<", "&lt;")
+            reason = (
+                re.sub(r"\b(output_dir|config_files)\b", r"`\1`", answer.note).replace("|", "\\|").replace("<", "&lt;")
             )
-            lines.append(f"| `{key}` | {answer.kind} | {told} |")
+            lines.append(f"| `{key}` | {answer.kind} | {reason} |")
         lines.append("")
     lines += ["### RecBole: former names", "", "Refused, with what says the same today:", ""]
     lines += [f"- `{key}`: {use}" for key, use in FORMER.items()]

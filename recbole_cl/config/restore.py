@@ -97,21 +97,21 @@ class RestoredConfig(CLConfig):
         self._parts = chosen_components([(owner, final) for owner in owners], final)
         self.warnings += choose_device(final)
 
-    def _class(self, told: str, given: type | None) -> type:
+    def _class(self, saved_class: str, given: type | None) -> type:
         """Returns the model's class: the given one, or who answers to its name here."""
         name = f"{given.__module__}.{given.__qualname__}" if given is not None else ""
-        if given is not None and name == told:
+        if given is not None and name == saved_class:
             return given
         try:
             found = get_model_class(self.model)
         except ConfigError as error:
             raise CheckpointError(
-                f"checkpoint: nobody here answers to the model {self.model!r} ({told}); import the module that "
+                f"checkpoint: nobody here answers to the model {self.model!r} ({saved_class}); import the module that "
                 f"registers it, or give its class as model_class ({error})"
             ) from error
-        if f"{found.__module__}.{found.__qualname__}" != told:
+        if f"{found.__module__}.{found.__qualname__}" != saved_class:
             raise CheckpointError(
-                f"checkpoint: it was trained with {told}, but {self.model!r} is {found.__module__}."
+                f"checkpoint: it was trained with {saved_class}, but {self.model!r} is {found.__module__}."
                 f"{found.__qualname__} here; give the class as model_class"
             )
         return found

@@ -94,16 +94,16 @@ def settle_parameters(
     for name, parameters in asked:
         flat = own[name]
         names = {key: parameter for parameter, key in flat.items()}
-        told: set[str] = set()
+        warned: set[str] = set()
         for key, value in parameters.items():
             parameter = key if key in flat else names.get(key)
             if parameter is None:
                 known = f" Known: {', '.join(sorted(flat))}" if flat else f" {name} has no parameters"
                 hint = nearest(key, [*flat, *names]) or "."
                 raise ConfigError(f"unknown parameter {key!r} of strategy {name!r}{hint}{known}")
-            if parameter in told:
+            if parameter in warned:
                 raise ConfigError(f"strategy {name!r} is given the parameter {parameter!r} twice; keep one")
-            told.add(parameter)
+            warned.add(parameter)
             final[flat[parameter]] = parse_property(parameter, value)
             given.add(flat[parameter])
         specs.append((name, {parameter: final[key] for parameter, key in flat.items()}))

@@ -328,14 +328,14 @@ class Evaluator:
             measured = model.measure(self._batch(ctx, stage, targets[warm[index]]))
             found = {str(name).lower(): value for name, value in measured.items()}
             for name in names:
-                told = (
+                problem = (
                     f"stage {ctx.index + 1}: measure() of {type(model).__name__} on stage {stage.index + 1} ({split})"
                 )
                 if name not in found or found[name].shape != (len(index),):
                     shape = list(found[name].shape) if name in found else "nothing"
-                    raise TrainingError(f"{told}: {name} is {shape}, not a number for each of the {len(index)} rows")
+                    raise TrainingError(f"{problem}: {name} is {shape}, not a number for each of the {len(index)} rows")
                 if not torch.isfinite(found[name]).all():
-                    raise TrainingError(f"{told}: {name} is not finite")
+                    raise TrainingError(f"{problem}: {name} is not finite")
                 values[name][index] = found[name].double().cpu().numpy()
         self._everyones(*values.values())
         flags = {name: flag[warm] for name, flag in self._strata_of(stage, split, all_targets=True).items()}

@@ -25,12 +25,12 @@ def checked_levels(model: Any, levels: Mapping[str, np.ndarray], n_items: int) -
     found = {}
     for name, given in levels.items():
         groups = np.asarray(given)
-        told = f"model: item_levels() of {type(model).__name__}: level {name!r}"
+        where = f"model: item_levels() of {type(model).__name__}: level {name!r}"
         if name == "item":
-            raise TrainingError(f"{told} is the name of the items themselves; call it something else")
+            raise TrainingError(f"{where} is the name of the items themselves; call it something else")
         if groups.shape != (n_items,) or groups.dtype.kind not in "iu" or groups.min(initial=0) < 0:
             raise TrainingError(
-                f"{told} has the shape {list(groups.shape)} and type {groups.dtype}; it is one group id of at least 0 "
+                f"{where} has the shape {list(groups.shape)} and type {groups.dtype}; it is one group id of at least 0 "
                 f"for each of the {n_items} items, 0 for none"
             )
         found[str(name)] = groups.astype(np.int64)

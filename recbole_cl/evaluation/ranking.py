@@ -201,9 +201,9 @@ def _wrong(
     items: torch.Tensor, values: torch.Tensor, shape: tuple[int, int], allowed: torch.Tensor, excluded: Pairs
 ) -> str:
     """Returns what is wrong with a model's own lists, in words, or nothing."""
-    for told, found in (("items", items), ("scores", values)):
+    for what, found in (("items", items), ("scores", values)):
         if found.shape != shape:
-            return f"returned {told} of shape {list(found.shape)} instead of {list(shape)}, a row for each of the batch"
+            return f"returned {what} of shape {list(found.shape)} instead of {list(shape)}, a row for each of the batch"
     if items.dtype not in (torch.int32, torch.int64):
         return f"returned items of type {items.dtype} instead of int64"
     filled = items != 0

@@ -124,8 +124,8 @@ def client_app(device: Callable[[Context], Device]) -> Any:
         prompts, losses = client_step(mine.outputs, mine.table, mine.shared, prompts, examples, mine.settings)
         keep(context, prompts)
         vector = encode_upload(mine.shared, prompts, mine.radius)[0].numpy()
-        told = {"vector": ArrayRecord([vector]), "told": MetricRecord({"loss": float(losses[0])})}
-        return Message(RecordDict(told), reply_to=message)
+        content = {"vector": ArrayRecord([vector]), "metrics": MetricRecord({"loss": float(losses[0])})}
+        return Message(RecordDict(content), reply_to=message)
 
     return app
 
@@ -245,8 +245,10 @@ class LocalGrid(Grid):  # type: ignore[misc]
     ) -> Message:
         """Returns a message."""
         self._sent += 1
-        told = Metadata(0, str(self._sent), 0, dst_node_id, "", group_id, time.time(), ttl or DEFAULT_TTL, message_type)
-        return Message(content=content, metadata=told)
+        metadata = Metadata(
+            0, str(self._sent), 0, dst_node_id, "", group_id, time.time(), ttl or DEFAULT_TTL, message_type
+        )
+        return Message(content=content, metadata=metadata)
 
     def get_node_ids(self) -> Iterable[int]:
         """Returns the ids of the nodes."""

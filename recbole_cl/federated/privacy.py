@@ -140,8 +140,8 @@ def epsilon(releases: Iterable[Release], delta: float) -> float:
         return 0.0
     if not all(release.private for release in counted):
         return math.inf
-    told = tuple(sorted((r.noise_multiplier, r.sampling, n) for r, n in counted.items()))
-    return _epsilon(told, delta, GRID)
+    rounds = tuple(sorted((r.noise_multiplier, r.sampling, n) for r, n in counted.items()))
+    return _epsilon(rounds, delta, GRID)
 
 
 @functools.lru_cache(maxsize=1024)

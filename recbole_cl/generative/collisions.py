@@ -83,14 +83,14 @@ def _digits(
 ) -> tuple[np.ndarray, tuple[int, ...], int]:
     digit = np.zeros(len(codes), dtype=np.int64)
     held: dict[tuple[int, ...], int] = {}
-    told: dict[tuple[tuple[int, ...], str], int] = {}
+    digit_of: dict[tuple[tuple[int, ...], str], int] = {}
     for row, (given, text) in enumerate(zip(map(tuple, codes.tolist()), texts, strict=True)):
-        same = None if text is None else told.get((given, text))
+        same = None if text is None else digit_of.get((given, text))
         if same is None:
             same = held.get(given, 0)
             held[given] = same + 1
             if text is not None:
-                told[given, text] = same
+                digit_of[given, text] = same
         digit[row] = same
     most = int(digit.max()) + 1
     return np.c_[codes, digit], (*sizes, 1 << (most - 1).bit_length()), 0

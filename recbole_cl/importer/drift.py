@@ -110,9 +110,9 @@ def suggested_stages(frame: pd.DataFrame) -> tuple[int, str]:
     return n, f"{rows:,} rows in {n} stages are {rows // n:,} rows and about {days:,.1f} days a stage"
 
 
-def worth_trying(told: list[dict[str, Any]]) -> list[tuple[str, str]]:
+def worth_trying(figures: list[dict[str, Any]]) -> list[tuple[str, str]]:
     """Returns strategies and reasons, by rules of thumb over the slices after the first; no run stands behind them."""
-    later = told[1:]
+    later = figures[1:]
     if not later:
         return []
 

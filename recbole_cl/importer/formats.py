@@ -106,8 +106,8 @@ def read_format(name: str, folder: Path) -> Format:
     _only(found["inter"], KEYS, f"{path.name}, inter")
     inter = Columns.of(found["inter"])
     sides = {name: _side(found[name], f"{path.name}, {name}") if found.get(name) else None for name in ("item", "user")}
-    told = {key: " ".join(str(found.get(key) or "").split()) for key in ("about", "source")}
-    return Format(path.stem, told["about"], told["source"], inter, sides["item"], sides["user"])
+    texts = {key: " ".join(str(found.get(key) or "").split()) for key in ("about", "source")}
+    return Format(path.stem, texts["about"], texts["source"], inter, sides["item"], sides["user"])
 
 
 def _side(given: Any, where: str) -> Side:

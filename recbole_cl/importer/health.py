@@ -22,7 +22,7 @@ def health(frame: pd.DataFrame) -> dict[str, Any]:
         ``single_users`` (with one row only), ``mean_length``, and the share of labels above 0 where there are labels.
     """
     per_user = frame[USER].value_counts()
-    told = {
+    numbers = {
         "rows": len(frame),
         "users": int(frame[USER].nunique()),
         "items": int(frame[ITEM].nunique()),
@@ -34,25 +34,25 @@ def health(frame: pd.DataFrame) -> dict[str, Any]:
         "mean_length": float(per_user.mean()),
     }
     if LABEL in frame:
-        told["positive_labels"] = float((frame[LABEL] > 0).mean())
-    return told
+        numbers["positive_labels"] = float((frame[LABEL] > 0).mean())
+    return numbers
 
 
-def health_lines(told: dict[str, Any]) -> list[str]:
+def health_lines(numbers: dict[str, Any]) -> list[str]:
     """Returns the figures as lines that a person reads."""
-    one = f"mean {told['mean_length']:.1f} rows, {told['single_users']:,} with one only"
+    one = f"mean {numbers['mean_length']:.1f} rows, {numbers['single_users']:,} with one only"
     lines = [
-        f"rows          {told['rows']:,}",
-        f"users         {told['users']:,} ({one})",
-        f"items         {told['items']:,}",
-        f"time          {date(told['first'])} to {date(told['last'])} UTC",
-        f"duplicates    {told['duplicates']:,} rows repeat user, item and time of an earlier one",
-        f"ties          {told['ties']:,} rows of a user share their time with an earlier one",
+        f"rows          {numbers['rows']:,}",
+        f"users         {numbers['users']:,} ({one})",
+        f"items         {numbers['items']:,}",
+        f"time          {date(numbers['first'])} to {date(numbers['last'])} UTC",
+        f"duplicates    {numbers['duplicates']:,} rows repeat user, item and time of an earlier one",
+        f"ties          {numbers['ties']:,} rows of a user share their time with an earlier one",
     ]
-    if "positive_labels" in told:
-        lines.append(f"labels        {told['positive_labels']:.1%} are above 0")
+    if "positive_labels" in numbers:
+        lines.append(f"labels        {numbers['positive_labels']:.1%} are above 0")
     for which in ("item", "user"):
-        if f"{which}s_told" in told:
-            left = f"{told[f'{which}_rows_left']:,} rows of others or repeated are left out"
-            lines.append(f"{which}s told    {told[f'{which}s_told']:,} of {told[f'{which}s']:,}; {left}")
+        if f"{which}s_told" in numbers:
+            left = f"{numbers[f'{which}_rows_left']:,} rows of others or repeated are left out"
+            lines.append(f"{which}s told    {numbers[f'{which}s_told']:,} of {numbers[f'{which}s']:,}; {left}")
     return lines

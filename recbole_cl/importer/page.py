@@ -62,7 +62,7 @@ def health_page(name: str, frame: pd.DataFrame, n: int | None = None, vectors: A
         n: Slices that are compared; default the suggested number of stages.
         vectors: As in :func:`recbole_cl.importer.drift.drift`.
     """
-    told, (advised, why) = health(frame), suggested_stages(frame)
+    numbers, (advised, why) = health(frame), suggested_stages(frame)
     n = advised if n is None else n
     found = drift(frame, n, vectors)
     names = [str(i) for i in range(1, n + 1)]
@@ -78,7 +78,7 @@ def health_page(name: str, frame: pd.DataFrame, n: int | None = None, vectors: A
         "moved": lines(names, {title: [e[key] for e in found] for title, key in moved.items()}, "distance"),
     }
     cards = "".join(f"<li><span>{escape(line[:14].strip())}</span><b>{escape(line[14:])}</b></li>"
-                    for line in health_lines(told))  # fmt: skip
+                    for line in health_lines(numbers))  # fmt: skip
     holes = "".join(
         f"<li>{(end - begin) / DAY:,.2f} days without a row: {date(begin)} to {date(end)}</li>"
         for begin, end in gaps(frame)

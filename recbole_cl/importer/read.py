@@ -75,10 +75,10 @@ class Columns:
         return asdict(self)
 
     @classmethod
-    def of(cls, told: Mapping[str, Any]) -> Columns:
+    def of(cls, saved: Mapping[str, Any]) -> Columns:
         """Returns what :meth:`to_dict` gave."""
         known = cls.__dataclass_fields__
-        given = {name: value for name, value in told.items() if name in known}
+        given = {name: value for name, value in saved.items() if name in known}
         if given.get("header") is not None:
             given["header"] = tuple(map(str, given["header"]))
         if given.get("keep") is not None:

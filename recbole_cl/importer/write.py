@@ -56,7 +56,7 @@ def import_log(
             f"name: the dataset {name!r} is there already ({target}); give another --name, or --overwrite"
         )
     frame, found = read_log(path, columns)
-    told = health(frame)
+    numbers = health(frame)
     frame = frame.sort_values(TIME, kind="stable")
     kept = [column for column in HEADER if column in frame]
     whole = bool((frame[TIME] == frame[TIME].round()).all())
@@ -66,13 +66,13 @@ def import_log(
         key = {"item": ITEM, "user": USER}[which]
         table, left = read_side(file, side, key, set(frame[key]))
         features[which] = table
-        told[f"{which}s_told"], told[f"{which}_rows_left"] = len(table), left
+        numbers[f"{which}s_told"], numbers[f"{which}_rows_left"] = len(table), left
     lines = "\n".join("\t".join(map(str, row)) for row in text[kept].itertuples(index=False, name=None))
     write_atomically(target, "\t".join(HEADER[column] for column in kept) + "\n" + lines + "\n", "data_path")
     for which, table in features.items():
         body = "\n".join("\t".join(row) for row in table.itertuples(index=False, name=None))
         text_of = "\t".join(table.columns) + "\n" + (body + "\n" if body else "")
         write_atomically(folder / f"{name}.{which}", text_of, "data_path")
-    note = {"columns": found.to_dict(), "file": Path(path).name, "health": told}
+    note = {"columns": found.to_dict(), "file": Path(path).name, "health": numbers}
     write_atomically(folder / f"{name}.import.json", json.dumps(note, indent=1), "data_path")
-    return target, told, found
+    return target, numbers, found

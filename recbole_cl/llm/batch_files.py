@@ -101,9 +101,9 @@ def read_answers(path: str | os.PathLike[str], asked: Mapping[str, Request]) -> 
 
 def _read_line(line: str, asked: Mapping[str, Request], found: Read) -> None:
     try:
-        told = json.loads(line)
-        key, response = told["custom_id"], told.get("response")
-        if told.get("error") is not None or (response is not None and response.get("status_code", 200) != 200):
+        answer = json.loads(line)
+        key, response = answer["custom_id"], answer.get("response")
+        if answer.get("error") is not None or (response is not None and response.get("status_code", 200) != 200):
             found.failed += 1
             return
         body = response["body"]

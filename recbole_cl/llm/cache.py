@@ -196,12 +196,12 @@ class AnswerCache:
             about: Client, model, parameters and version of the prompt: where they came from.
             leased: Their questions were leased.
         """
-        told, now = json.dumps(about, sort_keys=True), time.time()
+        about_json, now = json.dumps(about, sort_keys=True), time.time()
         with self._writing() as connection:
             connection.executemany(
                 "INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 [
-                    (a.key, a.kind, a.text, a.prompt_tokens, a.answer_tokens, a.seconds, a.fallback, told, now)
+                    (a.key, a.kind, a.text, a.prompt_tokens, a.answer_tokens, a.seconds, a.fallback, about_json, now)
                     for a in answers
                 ],
             )

@@ -153,7 +153,7 @@ class Cascade:
             bar.close()
         return [found[request.key] for request in requests]
 
-    def _ask_all(self, requests: Sequence[Request], about: Mapping[str, Any], told: Callable[[Kept], None]) -> None:
+    def _ask_all(self, requests: Sequence[Request], about: Mapping[str, Any], report: Callable[[Kept], None]) -> None:
         """Asks questions several at a time; each answer is kept as it comes."""
         self._stopped.clear()
         waiting = list(reversed(requests))
@@ -169,7 +169,7 @@ class Cascade:
                         kept = future.result()
                         running.pop(future)
                         self.cache.keep([kept], about)
-                        told(kept)
+                        report(kept)
             except BaseException:
                 self._stopped.set()
                 for future in running:

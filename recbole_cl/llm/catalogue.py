@@ -59,8 +59,8 @@ class Catalogue:
         kinds = {name: kind for name, _, kind in header}
         for name in allowed or ():
             if name not in kinds or name in ids:
-                told = "is an id, which never leaves" if name in ids else f"is no column of {file.name}"
-                raise ConfigError(f"property {key!r} names {name!r}, which {told}{nearest(name, kinds)}")
+                reason = "is an id, which never leaves" if name in ids else f"is no column of {file.name}"
+                raise ConfigError(f"property {key!r} names {name!r}, which {reason}{nearest(name, kinds)}")
         if allowed is None:
             allowed = [n for n, k in kinds.items() if k in ("token", "token_seq") and n not in ids] * (side == "item")
         self.fields = list(allowed)
@@ -98,12 +98,12 @@ class Catalogue:
     def _recalled(self, file: Path) -> bool:
         """Reads the words that were kept; tells whether there are any that can be read."""
         try:
-            told = json.loads(file.read_text(encoding="utf-8"))
+            saved = json.loads(file.read_text(encoding="utf-8"))
             words = {
                 str(token): {str(name): [clean(str(part)) for part in parts] for name, parts in own.items()}
-                for token, own in told["words"].items()
+                for token, own in saved["words"].items()
             }
-            fields = [str(name) for name in told["fields"]]
+            fields = [str(name) for name in saved["fields"]]
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return False
         self.fields, self._words = fields, words

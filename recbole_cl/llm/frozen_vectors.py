@@ -6,6 +6,7 @@ and no code of the folder is run.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from recbole_cl.disk import write_atomically
 from recbole_cl.errors import ConfigError
 
 
@@ -86,8 +88,10 @@ def write_vectors(path: str | Path, items: Sequence[str], vectors: np.ndarray) -
         )
     if any("\n" in item or "\r" in item for item in items):
         raise ConfigError(f"{file}: a token with a line break cannot stand in a list of one item a line")
-    np.save(file, np.ascontiguousarray(vectors, dtype=np.float32), allow_pickle=False)
-    file.with_suffix(".txt").write_text("\n".join(items) + "\n", encoding="utf-8")
+    content = io.BytesIO()
+    np.lib.format.write_array(content, np.ascontiguousarray(vectors, dtype=np.float32), allow_pickle=False)
+    write_atomically(file, content.getvalue(), "file")
+    write_atomically(file.with_suffix(".txt"), "\n".join(items) + "\n", "file")
 
 
 def _from(folder: str | Path, kind: Any) -> Any:
@@ -95,6 +99,7 @@ def _from(folder: str | Path, kind: Any) -> Any:
     if not (Path(folder) / "config.json").is_file():
         raise ConfigError(f"{folder} is no folder of a transformers model: it has no config.json")
     try:
-        return kind.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        weights = {"use_safetensors": True} if kind.__name__ == "AutoModel" else {}
+        return kind.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False, **weights)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"{folder}: {kind.__name__} cannot be read from it ({error})") from error

@@ -123,7 +123,8 @@ class FederatedModel(ContinualModel, SequentialRecommender):
 
     def side_stores(self) -> dict[str, str]:
         """Returns the ledger's path, once there is one: it lies outside the checkpoints and is never rolled back."""
-        return {"privacy ledger": str(self._ledger_path())} if self.published else {}
+        path = self._ledger_path()
+        return {"privacy ledger": str(path)} if self.published or path.exists() else {}
 
     def check_ledger(self) -> None:
         """Looks whether the ledger still holds what this run has published.

@@ -124,7 +124,7 @@ class FederatedRounds:
             return
         model, before = self.model, self.model.notes
         radius, numbers = model.mechanism.radius, len(step)
-        told = {
+        this_round = {
             "round": epoch + 1,
             "clients": n_clients,
             "refused": sum(refused.values()),
@@ -134,7 +134,7 @@ class FederatedRounds:
         }
         sent = model.mechanism.trust == "local" and model.mechanism.cost.private
         model.notes = {
-            "rounds": [*before.get("rounds", []), told],
+            "rounds": [*before.get("rounds", []), this_round],
             "refused": dict(sorted((Counter(before.get("refused", {})) + Counter(refused)).items())),
             "clients": max(n_clients, before.get("clients", 0)),
             "bytes_up_per_client": before.get("bytes_up_per_client", 0) + 4 * numbers + 4 * (1 if sent else 0),

@@ -237,8 +237,8 @@ class FedRAP(FederatedModel):
         """Returns the stage's privacy, traffic and share of targets that the base stage never saw."""
         numbers, tables = traffic(self)
         if self.phase != BACKBONE:
-            told = {"method": f"FedRAP on tables of items, lambda and mu {self.config['fedrap_schedule']}"}
-            epsilon, tables["Privacy"] = privacy_rows(self, self.mechanism, self.n_releases, told)
+            described = {"method": f"FedRAP on tables of items, lambda and mu {self.config['fedrap_schedule']}"}
+            epsilon, tables["Privacy"] = privacy_rows(self, self.mechanism, self.n_releases, described)
             numbers |= epsilon
             if self.notes.get("rounds"):
                 tables["Rounds"] = self.notes["rounds"]

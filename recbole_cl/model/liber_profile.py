@@ -76,7 +76,7 @@ class Profiles:
         each = tokens(self.history.prompts["shift"].text) + 2 * GUESSED_ANSWER
         read = sum(tokens(request.prompt) for request in [*open_, *open_shifts]) + unseen * each
         calls = len(open_) + len(open_shifts) + unseen
-        told = {
+        numbers = {
             "users with a partition": len(np.unique(self.history.partitions.user)),
             "partitions": len(rows),
             "calls in all, at most": len(rows) + later,
@@ -87,9 +87,9 @@ class Profiles:
         }
         prices = self.config["liber_price_read"], self.config["liber_price_written"]
         if None not in prices:
-            told["cost, about"] = round((read * prices[0] + calls * GUESSED_ANSWER * prices[1]) / 1e6, 4)
+            numbers["cost, about"] = round((read * prices[0] + calls * GUESSED_ANSWER * prices[1]) / 1e6, 4)
         cascade.cache.close()
-        return told
+        return numbers
 
     def prepare(self) -> dict[str, Any]:
         """Asks for what is missing of all partitions, and returns what it took; may be killed and run again."""
@@ -101,7 +101,7 @@ class Profiles:
         shifts = list(self._shifts(cascade, rows, kept).values())
         cascade.wave(self.history.prompts["shift"], shifts, "shifts")
         seconds, spent = time.perf_counter() - begun, cascade.spent
-        told: dict[str, Any] = {
+        numbers: dict[str, Any] = {
             "partitions": len(rows),
             "texts": len(asked) + len(shifts),
             "calls made": spent.calls,
@@ -113,9 +113,9 @@ class Profiles:
         }
         if spent.latencies:
             p50, p95 = np.percentile(spent.latencies, [50, 95])
-            told |= {"milliseconds a call, p50": round(1e3 * float(p50), 2), "p95": round(1e3 * float(p95), 2)}
+            numbers |= {"milliseconds a call, p50": round(1e3 * float(p50), 2), "p95": round(1e3 * float(p95), 2)}
         cascade.cache.close()
-        return told | {"kept in": str(folder_of(self.config))}
+        return numbers | {"kept in": str(folder_of(self.config))}
 
     def _asked(self, cascade: Cascade) -> tuple[dict[str, Request], int]:
         """Returns the open questions by name, and how many shifts wait for a summary."""
@@ -172,9 +172,9 @@ class Profiles:
         shifts = list(self._shifts(cascade, rows, kept).values())
         abouts = [cascade.about(prompt) for prompt in self.history.prompts.values()]
         later = int((self.history.partitions.number > 0).sum()) * self.history.asks_shifts
-        told = audit(cascade.cache, folder_of(self.config), asked, shifts, abouts, later - len(shifts))
+        audited = audit(cascade.cache, folder_of(self.config), asked, shifts, abouts, later - len(shifts))
         cascade.cache.close()
-        return told
+        return audited
 
     def show(self, user: str) -> Iterator[str]:
         """Yields what was written about a user, a partition a paragraph."""

@@ -49,10 +49,10 @@ def checkpoint_folder(name: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=FILES))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        told = " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).split())[:200]
         raise ConfigError(
-            f"property 'llm' is {name!r}, which is no folder here, and the model hub does not give it ({told}); name a "
-            f"folder with config.json, a tokenizer and *.safetensors, or log in where the model wants it "
+            f"property 'llm' is {name!r}, which is no folder here, and the model hub does not give it ({reason}); name "
+            f"a folder with config.json, a tokenizer and *.safetensors, or log in where the model wants it "
             f"('hf auth login')"
         ) from error
 
@@ -100,9 +100,9 @@ def load_checkpoint(folder: Path, name: str, dtype: torch.dtype) -> tuple[Any, A
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         if isinstance(error, ConfigError):
             raise
-        told = " ".join(str(error).split())[:300]
+        reason = " ".join(str(error).split())[:300]
         raise ConfigError(
-            f"property 'llm' is {name!r}, which cannot be loaded: {told}; it needs config.json, a tokenizer of the "
+            f"property 'llm' is {name!r}, which cannot be loaded: {reason}; it needs config.json, a tokenizer of the "
             f"tokenizers library and weights as *.safetensors"
         ) from error
     finally:

@@ -94,6 +94,6 @@ class TaskMasks(nn.Module):
         used = torch.tensor([float(i < seen) for i in others], device=self.weight.device)
         squashed = torch.tanh(scale * self.embedding[others]) * used.view(-1, 1, 1)
         own = torch.tanh(scale * self.embedding[task]).unsqueeze(0)
-        told = torch.cat([own, squashed, -squashed])  # tanh is odd
-        out = torch.einsum("lj,jld->ld", self.weight[task], told) + self.bias[task].unsqueeze(-1)
+        inputs = torch.cat([own, squashed, -squashed])  # tanh is odd
+        out = torch.einsum("lj,jld->ld", self.weight[task], inputs) + self.bias[task].unsqueeze(-1)
         return torch.sigmoid(scale * out)

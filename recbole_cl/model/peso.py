@@ -161,17 +161,17 @@ class PESO(ContinualModel, SequentialRecommender):
     def report(self) -> dict[str, Any]:
         """Returns the quality of the semantic ids of the items that have a row."""
         codes = self.codes[1:].cpu().numpy()
-        told = quality(codes, codes, self.ids.sizes)
-        after = told["after"]
+        quality_of_codes = quality(codes, codes, self.ids.sizes)
+        after = quality_of_codes["after"]
         numbers = {
-            "items with codes": told["items"],
+            "items with codes": quality_of_codes["items"],
             "items of the index that the log does not have": self._strange,
             "different semantic ids": after["unique"],
             "items that share one": after["colliding"],
             "largest leaf": after["largest"],
-            "entropy of semantic ids (bits)": told["entropy_bits"],
+            "entropy of semantic ids (bits)": quality_of_codes["entropy_bits"],
         }
-        return {"numbers": numbers, "tables": {"codes of each level": told["levels"]}}
+        return {"numbers": numbers, "tables": {"codes of each level": quality_of_codes["levels"]}}
 
     # -- training -------------------------------------------------------------------------------------------------
 
@@ -329,9 +329,9 @@ def _semantic_ids(config: Any) -> tuple[SemanticIds, dict[str, str]]:
             f"semantic_ids: the dataset's folder holds {', '.join(path.name for path in files)}; name one of them"
         )
     if not files:
-        told = "semantic_ids: there is no index*.json"
-        told = f"property 'semantic_ids' is {asked!r}, which is no file, neither here nor" if asked else told
-        raise ConfigError(f"{told} in the dataset's folder {str(folder)!r}; PESO reads items as codes: {remedy}")
+        problem = "semantic_ids: there is no index*.json"
+        problem = f"property 'semantic_ids' is {asked!r}, which is no file, neither here nor" if asked else problem
+        raise ConfigError(f"{problem} in the dataset's folder {str(folder)!r}; PESO reads items as codes: {remedy}")
     file = files[0]
     try:
         content = file.read_bytes()

@@ -24,7 +24,7 @@ FLOATS = (
 )
 
 
-def told(model: ProtoFedSP) -> dict[str, Any]:
+def numbers_of(model: ProtoFedSP) -> dict[str, Any]:
     """Returns the stage's report: numbers, tables."""
     plan = model.plan
     numbers: dict[str, Any] = {
@@ -112,7 +112,7 @@ def _trust(trust: str) -> str:
 def _own_rows(model: ProtoFedSP) -> dict[str, str]:
     plan, delta = model.plan, float(model.config["protofed_delta"])
     cost, radius = plan.mechanism.cost, plan.mechanism.radius
-    return {"K and d'": _sizes(model), **model.aggregator.told(plan.n_releases, cost.sampling, delta, radius)}
+    return {"K and d'": _sizes(model), **model.aggregator.described(plan.n_releases, cost.sampling, delta, radius)}
 
 
 def _sizes(model: ProtoFedSP) -> str:

@@ -19,7 +19,7 @@ from recbole_cl.model.all_positions import last_items
 from recbole_cl.model.contract import StageTrainer
 from recbole_cl.model.federated_base import BACKBONE, FederatedModel, trained_items
 from recbole_cl.model.protofed_plan import make_plan
-from recbole_cl.model.protofed_report import told
+from recbole_cl.model.protofed_report import numbers_of
 from recbole_cl.model.protofed_rounds import Rounds, SharedTraining
 from recbole_cl.model.protofed_session import Session
 from recbole_cl.registry import Registry, aggregators, engines, models
@@ -233,7 +233,7 @@ class ProtoFedSP(FederatedModel):
 
     def report(self) -> dict[str, Any]:
         """Returns the stage's privacy, traffic and share of targets that the backbone cannot know."""
-        return told(self)
+        return numbers_of(self)
 
 
 def _settings(config: Any) -> Settings:

@@ -151,7 +151,7 @@ def save(made: Made, path: str) -> None:
     write_index(path, made.ids)
 
 
-def told(made: Made) -> str:
+def summary_of(made: Made) -> str:
     """Returns the report in words."""
     report = made.report
     before, after = report["before"], report["after"]

@@ -95,10 +95,10 @@ def load_owned_state(model: Any, state: Mapping[str, Any]) -> None:
     """
     bases = frozen_bases(model)
     for prefix in sorted({*state["bases"], *bases}):
-        told, have = state["bases"].get(prefix), bases.get(prefix)
-        if told is None or have is None or have["sha256"] != told["sha256"]:
+        saved, have = state["bases"].get(prefix), bases.get(prefix)
+        if saved is None or have is None or have["sha256"] != saved["sha256"]:
             raise CheckpointError(
-                f"checkpoint: it was trained on {_base_name(told)} under {prefix!r}, this run has {_base_name(have)}; "
+                f"checkpoint: it was trained on {_base_name(saved)} under {prefix!r}, this run has {_base_name(have)}; "
                 f"give it that base, or start anew in another output_dir"
             )
     state = contract(model).fit_state(state)

@@ -86,8 +86,8 @@ def stage_axis(title: str, names: Sequence[str], upright: bool = False, **more: 
         more: Other keys of a Plotly axis.
     """
     crowded = not upright and len(names) * max((text.width(n) for n in names), default=0) > 56
-    told = [n.split()[0] for n in names] if crowded else names
-    ticks = {"tickmode": "array", "tickvals": list(range(len(names))), "ticktext": [safe(n) for n in told]}
+    labels = [n.split()[0] for n in names] if crowded else names
+    ticks = {"tickmode": "array", "tickvals": list(range(len(names))), "ticktext": [safe(n) for n in labels]}
     return axis(title, **ticks, range=[-0.5, len(names) - 0.5], **more)
 
 

@@ -24,10 +24,10 @@ def gallery(title: str, about: str, drawn: Mapping[str, tuple[str, figures.Figur
         "</div></section>"
         for name, (heading, figure) in drawn.items()
     )
-    told = escape(text.clean(title))
+    page_title = escape(text.clean(title))
     return document(
-        told,
-        f'<main><header><h1>{told}</h1><p class="note">{escape(text.clean(about))}</p></header>'
+        page_title,
+        f'<main><header><h1>{page_title}</h1><p class="note">{escape(text.clean(about))}</p></header>'
         f"<noscript><p>The figures need JavaScript.</p></noscript>{body}</main>",
         {name: figure for name, (_, figure) in drawn.items()},
         script,

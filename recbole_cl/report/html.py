@@ -79,7 +79,11 @@ class _Page:
             ("disparity", "Exposure disparity", self.disparity()),
             ("costs", "Costs", self.costs()),
             ("terms", "Loss terms", self.terms()),
-            *([("reports", "Reports", told)] if (told := reports.section(self.result, self.figure)) else []),
+            *(
+                [("reports", "Reports", reports_section)]
+                if (reports_section := reports.section(self.result, self.figure))
+                else []
+            ),
             ("warnings", f"Warnings ({len(self.result.get('warnings') or ())})", self.warnings()),
             ("configuration", "Configuration", self.configuration()),
             ("versions", "Versions", self.versions()),
@@ -138,12 +142,12 @@ class _Page:
                     continue  # parts of the H-mean; they stand in the table below
                 label, how = text.SUMMARY_LABELS.get(name, (text.clean(name), ""))
                 value, reason = text.lookup(summary.get(name), metric), text.lookup(reasons.get(name), metric)
-                told = text.number(value, "")
+                shown = text.number(value, "")
                 said = f'<div class="reason">{escape(text.clean(reason))}</div>' if reason else ""
                 short = f" ({escape(name)})" if name in text.SUMMARY_LABELS and name.isupper() else ""
                 found.append(
                     f'<div class="card"><div class="what"><b>{escape(label)}{short}</b><br>{escape(how)}</div>'
-                    + (f'<div class="value">{told}</div>' if told else '<div class="value none">not defined</div>')
+                    + (f'<div class="value">{shown}</div>' if shown else '<div class="value none">not defined</div>')
                     + f'<div class="formula">{escape(text.clean(formulas.get(name) or ""))}</div>{said}</div>'
                 )
             return f'<p class="note">{escape(text.clean(metric))}</p><div class="cards">{"".join(found)}</div>'
@@ -222,8 +226,8 @@ class _Page:
 
         def block(metric: str) -> str:
             own = next((v for v in validated if v.lower() == metric.lower()), None)
-            told = f"{escape(text.clean(metric))} was not validated; these are the metrics that chose the epochs."
-            other = "" if own else f'<p class="note">{told}</p>'
+            name = f"{escape(text.clean(metric))} was not validated; these are the metrics that chose the epochs."
+            other = "" if own else f'<p class="note">{name}</p>'
             return other + self.figure(f"curves {own or metric}", figures.learning_curves(self.result, own))
 
         note = "Validation within each stage. A star marks the epoch that was kept."
@@ -250,14 +254,14 @@ class _Page:
             "Training targets after which the validation first reached 95 % of the best value of its stage; measured "
             "points only, nothing interpolated."
         )
-        told = table(["stage", "epochs run", "targets to 95 %", "in passes over the stage"], rows)
-        return f'<h3>Steps to 95 %</h3><p class="note">{note}</p>{told}'
+        rows_table = table(["stage", "epochs run", "targets to 95 %", "in passes over the stage"], rows)
+        return f'<h3>Steps to 95 %</h3><p class="note">{note}</p>{rows_table}'
 
     def strata(self) -> str:
         """Returns one table a metric: strata by stages, right after training, and the last model."""
         strata = self.result.get("strata") or {}
-        told = [m for m in self.metrics if text.lookup(strata, m)]
-        if not told:
+        label = [m for m in self.metrics if text.lookup(strata, m)]
+        if not label:
             return _none("No strata were recorded.")
 
         def block(metric: str) -> str:
@@ -269,9 +273,9 @@ class _Page:
             for stratum in order:
                 diagonal, last = text.diagonal_and_last(found[stratum], len(self.names))
                 ends = [text.mean(diagonal), text.mean(last)]
-                told = stratum.replace("_", " ")
+                label = stratum.replace("_", " ")
                 what = STRATA.get(stratum, "")
-                rows.append([told, *(text.number(v) for v in [*diagonal, *ends]), what])
+                rows.append([label, *(text.number(v) for v in [*diagonal, *ends]), what])
             heads = ["stratum", *self.names, "mean", "last model", "holds"]
             return table(heads, rows, long=(len(heads) - 1,), wide=True)
 
@@ -289,7 +293,7 @@ class _Page:
         names = [self.names[s] if s < len(self.names) else str(s + 1) for s in range(len(found))]
 
         def series(keys: Mapping[str, str]) -> dict[str, list[float | None]]:
-            return {told: [text.finite(d.get(key)) for d in found] for key, told in keys.items()}
+            return {label: [text.finite(d.get(key)) for d in found] for key, label in keys.items()}
 
         items = series({"exp_head": "Exp head", "exp_tail": "Exp tail", "item_disparity": "disparity"})
         users = series(

@@ -31,8 +31,8 @@ def picture(result: dict[str, Any], path: str | Path, width: int = 1200, height:
     left, right = heat_map(result, metrics[0]), forgetting_curves(result, metrics[0])
     look = left["layout"]
     look |= {"height": height, "width": width, "margin": {"l": 70, "r": 20, "t": 100, "b": 56}}
-    told = ", ".join(f"{value}" for what, value in text.facts(result) if what != "seed")
-    title = f"<b>{safe(result.get('name') or 'run')}</b>  {safe(told)}  ({safe(metrics[0])})"
+    facts = ", ".join(f"{value}" for what, value in text.facts(result) if what != "seed")
+    title = f"<b>{safe(result.get('name') or 'run')}</b>  {safe(facts)}  ({safe(metrics[0])})"
     look["title"] = {"text": title, "x": 0.01, "y": 0.97, "font": {"size": 16}}
     look["xaxis"] |= {"domain": [0.0, 0.46]}
     look["xaxis2"] = {**right["layout"]["xaxis"], "domain": [0.55, 1.0], "anchor": "y2"}

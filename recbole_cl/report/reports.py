@@ -62,13 +62,15 @@ def _titled(title: str, inner: str) -> str:
 
 def _numbers(stages: list[tuple[str, Mapping[str, Any]]]) -> str:
     """Returns the table of the numbers: a row a stage, or, where there are many, a row a number."""
-    told = _keys(numbers for _, numbers in stages)
-    if not told:
+    names = _keys(numbers for _, numbers in stages)
+    if not names:
         return ""
-    if len(told) > 8:
-        rows = [[name, *(_cell(numbers.get(name)) for _, numbers in stages)] for name in told]
+    if len(names) > 8:
+        rows = [[name, *(_cell(numbers.get(name)) for _, numbers in stages)] for name in names]
         return table(["", *(stage for stage, _ in stages)], rows)
-    return table(["stage", *told], [[stage, *(_cell(numbers.get(name)) for name in told)] for stage, numbers in stages])
+    return table(
+        ["stage", *names], [[stage, *(_cell(numbers.get(name)) for name in names)] for stage, numbers in stages]
+    )
 
 
 def _rows(rows: list[tuple[str, Mapping[str, Any]]]) -> str:
@@ -78,8 +80,8 @@ def _rows(rows: list[tuple[str, Mapping[str, Any]]]) -> str:
         return ""
     words = [n for n, name in enumerate(columns, 1) if any(isinstance(row.get(name), str) for _, row in rows)]
     long = [n for n in words if any(len(str(row.get(columns[n - 1]) or "")) > 40 for _, row in rows)]
-    told = [[stage, *(_cell(row.get(name)) for name in columns)] for stage, row in rows]
-    made = table(["stage", *columns], told, left=(0, *words), long=tuple(long), wide=bool(long))
+    cells = [[stage, *(_cell(row.get(name)) for name in columns)] for stage, row in rows]
+    made = table(["stage", *columns], cells, left=(0, *words), long=tuple(long), wide=bool(long))
     return f'<div class="tall">{made}</div>' if len(rows) > TALL else made
 
 
@@ -122,8 +124,8 @@ def _lines(stages: list[tuple[str, Mapping[str, Any]]]) -> tuple[figures.Figure,
     look = figures.layout("", figures.safe(names[0]) if len(names) == 1 else "", height=320)
     look |= {"showlegend": len(traces) > 1, "margin": {"l": 64, "r": 12, "t": 58, "b": 40}}
     look["legend"] |= {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}
-    told = "; ".join(f"{DASHES[n % len(DASHES)]}: {text.clean(name)}" for n, name in enumerate(names))
-    note = f'<p class="note">{escape(told)}</p>' if several and len(names) > 1 else ""
+    legend = "; ".join(f"{DASHES[n % len(DASHES)]}: {text.clean(name)}" for n, name in enumerate(names))
+    note = f'<p class="note">{escape(legend)}</p>' if several and len(names) > 1 else ""
     return {"data": traces, "layout": look}, note
 
 

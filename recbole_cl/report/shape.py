@@ -16,10 +16,10 @@ REQUIRED = ("stages", "matrix")
 
 
 def _bad(where: str, value: Any, allowed: str) -> DataError:
-    told = repr(value) if isinstance(value, str | int | float | bool | None) else f"a {type(value).__name__}"
-    if len(told) > 60:
-        told = f"{told[:57]}..."
-    return DataError(f"{where} is {told}; it must be {allowed}")
+    shown = repr(value) if isinstance(value, str | int | float | bool | None) else f"a {type(value).__name__}"
+    if len(shown) > 60:
+        shown = f"{shown[:57]}..."
+    return DataError(f"{where} is {shown}; it must be {allowed}")
 
 
 def _number(value: Any, where: str) -> None:

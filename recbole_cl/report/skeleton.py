@@ -246,5 +246,5 @@ def table(
 
 def _json(value: Any) -> str:
     """Writes JSON that may stand inside a script element: no character in it can end the element."""
-    told = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
-    return told.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+    encoded = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    return encoded.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

@@ -33,8 +33,8 @@ def terminal_summary(result: dict[str, Any]) -> str:
 
 
 def _head(result: Mapping[str, Any]) -> list[str]:
-    told = "  ".join(f"{what} {value}" for what, value in text.facts(result))
-    return [f"RecBole-CL  {text.clean(result.get('name') or 'run')}", *([f"  {told}"] if told else [])]
+    facts = "  ".join(f"{what} {value}" for what, value in text.facts(result))
+    return [f"RecBole-CL  {text.clean(result.get('name') or 'run')}", *([f"  {facts}"] if facts else [])]
 
 
 def _stages(result: Mapping[str, Any]) -> list[str]:
@@ -106,7 +106,7 @@ def _cost(result: Mapping[str, Any]) -> list[str]:
     def largest(key: str) -> float | None:
         return max((v for v in (text.finite(cost.get(key)) for cost in costs) if v is not None), default=None)
 
-    told = []
+    parts = []
     if total("seconds") is not None or total("train_seconds") is not None:
         split = [
             f"{name} {text.seconds(total(key))}"
@@ -114,16 +114,16 @@ def _cost(result: Mapping[str, Any]) -> list[str]:
             if total(key) is not None
         ]
         whole = total("seconds")
-        told.append(text.seconds(whole) + (f" ({', '.join(split)})" if split else "") if whole else ", ".join(split))
+        parts.append(text.seconds(whole) + (f" ({', '.join(split)})" if split else "") if whole else ", ".join(split))
     if largest("peak_memory_mb") is not None:
-        told.append(f"peak memory {text.size((largest('peak_memory_mb') or 0) * 1e6)}")
+        parts.append(f"peak memory {text.size((largest('peak_memory_mb') or 0) * 1e6)}")
     if largest("parameters") is not None:
         trainable = largest("trainable_parameters")
         of = f" ({text.count(trainable)} trainable)" if trainable is not None else ""
-        told.append(f"{text.count(largest('parameters'))} parameters{of}")
+        parts.append(f"{text.count(largest('parameters'))} parameters{of}")
     if largest("model_bytes") is not None:
-        told.append(f"model {text.size(largest('model_bytes'))}")
-    return _wrap("Cost      ", ", ".join(told)) if told else []
+        parts.append(f"model {text.size(largest('model_bytes'))}")
+    return _wrap("Cost      ", ", ".join(parts)) if parts else []
 
 
 def _warnings(result: Mapping[str, Any]) -> list[str]:

@@ -194,10 +194,10 @@ def stage_index(result: Mapping[str, Any], stage: Any) -> int | None:
 
 def is_smaller_better(result: Mapping[str, Any], metric: str) -> bool:
     """Tells the direction of a metric: what the result says of it, else what RecBole says."""
-    told = (
+    declared = (
         lookup(result.get("smaller_is_better"), metric) if isinstance(result.get("smaller_is_better"), dict) else None
     )
-    return smaller_is_better(metric) if told is None else bool(told)
+    return smaller_is_better(metric) if declared is None else bool(declared)
 
 
 def summary_names(result: Mapping[str, Any]) -> list[str]:

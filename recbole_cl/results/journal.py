@@ -88,14 +88,14 @@ class Journal:
         for listener in self.listeners:
             listener(point)
 
-    def add_report(self, stage: Stage, told: Mapping[str, Mapping[str, Any]]) -> None:
+    def add_report(self, stage: Stage, report: Mapping[str, Mapping[str, Any]]) -> None:
         """Adds what the model or the strategies tell at the end of a stage.
 
         Args:
             stage: The stage.
-            told: Who tells to ``{"numbers": ..., "tables": ..., "figures": ...}``, each of them optional.
+            report: Who tells to ``{"numbers": ..., "tables": ..., "figures": ...}``, each of them optional.
         """
-        for who, content in told.items():
+        for who, content in report.items():
             if content:
                 self.reports.append({"stage": stage.index, "who": who, **plain(who, content)})
 
@@ -120,10 +120,10 @@ class Journal:
     def record(self, outcome: Outcome, t: int, stage: Stage, mode: str) -> None:
         """Adds cell (t, s), over all targets and by stratum, for items and for the coarser levels of them."""
         for level, stratum, metrics, n in outcome.parts():
-            told: dict[str, Any] = {"t": t, "s": stage.index, "n": n, "stratum": stratum, "level": level}
+            keys: dict[str, Any] = {"t": t, "s": stage.index, "n": n, "stratum": stratum, "level": level}
             for metric, value in self._with_primary(metrics, stage).items():
                 # The columns of "primary" differ in how they were scored; as a matrix they are one.
-                self.records.add(metric=metric, value=value, mode=PRIMARY if metric == PRIMARY else mode, **told)
+                self.records.add(metric=metric, value=value, mode=PRIMARY if metric == PRIMARY else mode, **keys)
         self.cold.append({"t": t, "s": stage.index, "n": outcome.n, "n_cold": outcome.n_cold})
         if outcome.rows:
             self.rows.append({"t": t, "s": stage.index, **outcome.rows})
@@ -176,8 +176,8 @@ class Journal:
         if metric not in self.records.metrics():
             return f"{metric}: not evaluated"
         values = self.records.matrix(metric, n_stages=len(self.stream))[stage.index]
-        told = " ".join("-" if np.isnan(v) else f"{v:.4f}" for v in values)
-        return f"{metric} on stages 1..{len(self.stream)}: {told}"
+        numbers = " ".join("-" if np.isnan(v) else f"{v:.4f}" for v in values)
+        return f"{metric} on stages 1..{len(self.stream)}: {numbers}"
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
@@ -260,8 +260,8 @@ class Journal:
             checkpoint.write_atomically(folder / "result.json", json.dumps(result, indent=1, allow_nan=False))
             self.records.to_csv(folder / "records.csv")
             if self.rows:
-                told = pd.concat([pd.DataFrame(cell) for cell in self.rows], ignore_index=True)
-                disk.write_atomically(folder / "rows.csv", told.to_csv(index=False))
+                frame = pd.concat([pd.DataFrame(cell) for cell in self.rows], ignore_index=True)
+                disk.write_atomically(folder / "rows.csv", frame.to_csv(index=False))
         return result
 
 

@@ -152,9 +152,9 @@ def summarise_all(
             formulas[name].setdefault(found.formula, []).append(metric)
             if found.reason:
                 reasons.setdefault(name, {})[metric] = found.reason
-    told = {}
+    formula_of = {}
     for name, variants in formulas.items():
         first, *others = variants or [""]
-        told[name] = first + "".join(f"; for {', '.join(variants[other])}: {other}" for other in others)
+        formula_of[name] = first + "".join(f"; for {', '.join(variants[other])}: {other}" for other in others)
     ordered = {name: {metric: values[metric] for metric in matrices} for name, values in summary.items()}
-    return {"summary": ordered, "formulas": told, "reasons": reasons}
+    return {"summary": ordered, "formulas": formula_of, "reasons": reasons}

@@ -31,17 +31,17 @@ def plain(who: str, content: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         TypeError: If a part has another name or another shape; the message names the place.
     """
-    told = {}
+    plain_parts = {}
     for part, inner in content.items():
         if part not in PARTS:
             raise TypeError(
                 f"report of {who}: {part!r} is none of {', '.join(PARTS)}{nearest(str(part), PARTS)}; put it into one"
             )
-        told[part] = {
+        plain_parts[part] = {
             str(name): _SHAPES[part](f"report of {who}: {part}/{name}", value)
             for name, value in _mapping(f"report of {who}: {part}", inner).items()
         }
-    return told
+    return plain_parts
 
 
 def _value(where: str, value: Any) -> Any:

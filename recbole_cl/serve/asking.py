@@ -59,8 +59,8 @@ class Asking:
         """Returns why a request cannot be answered, or ``None``."""
         users = self.ids.users
         if self.needs_user and not users.trained[request.user]:
-            told = "is in no interaction" if request.user == 0 else "has no trained row"
-            return f"the user {told}; {self.model} answers only for users that it has trained on"
+            problem = "is in no interaction" if request.user == 0 else "has no trained row"
+            return f"the user {problem}; {self.model} answers only for users that it has trained on"
         if self.sequential:
             if request.history is None and request.user == 0:
                 return "the user is in no interaction; give a history"

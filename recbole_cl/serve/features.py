@@ -39,8 +39,8 @@ def read_features(saved: SavedRun, path: str | Path, side: str) -> tuple[pd.Data
         raise DataError(f"{file.name}: it holds no row")
     frame = frame.astype(object).where(frame.notna(), "").astype(str)
     frame.columns = [str(name).partition(":")[0] for name in frame.columns]
-    told = dict((saved.log or {}).get("columns") or {})
-    name = next((name for name in (field, told.get(side), side) if name in frame.columns), None)
+    saved_columns = dict((saved.log or {}).get("columns") or {})
+    name = next((name for name in (field, saved_columns.get(side), side) if name in frame.columns), None)
     if name is None:
         raise DataError(f"{file.name}: there is no column {field!r} of {side}s; it has {', '.join(frame.columns)}")
     tokens = frame[name].str.strip()

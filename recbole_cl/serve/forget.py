@@ -54,10 +54,10 @@ class Forgotten:
     found: set[str] = field(default_factory=set, repr=False)
 
     def __str__(self) -> str:
-        told = f"{self.users} users and {self.rows} of their rows forgotten"
+        text = f"{self.users} users and {self.rows} of their rows forgotten"
         if self.texts:
-            told += f", {self.texts} texts about them removed"
-        return told + (f"; {self.unknown} are in no version" if self.unknown else "")
+            text += f", {self.texts} texts about them removed"
+        return text + (f"; {self.unknown} are in no version" if self.unknown else "")
 
 
 def forget(run: str | Path, users: Sequence[Any], model_class: type | None = None) -> Forgotten:
@@ -82,47 +82,49 @@ def forget(run: str | Path, users: Sequence[Any], model_class: type | None = Non
 
 def _forget(folder: Path, users: list[str], model_class: type | None) -> Forgotten:
     versions = Versions.of(folder)
-    told = Forgotten()
-    found, entries = told.found, []
+    forgotten = Forgotten()
+    found, entries = forgotten.found, []
     number = versions.next_number()
     for entry in versions.entries:
         if entry.get("where") == "run":
             entries.append(entry)
             continue
         saved = SavedRun.of_state(versions, entry["number"], versions.read(entry["number"]), model_class)
-        state = _without(saved, users, told, found)
+        state = _without(saved, users, forgotten, found)
         if state is None:
             entries.append(entry)
             continue
         checkpoint.save(folder / FOLDER, number, state, keep=1 << 30)
         entries.append({**entry, "folder": number, "store": state["store"]})
-        told.versions.append(entry["number"])
+        forgotten.versions.append(entry["number"])
         number += 1
     if checkpoint.numbered(folder / "checkpoints"):
         own = Versions(folder, 0, [{"number": 0, "where": "run", "store": None}])
         state = own.read(0)
         newest = int(checkpoint.numbered(folder / "checkpoints")[-1].name)
-        changed = _without(SavedRun.of_state(own, 0, state, model_class), users, told, found)
+        changed = _without(SavedRun.of_state(own, 0, state, model_class), users, forgotten, found)
         if changed is not None:
-            told.versions += [entry["number"] for entry in entries if entry.get("where") == "run"]
+            forgotten.versions += [entry["number"] for entry in entries if entry.get("where") == "run"]
         # Older ones are a way back only where the newest is broken, and it is not.
         if changed is not None or len(checkpoint.numbered(folder / "checkpoints")) > 1:
             checkpoint.save(folder / "checkpoints", newest + 1, changed or state, keep=1)
     for earlier in sorted(folder.glob("earlier-*")):  # before the stores that they share are cleared away
-        _forget_earlier(earlier, users, model_class, told, found)
+        _forget_earlier(earlier, users, model_class, forgotten, found)
     versions.entries = entries
     if (folder / FOLDER / "index.json").is_file():
         versions.write()
     for path in (folder / "base", folder / "checkpoints" / ".writing", folder / FOLDER / ".writing"):
         shutil.rmtree(path, ignore_errors=True)
     versions.clean()
-    told.users, told.unknown = len(found), len(set(users) - found)
-    told.versions.sort()
-    LOGGER.info("forget: %s", told)
-    return told
+    forgotten.users, forgotten.unknown = len(found), len(set(users) - found)
+    forgotten.versions.sort()
+    LOGGER.info("forget: %s", forgotten)
+    return forgotten
 
 
-def _forget_earlier(folder: Path, users: list[str], model_class: type | None, told: Forgotten, found: set[str]) -> None:
+def _forget_earlier(
+    folder: Path, users: list[str], model_class: type | None, forgotten: Forgotten, found: set[str]
+) -> None:
     """Forgets in a run that was moved aside; where it cannot be loaded any more, its checkpoints are removed."""
     try:
         before = _forget(folder, users, model_class)
@@ -131,11 +133,11 @@ def _forget_earlier(folder: Path, users: list[str], model_class: type | None, to
         for name in ("checkpoints", FOLDER, "base", "store"):
             shutil.rmtree(folder / name, ignore_errors=True)
         return
-    told.rows, told.texts = max(told.rows, before.rows), told.texts + before.texts
+    forgotten.rows, forgotten.texts = max(forgotten.rows, before.rows), forgotten.texts + before.texts
     found.update(before.found)
 
 
-def _without(saved: SavedRun, users: list[str], told: Forgotten, found: set[str]) -> dict[str, Any] | None:
+def _without(saved: SavedRun, users: list[str], counted: Forgotten, found: set[str]) -> dict[str, Any] | None:
     """Returns the checkpoint of a saved run without users, its store written; ``None`` where it knows none of them."""
     dataset = saved.stream.dataset
     lookup = dataset.field2token_id[dataset.uid_field]
@@ -143,9 +145,9 @@ def _without(saved: SavedRun, users: list[str], told: Forgotten, found: set[str]
     if not ids:
         return None
     found.update(ids)
-    told.texts += forget_outside(saved, list(ids))
+    counted.texts += forget_outside(saved, list(ids))
     state, stream = forgotten(saved, np.array(sorted(ids.values())))
-    told.rows = max(told.rows, len(saved.stream.table) - len(stream.table))
+    counted.rows = max(counted.rows, len(saved.stream.table) - len(stream.table))
     state["store"] = keep_stream(saved.folder, stream, saved.log)
     return state
 

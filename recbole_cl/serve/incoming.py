@@ -57,9 +57,9 @@ def read_incoming(
             another clock; the message names what to do.
     """
     path = Path(path).expanduser()
-    told = dict((saved.log or {}).get("columns") or {})
+    saved_columns = dict((saved.log or {}).get("columns") or {})
     # A clock is found out anew: an export may change from seconds to dates, and the gap below shows a wrong guess.
-    wanted = Columns.of({**told, "unit": None, **{k: v for k, v in (columns or {}).items() if v is not None}})
+    wanted = Columns.of({**saved_columns, "unit": None, **{k: v for k, v in (columns or {}).items() if v is not None}})
     if path.suffix == ".inter" and not columns:
         wanted = Columns(saved.config["USER_ID_FIELD"], saved.config["ITEM_ID_FIELD"], saved.config["TIME_FIELD"])
     dataset = saved.stream.dataset

@@ -307,8 +307,8 @@ class Recommender:
             reason = self._asking.why_not(request)
             status = self.ids.items.status(number)
             if reason is None and status != "known":
-                told = "is in no interaction" if status == "unknown" else "has no trained row"
-                reason = f"the item {token(name)!r} {told}"
+                problem = "is in no interaction" if status == "unknown" else "has no trained row"
+                reason = f"the item {token(name)!r} {problem}"
             reasons.append(reason)
         values = np.full(len(pairs), np.nan)
         answered = [number for number, reason in enumerate(reasons) if reason is None]
@@ -367,8 +367,8 @@ class Recommender:
         number = int(self.ids.items.ids([item])[0])
         status = self.ids.items.status(number)
         if status != "known":
-            told = "is in no interaction" if status == "unknown" else "has no trained row"
-            return Recommendation(None, status, [], [], reason=f"the item {token(item)!r} {told}")
+            problem = "is in no interaction" if status == "unknown" else "has no trained row"
+            return Recommendation(None, status, [], [], reason=f"the item {token(item)!r} {problem}")
         if self._similar is None:
             found = self.vectors("items")
             unit = found.values / np.linalg.norm(found.values, axis=1, keepdims=True).clip(min=1e-12)

@@ -232,10 +232,10 @@ def judged(metric: str | None, old: float | None, new: float | None, margin: flo
     less = smaller_is_better(metric)
     limit = old * (1 + margin) if less else old * (1 - margin)
     good = new <= limit if less else new >= limit
-    told = f"{metric} on the held-out tail is {new:.4f}, the old model's {old:.4f}"
+    verdict = f"{metric} on the held-out tail is {new:.4f}, the old model's {old:.4f}"
     if good:
-        return True, told
-    return False, f"{told}: worse by more than the margin of {margin:.0%}, so the old model is kept"
+        return True, verdict
+    return False, f"{verdict}: worse by more than the margin of {margin:.0%}, so the old model is kept"
 
 
 # -- versions -------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ what they want; they never reach into the trainer. When each runs::
       a pass ends, best weights in place end_pass
     a stage ends, best weights in place  end_stage
     targets are answered                 serving, adjust_scores
+    users are forgotten                  without_users
 
 On resume the order is: ``prepare_model``, the state as the stage began, ``plan_stage``, the checkpoint's weights and
 state, ``begin_pass``, the optimiser's state; then training goes on with the next batch.

@@ -102,11 +102,13 @@ class CCD(Strategy):
 
     def grow(self, growth: Growth) -> None:
         fixed = fixed_axis(int(self.params["teacher_size"]))
-        told = Growth(growth.n_users, growth.n_items, {"users": [user_axis(), fixed], "items": [item_axis(), fixed]})
+        growth_of_teacher = Growth(
+            growth.n_users, growth.n_items, {"users": [user_axis(), fixed], "items": [item_axis(), fixed]}
+        )
         for side, (before, after) in zip(SIDES, (growth.n_users, growth.n_items), strict=True):
             old = self.teacher[side].detach()
             fill = torch.cat([old, self._rows(side, before, after).to(old)])
-            self.teacher[side] = nn.Parameter(told.expand(side, old, fill))
+            self.teacher[side] = nn.Parameter(growth_of_teacher.expand(side, old, fill))
 
     def learn(self, ctx: StageContext, student: Towers, teacher: Towers) -> None:
         """Draws this epoch's soft labels for both."""

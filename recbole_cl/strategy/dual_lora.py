@@ -54,8 +54,8 @@ class DualLoRA(PartTuning):
         use_lora(ctx.model, {"long": share, "short": 1 - share})
 
     def trained_parts(self, ctx: StageContext, names: list[str]) -> list[str]:
-        told = ctx.pass_.name
-        return [name for name in names if told not in BOTH or f".{told}." in name]
+        pass_name = ctx.pass_.name
+        return [name for name in names if pass_name not in BOTH or f".{pass_name}." in name]
 
     def plan_stage(self, ctx: StageContext) -> list[Pass] | None:
         super().plan_stage(ctx)

@@ -21,9 +21,13 @@ from recbole_cl.strategy.parts.teacher import TeacherRows
 def gives_probabilities(model: nn.Module) -> bool:
     """Tells whether ``predict`` gives the probability of a row's label, trained by binary cross-entropy."""
     losses = [m for m in model.children() if isinstance(m, nn.BCEWithLogitsLoss | nn.BCELoss)]
-    told = isinstance(getattr(model, "sigmoid", None), nn.Sigmoid) and len(losses) == 1
+    has_sigmoid = isinstance(getattr(model, "sigmoid", None), nn.Sigmoid) and len(losses) == 1
     kinds = (ModelType.GENERAL, ModelType.CONTEXT, ModelType.SEQUENTIAL)
-    return told and getattr(model, "type", None) in kinds and getattr(model, "input_type", None) == InputType.POINTWISE
+    return (
+        has_sigmoid
+        and getattr(model, "type", None) in kinds
+        and getattr(model, "input_type", None) == InputType.POINTWISE
+    )
 
 
 @strategies.register()

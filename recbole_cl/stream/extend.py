@@ -133,9 +133,9 @@ def extended(
         table = getattr(base, feature)
         if table is not None:
             longer_table = _with_rows(dataset, table, field, len(dataset.field2id_token[field]))
-            told = (features or {}).get(feature.removesuffix("_feat"))
-            if told is not None:
-                longer_table = filled(dataset, longer_table, field, len(table), told)
+            given = (features or {}).get(feature.removesuffix("_feat"))
+            if given is not None:
+                longer_table = filled(dataset, longer_table, field, len(table), given)
             setattr(dataset, feature, longer_table)
     before, table = stream.table, dataset.build_table()
     table.seq = np.concatenate([table.seq, before.seq[len(before) :]])

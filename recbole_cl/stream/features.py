@@ -16,7 +16,7 @@ from recbole_cl.errors import DataError
 KINDS = (FeatureType.TOKEN, FeatureType.TOKEN_SEQ, FeatureType.FLOAT, FeatureType.FLOAT_SEQ)
 
 
-def filled(dataset: Any, feature: Interaction, field: str, first: int, told: pd.DataFrame) -> Interaction:
+def filled(dataset: Any, feature: Interaction, field: str, first: int, given: pd.DataFrame) -> Interaction:
     """Returns a table of features in which new rows have what is told of them; known rows stay.
 
     Words that no row had before have no id and count as none; a list longer than the table's is cut.
@@ -26,20 +26,20 @@ def filled(dataset: Any, feature: Interaction, field: str, first: int, told: pd.
         feature: Its table, rows of the new ones at its end.
         field: The field of users or items.
         first: The first new id.
-        told: A row a token (the index), a column a field; empty cells say nothing.
+        given: A row a token (the index), a column a field; empty cells say nothing.
 
     Raises:
         DataError: If a number is none.
     """
     ids = dataset.field2token_id[field]
-    rows = [(ids[token], number) for number, token in enumerate(told.index) if ids.get(token, 0) >= first]
+    rows = [(ids[token], number) for number, token in enumerate(given.index) if ids.get(token, 0) >= first]
     columns = dict(feature.interaction)
-    for name in told.columns:
+    for name in given.columns:
         column, kind = columns[name].clone(), dataset.field2type[name]
         separator = str(dataset.config["seq_separator"])
         words: Mapping[str, int] = dataset.field2token_id.get(name, {})
         for row, number in rows:
-            text = str(told[name].iloc[number]).strip()
+            text = str(given[name].iloc[number]).strip()
             if not text:
                 continue
             parts = text.split(separator) if kind in (FeatureType.TOKEN_SEQ, FeatureType.FLOAT_SEQ) else [text]
@@ -47,7 +47,7 @@ def filled(dataset: Any, feature: Interaction, field: str, first: int, told: pd.
                 values: list[float] = [words.get(part, 0) for part in parts if part]
                 values = values if kind == FeatureType.TOKEN else [value for value in values if value]
             else:
-                values = [_number(part, name, told.index[number]) for part in parts if part]
+                values = [_number(part, name, given.index[number]) for part in parts if part]
             if column.dim() == 1:
                 column[row] = values[0]
             else:

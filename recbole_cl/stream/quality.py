@@ -53,7 +53,7 @@ def check_timestamps(
         )
     unit, name = clock(time)
     time = time / unit
-    told = (
+    warnings = (
         []
         if unit == 1
         else [
@@ -61,7 +61,7 @@ def check_timestamps(
             f"{date(time.max())}; divide them by {unit:,.0f} in the file if they are others"
         ]
     )
-    return time, told + _warnings(time, field)
+    return time, warnings + _warnings(time, field)
 
 
 UNITS = ((1e11, 1e14, 1e3, "milliseconds"), (1e14, 1e17, 1e6, "microseconds"), (1e17, 1e19, 1e9, "nanoseconds"))

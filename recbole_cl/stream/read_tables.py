@@ -30,7 +30,7 @@ def tables_digest(dataset: Any) -> Iterator[bytes]:
                 yield _digest(f"{name}/{column}", value[column])
         elif name in _LINKS and isinstance(value, Mapping):
             links = {str(key): value[key] for key in value}
-            if all(isinstance(told, str) for told in links.values()):
+            if all(isinstance(link, str) for link in links.values()):
                 yield _digest(name, json.dumps(links, sort_keys=True))
             else:
                 for key in sorted(links):
@@ -47,8 +47,8 @@ def _digest(name: str, value: Any) -> bytes:
         digest.update(f"{value.dtype.kind}{value.shape}".encode())
         digest.update(np.ascontiguousarray(value).tobytes())
     elif isinstance(value, np.ndarray):
-        told = (entry.tolist() if isinstance(entry, np.ndarray) else entry for entry in value.ravel().tolist())
-        digest.update("\x1f".join(map(repr, told)).encode())
+        entries = (entry.tolist() if isinstance(entry, np.ndarray) else entry for entry in value.ravel().tolist())
+        digest.update("\x1f".join(map(repr, entries)).encode())
     else:
         digest.update(str(value).encode())
     return digest.digest()

@@ -155,11 +155,11 @@ class Reader:
 
     Args:
         ids: Columns of ids, whose quotes cannot be guessed.
-        told: Gets a sentence about each file that is read otherwise than a spreadsheet would.
+        messages: Gets a sentence about each file that is read otherwise than a spreadsheet would.
     """
 
-    def __init__(self, ids: Collection[str] = (), told: list[str] | None = None) -> None:
-        self.ids, self.told = ids, told if told is not None else []
+    def __init__(self, ids: Collection[str] = (), messages: list[str] | None = None) -> None:
+        self.ids, self.messages = ids, messages if messages is not None else []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(pd, name)
@@ -201,7 +201,7 @@ class Reader:
                     f"{file.name}, {shown}: {len(where)} values of {name!r} begin with a quote that does not close at "
                     f"their end; remove the quotes, so that each id is written in one way throughout the files"
                 )
-            self.told.append(
+            self.messages.append(
                 f"{file.name}: {len(where)} values of {name!r} begin with a quote that does not close at their end "
                 f"({shown}); they are read as they stand; remove the quotes where they mean nothing"
             )
@@ -220,7 +220,7 @@ def _unquoted(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 @contextlib.contextmanager
-def fast_reader(ids: Collection[str] = (), told: list[str] | None = None) -> Iterator[None]:
+def fast_reader(ids: Collection[str] = (), messages: list[str] | None = None) -> Iterator[None]:
     """A context in which RecBole reads atomic files with pandas' C parser: a fifth of the time, the same values.
 
     ``recbole/data/dataset/dataset.py:482`` asks for ``engine="python"``, the slow one. It is called through the
@@ -229,10 +229,10 @@ def fast_reader(ids: Collection[str] = (), told: list[str] | None = None) -> Ite
 
     Args:
         ids: See :class:`Reader`.
-        told: See :class:`Reader`.
+        messages: See :class:`Reader`.
     """
     module: Any = importlib.import_module("recbole.data.dataset.dataset")
-    module.pd = Reader(ids, told)
+    module.pd = Reader(ids, messages)
     try:
         yield
     finally:

@@ -183,10 +183,10 @@ def _started(pid: int) -> str:
     A zombie counts as gone.
     """
     try:
-        told = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        words = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     except OSError:
         return ""
-    return "gone" if told[0] in "ZX" else told[19]
+    return "gone" if words[0] in "ZX" else words[19]
 
 
 @contextlib.contextmanager

@@ -108,12 +108,12 @@ def tables_of(plan: Plan, folder: Path, asked: Asked) -> list[Table]:
     if asked.against is not None and asked.against not in known:
         hint = nearest(asked.against, known)
         raise ConfigError(f"--against={asked.against}: no method of the study{hint} It has {', '.join(known)}")
-    told = directions(plan, folder)
+    smaller_is = directions(plan, folder)
     found = []
     for labels, group in frame.groupby(["dataset", "scheduler", "model"], sort=False):
         done = group[group["state"] == "done"]
         if len(done):
-            found.append(_table(tuple(labels), done, columns_of(group, plan.report), told, asked))
+            found.append(_table(tuple(labels), done, columns_of(group, plan.report), smaller_is, asked))
     return found
 
 
@@ -127,23 +127,23 @@ def directions(plan: Plan, folder: Path) -> dict[str, bool]:
     return found
 
 
-def column_is_smaller(column: str, primary: str, told: Mapping[str, bool]) -> bool:
+def column_is_smaller(column: str, primary: str, declared: Mapping[str, bool]) -> bool:
     """Tells whether smaller is better in a column such as ``AF:ndcg@10`` or ``last:stage 1``."""
     name, _, metric = column.partition(":")
     if name in ALWAYS_SMALLER or name in ALWAYS_LARGER:
         return name in ALWAYS_SMALLER
     metric = primary if name == "last" else metric
-    return bool(told.get(metric, smaller_is_better(metric)))
+    return bool(declared.get(metric, smaller_is_better(metric)))
 
 
 def _table(
-    labels: tuple[Any, ...], done: pd.DataFrame, columns: list[str], told: Mapping[str, bool], asked: Asked
+    labels: tuple[Any, ...], done: pd.DataFrame, columns: list[str], declared: Mapping[str, bool], asked: Asked
 ) -> Table:
     methods = list(dict.fromkeys(done["strategy"]))
     reference = asked.against or ("FineTune" if "FineTune" in methods else methods[0])
     keys = [key for key in ("order", "seed") if key in done]
     own = {method: done[done["strategy"] == method].set_index(keys) for method in methods}
-    smaller = {name: column_is_smaller(name, str(done["primary"].iloc[0]), told) for name in columns}
+    smaller = {name: column_is_smaller(name, str(done["primary"].iloc[0]), declared) for name in columns}
     entries: dict[str, dict[str, Entry]] = {}
     for name in columns:
         values = {method: frame[name].astype(float) for method, frame in own.items()}
@@ -178,7 +178,7 @@ def _table(
 # -- words --------------------------------------------------------------------------------------------------------
 
 
-def told(column: str) -> str:
+def label_of(column: str) -> str:
     """Returns the heading of a column."""
     return column.removeprefix("last:").replace(":", " ")
 
@@ -202,7 +202,7 @@ def markdown(tables: Sequence[Table], asked: Asked, scale: float = 1.0) -> str:
     lines: list[str] = []
     for table in tables:
         dataset, scheduler, model = table.labels
-        arrows = [f"{told(name)} {'↓' if less else '↑'}" for name, less in table.smaller.items()]
+        arrows = [f"{label_of(name)} {'↓' if less else '↑'}" for name, less in table.smaller.items()]
         head = ["strategy", "seeds", *arrows, *COSTS.values()]
         lines += [f"### {model} on {dataset}, {scheduler}", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
         for method, n in table.runs.items():
@@ -250,7 +250,7 @@ def latex_tables(tables: Sequence[Table], asked: Asked, scale: float = 1.0) -> s
     for table in tables:
         dataset, scheduler, model = map(latex, table.labels)
         arrows = {True: r"$\downarrow$", False: r"$\uparrow$"}
-        head = [f"{latex(told(name))} {arrows[less]}" for name, less in table.smaller.items()]
+        head = [f"{latex(label_of(name))} {arrows[less]}" for name, less in table.smaller.items()]
         lines += [
             r"\begin{table}",
             r"\centering",

@@ -86,10 +86,10 @@ def _labels(runs: list[tuple[str, dict[str, Any]]]) -> list[dict[str, str]]:
         seeds = [runs[i][1]["seed"] for i in indices]
         flat = [_flat(runs[i][1]["config"]) for i in indices]
         differ = sorted({key for one in flat for key in one if any(f.get(key) != one[key] for f in flat)})
-        told = [", ".join(f"{key} {_short(one.get(key))}" for key in differ) for one in flat]
-        if len(set(zip(told, seeds, strict=True))) < len(indices):
-            told = [runs[i][0] for i in indices]  # the same settings and seed: only where they lie tells them apart
-        for i, text in zip(indices, told, strict=True):
+        names = [", ".join(f"{key} {_short(one.get(key))}" for key in differ) for one in flat]
+        if len(set(zip(names, seeds, strict=True))) < len(indices):
+            names = [runs[i][0] for i in indices]  # the same settings and seed: only where they lie tells them apart
+        for i, text in zip(indices, names, strict=True):
             bare[i]["strategy"] += f" ({text})" if text else ""
     return bare
 

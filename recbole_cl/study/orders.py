@@ -50,7 +50,7 @@ def task_orders(asked: Any, settings: Mapping[str, Any], where: str) -> list[lis
     return [list(order) for order in asked]
 
 
-def told(order: list[int]) -> str:
+def order_name(order: list[int]) -> str:
     """Returns the label of an order."""
     return "-".join(map(str, order))
 

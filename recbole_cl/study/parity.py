@@ -318,11 +318,11 @@ def comparison_table(found: Mapping[str, Any]) -> str:
     ]
     batches = found["batches"]
     if found["equal_losses"]:
-        told = f"the losses of all {batches} batches have the same bits"
+        verdict = f"the losses of all {batches} batches have the same bits"
     else:
         epoch, batch = found["first_difference"]
-        told = f"losses differ from epoch {epoch}, batch {batch} on"
-    title = f"{found['model']} on {found['dataset']}, seed {found['seed']}: {told}; metrics differ by at most "
+        verdict = f"losses differ from epoch {epoch}, batch {batch} on"
+    title = f"{found['model']} on {found['dataset']}, seed {found['seed']}: {verdict}; metrics differ by at most "
     return "\n".join([title + f"{found['largest_metric_gap']:.2g}", "", *lines])
 
 
@@ -333,10 +333,10 @@ def _total(losses: list[Any]) -> str:
     return f"{total:.10g}"
 
 
-def _metric_rows(told: str, a: Mapping[str, float], b: Mapping[str, float]) -> list[tuple[str, str, str, str]]:
+def _metric_rows(label: str, a: Mapping[str, float], b: Mapping[str, float]) -> list[tuple[str, str, str, str]]:
     return [
         (
-            f"{told} {key}",
+            f"{label} {key}",
             f"{a[key]:.10f}",
             f"{b[key]:.10f}" if key in b else "-",
             "yes" if key in b and abs(a[key] - b[key]) <= 1e-9 else "NO",

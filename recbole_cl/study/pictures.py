@@ -85,14 +85,14 @@ def blocks(frame: pd.DataFrame, column: str) -> tuple[list[str], np.ndarray, str
     place = ["dataset", "scheduler", "model"]
     by_table = frame.pivot_table(index=place, columns="strategy", values=column, aggfunc="mean", sort=False)
     n_tables = len(by_table)
-    told = f"{n_tables} tables (log, scheduler, model), means over seeds"
+    heading = f"{n_tables} tables (log, scheduler, model), means over seeds"
     if len(by_table) < BLOCKS:
         keys = [*place, *(key for key in ("order", "seed") if key in frame)]
         by_table = frame.pivot_table(index=keys, columns="strategy", values=column, aggfunc="mean", sort=False)
-        told = f"{len(by_table)} seeds of {n_tables} table{'s' if n_tables > 1 else ''}"
+        heading = f"{len(by_table)} seeds of {n_tables} table{'s' if n_tables > 1 else ''}"
     whole = by_table.dropna(axis="columns")
     order = [name for name in dict.fromkeys(frame["strategy"]) if name in whole]
-    return order, whole[order].to_numpy(dtype=float), told
+    return order, whole[order].to_numpy(dtype=float), heading
 
 
 def critical_difference(found: Ranks, title: str) -> Any:
@@ -152,13 +152,13 @@ def write_pictures(plan: Plan, folder: Path, asked: Asked, formats: Sequence[str
     if not drawable():
         raise ConfigError("--formats: drawing needs matplotlib; pip install 'recbole-cl[plots]', or leave it out")
     frame = rows(plan, folder)
-    done, told = frame[frame["state"] == "done"], directions(plan, folder)
+    done, declared = frame[frame["state"] == "done"], directions(plan, folder)
     made: dict[str, Any] = {}
     tables = list(done.groupby(["dataset", "scheduler", "model"], sort=False))
     for labels, group in tables:
         metric = str(group["primary"].iloc[0])
         drawn = plane(
-            group, metric, column_is_smaller(metric, metric, told), f"{labels[2]} on {labels[0]}, {labels[1]}"
+            group, metric, column_is_smaller(metric, metric, declared), f"{labels[2]} on {labels[0]}, {labels[1]}"
         )
         if drawn is not None:
             made["-".join(["plane", *(map(str, labels) if len(tables) > 1 else ())])] = drawn
@@ -168,7 +168,7 @@ def write_pictures(plan: Plan, folder: Path, asked: Asked, formats: Sequence[str
         methods, scores, what = blocks(done, column)
         if len(methods) < 3 or len(scores) < 2:
             continue
-        smaller = column_is_smaller(column, str(done["primary"].iloc[0]), told)
+        smaller = column_is_smaller(column, str(done["primary"].iloc[0]), declared)
         found = ranks(methods, scores, smaller, asked.alpha)
         title = (
             f"{column.replace(':', ' ')}: mean ranks over {what};\nFriedman p = {found.p:.2g}, level {asked.alpha:g}"

@@ -36,7 +36,7 @@ from recbole_cl.disk import check_name
 from recbole_cl.errors import ConfigError, nearest
 from recbole_cl.registry import strategies
 from recbole_cl.results.strata import STRATA
-from recbole_cl.study.orders import task_orders, told
+from recbole_cl.study.orders import order_name, task_orders
 from recbole_cl.study.probes import read_probe
 
 AXES = {"datasets": "dataset", "schedulers": "scheduler", "models": "model", "strategies": "strategy"}
@@ -78,8 +78,8 @@ class Cell:
     def digest(self) -> str:
         """Hash of the settings: a finished run counts only for the settings that it was made with."""
         asked = dict(self.settings) if self.probe is None else {"settings": self.settings, "probe": self.probe}
-        told = json.dumps(asked, sort_keys=True, default=str)
-        return hashlib.blake2b(told.encode(), digest_size=12).hexdigest()
+        encoded = json.dumps(asked, sort_keys=True, default=str)
+        return hashlib.blake2b(encoded.encode(), digest_size=12).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,7 @@ def _cells(asked: Mapping[str, Any], where: str) -> list[Cell]:
         variants: list[tuple[dict[str, str], dict[str, Any]]] = [({}, {})]
         if asked.get("orders") is not None:
             orders = task_orders(asked["orders"], settings, where)
-            variants = [({"order": told(order)}, {"task_order": order}) for order in orders]
+            variants = [({"order": order_name(order)}, {"task_order": order}) for order in orders]
         for (label, more), seed in itertools.product(variants, seeds):
             cells.append(Cell({**labels, **label}, seed, {**settings, **more, "seed": seed}, probe))
     twice = [folder for folder, n in _count(cell.folder for cell in cells).items() if n > 1]

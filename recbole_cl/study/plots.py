@@ -232,9 +232,9 @@ def probe(group: Group, strategies: Sequence[str] = ()) -> Figure | None:
         own = result["probe"]
         metric, task = own["metric"], own["task"]
         for name, values in own["variants"].items():
-            told = f"{cell.labels['strategy']}: {name}" if several else name
-            found.setdefault(told, []).append(np.array(values["curve"], dtype=float))
-            ends.setdefault(told, []).append(float(values[metric]))
+            curve_name = f"{cell.labels['strategy']}: {name}" if several else name
+            found.setdefault(curve_name, []).append(np.array(values["curve"], dtype=float))
+            ends.setdefault(curve_name, []).append(float(values[metric]))
     titles = [f"{task}, by epoch", f"{task}, chosen epoch"]
     figure = grid(titles, "epoch", [f"validation {metric}", f"test {metric}"], columns=2)
     add_lines(figure, 0, found)

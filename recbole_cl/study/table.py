@@ -95,9 +95,9 @@ def comparison(plan: Plan, folder: Path) -> str:
         if not columns:
             continue
         lines += [f"### {model} on {dataset}, {scheduler}", ""]
-        told = [name.removeprefix("last:").replace(":", " ") for name in columns]
+        headings = [name.removeprefix("last:").replace(":", " ") for name in columns]
         costs = {**COSTS, **(COUNTS if "backbones" in group and group["backbones"].notna().any() else {})}
-        lines.append("| strategy | seeds | " + " | ".join([*told, *costs.values()]) + " |")
+        lines.append("| strategy | seeds | " + " | ".join([*headings, *costs.values()]) + " |")
         lines.append("|---" * (2 + len(columns) + len(costs)) + "|")
         for keys, own in group.groupby(["strategy", *(["order"] if "order" in group else [])], sort=False):
             strategy = ", ".join(keys)

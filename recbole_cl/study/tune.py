@@ -221,8 +221,8 @@ def tune(
             for other in trials[1:]:
                 study.add_trial(_told(other, known))
         _keep(folder, _digest(base, space, first_stages), trials)
-        told = "failed" if trial["value"] is None else f"{trial['value']:.4f}"
-        LOGGER.info("trial %d/%d: %s %s", number + 1, n_trials, told, trial["properties"] or "as given")
+        shown = "failed" if trial["value"] is None else f"{trial['value']:.4f}"
+        LOGGER.info("trial %d/%d: %s %s", number + 1, n_trials, shown, trial["properties"] or "as given")
     done = [trial for trial in trials if trial["value"] is not None]
     if not done:
         raise TrainingError(f"no trial came to a value: {trials[0]['error']}")
@@ -254,8 +254,8 @@ def _told(trial: Mapping[str, Any], known: Mapping[str, Any]) -> Any:
 def _digest(base: CLConfig, space: Mapping[str, Any], first_stages: int) -> str:
     from recbole_cl.results.journal import settings
 
-    told = {key: value for key, value in settings(base).items() if key not in ("output_dir", "state", "show_progress")}
-    text = json.dumps([told, space, first_stages], sort_keys=True, default=str)
+    fixed = {key: value for key, value in settings(base).items() if key not in ("output_dir", "state", "show_progress")}
+    text = json.dumps([fixed, space, first_stages], sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 
 
@@ -285,9 +285,9 @@ def table(found: Mapping[str, Any]) -> str:
     order = sorted(enumerate(found["trials"], 1), key=lambda p: (p[1]["value"] is None, -(p[1]["value"] or 0.0)))
     for number, trial in order:
         value = trial["value"]
-        told = "failed" if value is None else f"{-value if smaller else value:.4f}"
+        shown = "failed" if value is None else f"{-value if smaller else value:.4f}"
         cells = [_short(trial["properties"].get(name, "as given")) for name in names]
-        lines.append(f"| {number} | {told} | {' | '.join(cells)} |")
+        lines.append(f"| {number} | {shown} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -158,10 +158,10 @@ def _run_held(
         refused = isinstance(error, ConfigError) and str(error).startswith("strategy:")
         if refused:
             write_atomically(folder / REFUSED, json.dumps({"reason": str(error)}, indent=1))
-        told = str(error) if isinstance(error, RecBoleCLError) else f"{type(error).__name__}: {error}"
+        reason = str(error) if isinstance(error, RecBoleCLError) else f"{type(error).__name__}: {error}"
         if not isinstance(error, RecBoleCLError):
             traceback.print_exc()
-        return {"state": "refused" if refused else "failed", "told": told, "error": type(error).__name__}
+        return {"state": "refused" if refused else "failed", "told": reason, "error": type(error).__name__}
     write_atomically(folder / CELL, json.dumps({**note, "done": True}, indent=1, default=str))
     clear(folder / "checkpoints")  # a study keeps numbers, not weights
     return {"state": "done", "told": "", "error": ""}
@@ -205,7 +205,7 @@ def walk(
         users = [other for other in plan.cells if other.base == cell.folder]
         if (shard is None and until is None) or all(state(other, folder) != "open" for other in users):
             clear(folder / cell.folder / BASE)
-    return [f"{name}: {told}" for name, told in failures.items()]
+    return [f"{name}: {reason}" for name, reason in failures.items()]
 
 
 @dataclass(frozen=True)

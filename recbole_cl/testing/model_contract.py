@@ -96,8 +96,8 @@ class ModelContract:
             return
         for index, begun in runs.begun.items():
             before = runs.ended[index - 1]
-            told = f"stage {index + 1} begins with other answers than stage {index} ended with"
-            assert_close(before.scores, begun.scores[:, : before.n_items], self.tolerance, told)
+            message = f"stage {index + 1} begins with other answers than stage {index} ended with"
+            assert_close(before.scores, begun.scores[:, : before.n_items], self.tolerance, message)
 
     def test_an_interrupted_run_goes_on_with_the_same_bits(self, runs: ModelRuns) -> None:
         """A run that breaks off inside a stage ends, resumed, with the state and the results of one that did not."""
@@ -130,12 +130,12 @@ class ModelContract:
     def test_evaluation_changes_nothing(self, runs: ModelRuns) -> None:
         """Evaluated twice it gives the same results, and its state, its mode and its parameters' flags stay."""
         runner, ctx = runs.whole, runs.ctx
-        told = lambda: (  # noqa: E731
+        snapshot = lambda: (  # noqa: E731
             tree_hash(owned_state(ctx.model)),
             [module.training for module in ctx.model.modules()],
             [p.requires_grad for p in ctx.model.parameters()],
         )
-        before = told()
+        before = snapshot()
         outcomes = [
             runner.evaluator.evaluate(ctx, runner.known, stage, split).metrics
             for _ in range(2)
@@ -145,7 +145,7 @@ class ModelContract:
         ]
         half = len(outcomes) // 2
         assert outcomes[:half] == outcomes[half:], "the second evaluation gave other results"
-        assert told() == before, "evaluation changed the model"
+        assert snapshot() == before, "evaluation changed the model"
 
     def test_scores_are_numbers(self, runs: ModelRuns) -> None:
         """No score is NaN or +inf, and each row has an item with a score."""
@@ -242,8 +242,8 @@ class ModelContract:
     def test_what_it_tells_can_be_kept(self, runs: ModelRuns) -> None:
         """Its report has the shape that the page reads, its costs are JSON with names of their own."""
         model = contract(runs.ctx.model)
-        told = plain("the model", model.report())
-        json.dumps(told, allow_nan=False)
+        report = plain("the model", model.report())
+        json.dumps(report, allow_nan=False)
         costs = model.stage_costs()
         json.dumps(costs, allow_nan=False)
         assert not set(costs) & set(OWN_COSTS), "stage_costs has a name that the runner measures"

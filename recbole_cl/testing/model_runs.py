@@ -191,10 +191,10 @@ def moment(ctx: StageContext, targets: Targets) -> Moment:
     return Moment(targets, scores, ctx.batcher.n_users, ctx.batcher.n_items)
 
 
-def assert_close(one: torch.Tensor, two: torch.Tensor, tolerance: float, told: str) -> None:
+def assert_close(one: torch.Tensor, two: torch.Tensor, tolerance: float, message: str) -> None:
     """Asserts that scores are alike, relative to the spread of the finite ones."""
     finite = torch.isfinite(one) & torch.isfinite(two)
-    assert bool((torch.isfinite(one) == torch.isfinite(two)).all()), f"{told}: not the same items have scores"
+    assert bool((torch.isfinite(one) == torch.isfinite(two)).all()), f"{message}: not the same items have scores"
     spread = float(one[finite].abs().max().clamp(min=1e-12))
     gap = float((one - two)[finite].abs().max()) if bool(finite.any()) else 0.0
-    assert gap <= tolerance * spread, f"{told}: scores differ by {gap:.2e}, the largest is {spread:.2e}"
+    assert gap <= tolerance * spread, f"{message}: scores differ by {gap:.2e}, the largest is {spread:.2e}"

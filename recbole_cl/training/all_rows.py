@@ -116,12 +116,12 @@ def train_on_all_rows(run: Any) -> bool:
     again.data = stream.fingerprint()
     ctx = again.train_stages(0)
     rows = sum(len(stage.train) for stage in stream.stages)
-    told = {
+    numbers = {
         "rows": rows,
         "seconds": round(time.perf_counter() - begun, 3),
         **{f"epochs of stage {stage + 1}, {name}": n for (stage, name), n in sorted(again.state.epochs.items())},
     }
-    run.journal.add_report(run.stream.stages[-1], {"served model": {"numbers": told}})
+    run.journal.add_report(run.stream.stages[-1], {"served model": {"numbers": numbers}})
     run.journal.warn(
         f"serve: the model that is served (version 0) was trained on all {rows} rows, the held-out ones too; every "
         f"figure of this report is the evaluated model's, which was not"

@@ -95,7 +95,9 @@ def base_state(folder: Path, config: Any, data: Any, strategy: Composite) -> dic
         reason = f": {warnings[0]}" if warnings else "; run it with keep_base: True"
         raise CheckpointError(f"property 'base_run' is {str(folder)!r}, which keeps no first stage{reason}")
     now, then = settings(config), state["config"]
-    prefixes = [strategies.get(name).prefix for told in (now, then) for name, _ in told["strategy"]]
+    prefixes = [
+        strategies.get(name).prefix for settings_of_run in (now, then) for name, _ in settings_of_run["strategy"]
+    ]
     own = tuple(f"{prefix}_" for prefix in prefixes if prefix)
     free = {*config.RESUME_MAY_CHANGE, "strategy", "base_run", "keep_base", "device"}
     changed = [

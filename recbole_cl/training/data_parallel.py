@@ -99,8 +99,8 @@ class DataParallelTrainer(HookedTrainer):
         return None if self._verdicts[name] else pieces
 
     def _tell(self, reason: str) -> None:
-        told = "trains on whole batches in the first process, no faster than alone, because"
-        message = f"several processes: {self.config['model']} {told} {reason}"
+        consequence = "trains on whole batches in the first process, no faster than alone, because"
+        message = f"several processes: {self.config['model']} {consequence} {reason}"
         if message not in self.config.warnings:
             self.config.warnings.append(message)
             LOGGER.warning(message)

@@ -7,7 +7,7 @@ matrix), and some models read texts of items by themselves.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,25 @@ def files_read(config: Any) -> dict[str, str | None]:
     Args:
         config: The run's configuration.
     """
-    return {told: sha256(path) for told, path in _named(config)}
+    return {name: sha256(path) for name, path in _named(config)}
+
+
+def stores_named(config: Any, stores: Mapping[str, Any]) -> set[str]:
+    """Returns the names of files, as :func:`files_read` gives them, that a run writes itself: caches, ledgers.
+
+    Args:
+        config: The run's configuration.
+        stores: Name to path of the side stores that a checkpoint tells.
+    """
+    # SQLite keeps two files beside its own: answers.sqlite-wal, answers.sqlite-shm.
+    places = [Path(path).expanduser().resolve() for path in stores.values()]
+    return {
+        name
+        for name, path in _named(config)
+        if any(
+            place in (full := path.resolve(), *full.parents) or f"{full}".startswith(f"{place}-") for place in places
+        )
+    }
 
 
 def _named(config: Any) -> Iterator[tuple[str, Path]]:
@@ -63,17 +81,20 @@ def _files(key: str, value: str) -> Iterator[tuple[str, Path]]:
         return
 
 
-def refuse_changed_files(now: Mapping[str, Any], then: Any) -> None:
+def refuse_changed_files(now: Mapping[str, Any], then: Any, stores: Collection[str] = ()) -> None:
     """Raises a :class:`CheckpointError` that names a file which is not what it was when a checkpoint was written.
 
     Args:
         now: What :func:`files_read` gives.
         then: What it gave; ``None`` where that was not noted.
+        stores: Names of files that the run writes itself.
     """
     if not isinstance(then, Mapping):
         return
-    for name in sorted({*now, *then}):
-        if now.get(name) != then.get(name):
+    for name in sorted({*now, *then} - {*stores}):
+        # What appears where a property names it is the run's own: had it been asked for, the run had not begun.
+        own = name not in then and " of property " in name
+        if now.get(name) != then.get(name) and not own:
             what = "is not there any more" if name not in now else "is new" if name not in then else "has changed"
             raise CheckpointError(
                 f"resume: {name} {what} since the checkpoint; restore it as it was, or start anew without resume"

@@ -101,7 +101,9 @@ class StagePass:
         self.randomness.load_state_dict(state["randomness"])
 
     def _finish(self) -> None:
-        if (moments := self.trainer.moments()) is not None:
+        if self.run.config["stage_optimizer"] != "carry":
+            self.run.moments = {}
+        elif (moments := self.trainer.moments()) is not None:
             # A pass over some of the parameters leaves the others' as they are, where it does not begin anew.
             self.run.moments = {**(self.run.moments if self._continues else {}), **clone_tree(moments)}
         with self.randomness.owned():

@@ -15,7 +15,7 @@ from recbole_cl.errors import CheckpointError, ConfigError, RecBoleCLError
 from recbole_cl.model.contract import contract
 from recbole_cl.results.journal import PACKAGES, settings, versions
 from recbole_cl.strategy.composite import Composite
-from recbole_cl.training.inputs import files_read, refuse_changed_files
+from recbole_cl.training.inputs import files_read, refuse_changed_files, stores_named
 
 LOGGER = logging.getLogger("recbole_cl")
 
@@ -71,7 +71,7 @@ def newest(
     def accept(state: dict[str, Any]) -> None:
         check_state(state, stages)
         refuse_changes(state, config, data)
-        refuse_changed_files(files, state.get("files"))
+        refuse_changed_files(files, state.get("files"), stores_named(config, state["side_stores"]))
 
     files = files_read(config)
 
@@ -111,10 +111,10 @@ def go_on(run: Any) -> int | None:
         CheckpointError: If there are checkpoints and not one can be used.
     """
     refused: list[str] = []
-    told: list[str] = []
+    messages: list[str] = []
     number: int | None = None
     while True:
-        saved, found = newest(run.folder, run.config, run.data, len(run.stream), told.append, number)
+        saved, found = newest(run.folder, run.config, run.data, len(run.stream), messages.append, number)
         if saved is None and refused:
             raise CheckpointError(
                 f"resume: no checkpoint in {run.folder} can be used: {'; '.join(refused)}. Start anew without resume"
@@ -125,7 +125,7 @@ def go_on(run: Any) -> int | None:
         try:
             with loading(f"checkpoint {number:08d}"):
                 run.adopt(saved)
-            for warning in dict.fromkeys(told):
+            for warning in dict.fromkeys(messages):
                 run.journal.warn(warning)
             run.output.go_on()
             run.number = written = checkpoint.last_number(run.folder / "checkpoints")
@@ -136,7 +136,7 @@ def go_on(run: Any) -> int | None:
                 raise
             reason = str(error).removeprefix("checkpoint: ")
             refused.append(reason if reason.startswith("checkpoint ") else f"checkpoint {number:08d}: {reason}")
-            told.append(f"{refused[-1]}; the one before it is used")
+            messages.append(f"{refused[-1]}; the one before it is used")
             run.strategy, run.model = run.strategies(), None
             run.begin(run.stream)
 
@@ -165,8 +165,8 @@ def check_state(state: Mapping[str, Any], stages: int | None = None) -> None:
     if state["phase"] not in ("train", "done"):
         raise CheckpointError(f"'phase' is {_short(state['phase'])}; a run writes train or done")
     if state["stage"] < 0 or (stages is not None and state["stage"] >= stages):
-        told = "" if stages is None else f"; this run has the stages 0 to {stages - 1}"
-        raise CheckpointError(f"'stage' is {state['stage']}, which no run writes{told}")
+        found = "" if stages is None else f"; this run has the stages 0 to {stages - 1}"
+        raise CheckpointError(f"'stage' is {state['stage']}, which no run writes{found}")
     for name, path in state["side_stores"].items():
         if not isinstance(path, str):
             raise CheckpointError(f"'side_stores' names {name!r} at {_short(path)}, which is no path")
@@ -184,8 +184,8 @@ def tell_versions(state: Mapping[str, Any], warn: Callable[[str], None]) -> None
         return
     keys = [key for key in ("recbole-cl", "python", *PACKAGES[1:]) if now.get(key) != then.get(key)]
     if keys:
-        told = ", ".join(f"{key} was {then.get(key, 'not there')}, is {now.get(key, 'not there')}" for key in keys)
-        warn(f"resume: the checkpoint was written by other versions ({told}); the rest of the run may differ")
+        changes = ", ".join(f"{key} was {then.get(key, 'not there')}, is {now.get(key, 'not there')}" for key in keys)
+        warn(f"resume: the checkpoint was written by other versions ({changes}); the rest of the run may differ")
 
 
 def refuse_changes(state: dict[str, Any], config: Any, data: Any) -> None:
@@ -194,10 +194,11 @@ def refuse_changes(state: dict[str, Any], config: Any, data: Any) -> None:
     now, then = settings(config), state["config"]
     changed = [k for k in sorted(set(now) | set(then)) if k not in free and k != "device" and now.get(k) != then.get(k)]
     if changed:
-        told = "; ".join(f"{k} was {then.get(k)!r}, is {now.get(k)!r}" for k in changed[:4])
+        changes = "; ".join(f"{k} was {then.get(k)!r}, is {now.get(k)!r}" for k in changed[:4])
         more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
         raise CheckpointError(
-            f"resume: the configuration has changed ({told}{more}); give the old values, or start anew without resume"
+            f"resume: the configuration has changed ({changes}{more}); give the old values, or start anew without "
+            f"resume"
         )
     if state["data"] != data:
         raise CheckpointError(

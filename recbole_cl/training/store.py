@@ -79,8 +79,8 @@ def read_stream(folder: Path, name: str, config: Any) -> tuple[Stream, str, Any]
     try:
         state = checkpoint.read(path)
     except CheckpointError as error:
-        told = str(error).removeprefix("checkpoint ")
-        raise CheckpointError(f"store {told}; restore {FOLDER}/{name} from a copy, or run again") from error
+        reason = str(error).removeprefix("checkpoint ")
+        raise CheckpointError(f"store {reason}; restore {FOLDER}/{name} from a copy, or run again") from error
     if state.get("format") != FORMAT:
         raise CheckpointError(f"store {name}: written in format {state.get('format')!r}, this is {FORMAT}")
     stream = stream_of(config, state["stream"])

@@ -248,15 +248,15 @@ class Watched(_Wrapped):
     Args:
         loader: The loader.
         disable: True for no bar, ``None`` for one where stderr is a terminal.
-        told: The bar's words.
+        what: The bar's words.
     """
 
-    def __init__(self, loader: Any, disable: bool | None, told: str) -> None:
+    def __init__(self, loader: Any, disable: bool | None, what: str) -> None:
         super().__init__(loader)
-        self.disable, self.told = disable, told
+        self.disable, self.what = disable, what
 
     def __iter__(self) -> Iterator[Any]:
-        yield from tqdm(self.loader, total=len(self.loader), desc=self.told, disable=self.disable, leave=False)
+        yield from tqdm(self.loader, total=len(self.loader), desc=self.what, disable=self.disable, leave=False)
 
 
 class _Counted(_Wrapped):

@@ -112,13 +112,13 @@ class Versions:
                 remedy = f"serve version {others[-1]} with recbole-cl rollback" if others else "run again"
                 raise CheckpointError(f"version {number}: {error}; restore it from a copy, or {remedy}") from error
             return state
-        newest, _, _ = checkpoint.newest(self.folder / "checkpoints", check_state)
+        newest, _, refused = checkpoint.newest(self.folder / "checkpoints", check_state)
         if newest is None:
             raise CheckpointError(f"{self.folder} holds no checkpoint; give the output folder of a run that kept them")
         if newest["phase"] != "done":
             raise CheckpointError(
                 f"the run in {self.folder} was interrupted in stage {newest['stage'] + 1}; finish it with the same "
-                f"command and --resume=True"
+                f"command and --resume=True{f' ({refused[0]})' if refused else ''}"
             )
         return newest
 
@@ -146,10 +146,10 @@ class Versions:
         number = self.next_number() if self.entries else 0
         root = self.folder / FOLDER
         checkpoint.save(root, number, state, keep=1 << 30)
-        told = {"number": number, "parent": self.champion if self.entries else None, "created": now(), **entry}
+        described = {"number": number, "parent": self.champion if self.entries else None, "created": now(), **entry}
         previous = [*self.previous, self.champion] if self.entries and serve else self.previous
         beaten = {self.challenger} - {self.champion, *previous[-1:]} if not serve else set[int | None]()
-        entries = [*(e for e in self.entries if e["number"] not in beaten), told]
+        entries = [*(e for e in self.entries if e["number"] not in beaten), described]
         champion, challenger = (number, self.challenger) if serve else (self.champion, number)
         needed = {champion, challenger, *previous[-1:]} - {None}
         for old in [entry["number"] for entry in entries if entry["number"] not in needed]:

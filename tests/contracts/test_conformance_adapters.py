@@ -193,7 +193,7 @@ def test_the_optimiser_holds_what_trains(whole: Walk) -> None:
 
 
 def test_another_base_is_refused_and_the_right_one_resumes(job: Job, whole: Walk, tmp_path: Path) -> None:
-    """A resumed run over a base of another hash ends with both names; over its own base it gives the same bits."""
+    """A resumed run over a base of another hash is refused by its name; over its own base it gives the same bits."""
     base = Path(job.settings["base_file"])
     right = base.read_bytes()
     state = job.killed(tmp_path, whole.ticks // 2)
@@ -205,8 +205,7 @@ def test_another_base_is_refused_and_the_right_one_resumes(job: Job, whole: Walk
             job.walk(tmp_path, resume=True)
     finally:
         base.write_bytes(right)
-    assert hashlib.sha256(right).hexdigest()[:12] in str(refused.value)
-    assert hashlib.sha256(wrong).hexdigest()[:12] in str(refused.value)
+    assert "of property 'base_file' has changed since the checkpoint" in str(refused.value)
     assert_same_walk(whole, job.walk(tmp_path, resume=True))
 
 

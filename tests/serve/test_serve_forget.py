@@ -318,7 +318,7 @@ def test_lists_that_make_no_sense(log: PlantedDrift, tmp_path: Path, capsys: Any
     assert files_with(folder, WHO.encode()), "nothing has changed"
     assert cli.main(["update", str(folder), "--forget", str(tmp_path / "who.txt")]) == 0
     assert files_with(folder, WHO.encode()) == []
-    with pytest.raises(ConfigError, match="another process"):
+    with pytest.raises(ConfigError, match="is in use by"):
         from recbole_cl.training.versions import locked
 
         with locked(folder):

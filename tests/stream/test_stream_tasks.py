@@ -341,7 +341,7 @@ def test_a_missing_number_meets_no_condition(gaps: Path, features: list[str]) ->
     tasks = [
         {"name": f"task {n}", "filter": {"field": f, "op": op, "value": v}} for n, (f, op, v, _) in enumerate(cases)
     ]
-    found = stream(gaps, tasks=[TASKS[0], *tasks], numerical_features=features, **WHOLE)
+    found = stream(gaps, tasks=[TASKS[0], *tasks], numerical_features=features, load_col=None, **WHOLE)
     rows = [(item, time) for r in parts_of_gaps(gaps).values() for item, time in r[1:]]
     without = sum(SIZE[item] is None for r in parts_of_gaps(gaps).values() for item, _ in r)
     total = len(found.table)

@@ -71,13 +71,15 @@ def flags_of(chosen: Sequence[Stratum], stream: Stream, stage: Stage, targets: T
     out: dict[str, np.ndarray] = {}
     for stratum in chosen:
         for name, given in stratum.groups(stream, stage, targets).items():
-            flag, told = np.asarray(given), f"strata: {type(stratum).__name__}: group {name!r}"
+            flag, where = np.asarray(given), f"strata: {type(stratum).__name__}: group {name!r}"
             if flag.shape != (len(targets),) or flag.dtype != bool:
                 raise TrainingError(
-                    f"{told} has the shape {list(flag.shape)} and type {flag.dtype}; it is one bool for each of the "
+                    f"{where} has the shape {list(flag.shape)} and type {flag.dtype}; it is one bool for each of the "
                     f"{len(targets)} rows"
                 )
             if name in TAKEN or name in out:
-                raise TrainingError(f"{told} has a name that another stratum has; begin it with the stratum's own name")
+                raise TrainingError(
+                    f"{where} has a name that another stratum has; begin it with the stratum's own name"
+                )
             out[name] = flag
     return out

@@ -67,10 +67,10 @@ class Interests(Stratum):
             if field is None and len(known) == 1:
                 field = known[0]
             if field not in known:
-                told = ", ".join(known) or "none is loaded: load_col: {item: [item_id, ...]}"
+                loaded = ", ".join(known) or "none is loaded: load_col: {item: [item_id, ...]}"
                 raise ConfigError(
                     f"strata: interests has the field {self.params['field']!r}; name a column of items that holds "
-                    f"words ({told}), such as strata: {{interests: {{field: tags}}}}"
+                    f"words ({loaded}), such as strata: {{interests: {{field: tags}}}}"
                 )
             column = features[field].numpy()
             self._words = dataset, column.reshape(len(column), -1)
@@ -84,9 +84,13 @@ class Interests(Stratum):
         whole = np.minimum((targets.hi - targets.lo) // size, most)
         for row in np.flatnonzero(whole >= 2):
             blocks, end = int(whole[row]), int(targets.hi[row])
-            told = words[table.item[table.seq[end - blocks * size : end]]]
-            block = np.repeat(np.arange(blocks - 1, -1, -1), size * told.shape[1])
-            counts = np.bincount(block * n + told.ravel(), minlength=blocks * n).reshape(blocks, n)[:, 1:].astype(float)
+            words_of_rows = words[table.item[table.seq[end - blocks * size : end]]]
+            block = np.repeat(np.arange(blocks - 1, -1, -1), size * words_of_rows.shape[1])
+            counts = (
+                np.bincount(block * n + words_of_rows.ravel(), minlength=blocks * n)
+                .reshape(blocks, n)[:, 1:]
+                .astype(float)
+            )
             length = np.linalg.norm(counts, axis=1)
             alike = counts @ counts[0] >= self.params["similar"] * length * length[0] * (1 - 1e-12)
             alike &= length * length[0] > 0

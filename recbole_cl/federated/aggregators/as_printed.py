@@ -47,7 +47,7 @@ class AsPrinted(Aggregator):
             revived = len(few)
         return moved, counts, revived
 
-    def told(self, n_releases: int, sampling: float, delta: float, radius: float) -> dict[str, str]:
+    def described(self, n_releases: int, sampling: float, delta: float, radius: float) -> dict[str, str]:
         sigma = float(self.params["sigma"])
         paper = f"{PAPER[sigma]:g}" if sigma in PAPER else "not told"
         one = epsilon([Release(sigma / radius, sampling)] * n_releases, delta)

@@ -83,7 +83,7 @@ class Aggregator:
         """
         return np.ones(len(drift), dtype=bool)
 
-    def told(self, n_releases: int, sampling: float, delta: float, radius: float) -> dict[str, str]:
+    def described(self, n_releases: int, sampling: float, delta: float, radius: float) -> dict[str, str]:
         """Returns rows of its own for the report's table of privacy.
 
         Args:

@@ -39,6 +39,6 @@ class Flower(Engine):
             flower.keep(context, prompts.of(torch.tensor([client])))
         given = shared.prototypes.detach().cpu().numpy()
         replies = flower.replies(grid, list(grid.contexts), given, "round", None)
-        losses = torch.tensor([float(reply.content["told"]["loss"]) for reply in replies])
+        losses = torch.tensor([float(reply.content["metrics"]["loss"]) for reply in replies])
         parts = [flower.kept(grid.contexts[client], shared) for client in range(len(prompts))]
         return Prompts(*(torch.cat([getattr(part, name) for part in parts]) for name in FIELDS)), losses

@@ -109,9 +109,9 @@ def _answer(raw: bytes, request: Request) -> Answer:
     if len(raw) > LONGEST:
         raise ClientError(f"the answer has more than {LONGEST} bytes")
     try:
-        told = json.loads(raw)
-        text = told["choices"][0]["message"]["content"]
-        usage = told.get("usage") or {}
+        reply = json.loads(raw)
+        text = reply["choices"][0]["message"]["content"]
+        usage = reply.get("usage") or {}
         if not isinstance(text, str):
             raise TypeError("content is no text")
         counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]

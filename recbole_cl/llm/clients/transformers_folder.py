@@ -66,8 +66,10 @@ class Transformers(LLMClient):
                         folder, local_files_only=True, trust_remote_code=False, use_safetensors=True
                     )
                 except (OSError, ValueError, KeyError, ImportError) as error:
-                    told = " ".join(str(error).split())[:300]
-                    raise ConfigError(f"property 'transformers_folder': {folder!r} cannot be loaded: {told}") from error
+                    reason = " ".join(str(error).split())[:300]
+                    raise ConfigError(
+                        f"property 'transformers_folder': {folder!r} cannot be loaded: {reason}"
+                    ) from error
                 self._loaded = tokenizer, model.to(self.parameters["device"]).eval()
             return self._loaded
 

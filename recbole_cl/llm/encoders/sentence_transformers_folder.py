@@ -49,8 +49,8 @@ def check_modules(folder: Path) -> None:
         ConfigError: If it does, or is no list of modules.
     """
     try:
-        told = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
-        types = [str(module["type"]) for module in told]
+        modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
+        types = [str(module["type"]) for module in modules]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(f"{folder / 'modules.json'} is no list of modules: {error}") from error
     for name in types:

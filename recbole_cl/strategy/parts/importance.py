@@ -307,9 +307,9 @@ class _Work:
             found = self._vectorised(part) if self.together else None
             self.together = found is not None
             for samples in [found] if found is not None else self._one_by_one(part):
-                told = self._with_a_loss(samples)
+                kept_rows = self._with_a_loss(samples)
                 for name, total in sums.items():
-                    total += self.reduce(samples[name] if told is None else samples[name][told]).sum(dim=0)
+                    total += self.reduce(samples[name] if kept_rows is None else samples[name][kept_rows]).sum(dim=0)
 
     def _with_a_loss(self, samples: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
         """Returns the samples that have a loss at all, ``None`` for all.

@@ -205,12 +205,12 @@ class TaskStream(Scheduler):
             keep = found.hi > found.lo
             found, role = found[keep], role[keep]
         if not (role == TRAIN).any():
-            told = " and ".join(map(str, spec.filter))
-            how = f"; {met or 'no'} interactions of the log meet {told}" if told else ""
-            why = ", none of them in training and after a history" if told and met else ""
+            conditions = " and ".join(map(str, spec.filter))
+            how = f"; {met or 'no'} interactions of the log meet {conditions}" if conditions else ""
+            why = ", none of them in training and after a history" if conditions and met else ""
             raise DataError(
                 f"tasks: {spec.name!r} has no training target{how}{why}; "
-                f"{'loosen its filter' if told else 'raise the first of stage_ratios'} or leave the task out"
+                f"{'loosen its filter' if conditions else 'raise the first of stage_ratios'} or leave the task out"
             )
         eval_most = spec.eval_per_user or self.config["task_eval_per_user"]
         train_most = spec.train_per_user or (None if first else self.config["task_train_per_user"])
