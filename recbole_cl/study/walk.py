@@ -318,7 +318,7 @@ def _collect(waiting: dict[Future[dict[str, Any]], Cell], bar: Any, failures: di
         found = future.result()
         cell = waiting.pop(future)
         bar.update()
-        bar.write(f"{cell.folder}: {found['state']} in {found['seconds']:.0f} s", file=bar.fp)
+        bar.write(f"{cell.folder}: {found['state']} in {found['seconds']:.0f} s", file=getattr(bar, "fp", None))
         ran += found["state"] != "elsewhere"
         if found["state"] == "done":
             own = asked.folder / cell.folder

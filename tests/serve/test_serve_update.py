@@ -160,7 +160,13 @@ def test_what_serves_all_rows_goes_on_doing_so(log: PlantedDrift, tmp_path: Path
 def test_a_worse_model_is_not_served(log: PlantedDrift, folder: Path, tmp_path: Path) -> None:
     before = told(folder)
     path = new_rows(log, tmp_path / "new.csv")
-    done = update(folder, path, {"learning_rate": 30.0, "epochs": 1, "eval_step": 0}, columns=NAMES, margin=0.0)
+    done = update(
+        folder,
+        path,
+        {"learning_rate": 30.0, "epochs": 1, "eval_step": 0, "stage_optimizer": "reset"},
+        columns=NAMES,
+        margin=0.0,
+    )
     assert not done.promoted and done.champion == 0
     assert done.old is not None and done.new is not None and done.new < done.old
     assert "worse by more than the margin" in done.reason
@@ -173,7 +179,7 @@ def test_a_challenger_is_kept_compared_and_promoted(
     log: PlantedDrift, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A version that is worse, or that is meant to wait, is there and is not served until somebody says so."""
-    bad = {"learning_rate": 30.0, "epochs": 1, "eval_step": 0}
+    bad = {"learning_rate": 30.0, "epochs": 1, "eval_step": 0, "stage_optimizer": "reset"}
     path = new_rows(log, tmp_path / "new.csv")
     zero = recbole_cl.load(folder).recommend("u1", 5)[0]
     worse = update(folder, path, bad, columns=NAMES, margin=0.0)
