@@ -18,7 +18,7 @@ from recbole_cl import __version__, interrupt
 from recbole_cl.commands.base import Command
 from recbole_cl.commands.terminal import PROGRAM, rank, tell
 from recbole_cl.errors import ConfigError, RecBoleCLError
-from recbole_cl.registry import commands
+from recbole_cl.registry import IMPORTED, commands
 
 
 class _Parser(argparse.ArgumentParser):
@@ -67,6 +67,7 @@ def _import(modules: Sequence[str]) -> None:
             sys.path.insert(0, folder)
         try:
             importlib.import_module(name)
+            IMPORTED.append(name)
         except ModuleNotFoundError as error:
             if error.name is None or not f"{name}.".startswith(f"{error.name}."):
                 raise

@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 from recbole_cl.errors import ConfigError, nearest
 
 T = TypeVar("T")
+IMPORTED: list[str] = []
+"""Modules that a command was asked to import (``--import``); processes that it starts import them, too."""
 
 
 class Registry:

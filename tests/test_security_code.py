@@ -174,6 +174,7 @@ OWN = {
     ("config/models.py", "get_model_class", "importlib.import_module"): "a file of RecBole's models",
     ("config/values.py", "read_properties", "yaml.load"): "with a loader that makes plain values",
     ("config/values.py", "parse_value", "yaml.load"): "with a loader that makes plain values",
+    ("study/walk.py", "_begin", "importlib.import_module"): "the modules that --import names: they are asked for",
     ("training/costs.py", "import_before_the_clock", "importlib.import_module"): "fixed names",
     ("llm/frozen_vectors.py", "_from", "kind.from_pretrained"): "no remote code; safetensors",
     ("guards.py", "_only_numbers.load", "np.load"): "with allow_pickle=False",

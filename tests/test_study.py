@@ -20,6 +20,7 @@ from scipy import stats
 from recbole_cl import cli
 from recbole_cl.config import CLConfig
 from recbole_cl.errors import ConfigError
+from recbole_cl.registry import strategies
 from recbole_cl.study import list_studies, plots, read_plan, walk, write_tables
 from recbole_cl.study.table import mean_and_interval, rows
 from recbole_cl.study.walk import run_cell, state
@@ -238,3 +239,25 @@ def test_methods_share_the_first_stage_of_a_seed(log: PlantedDrift, tmp_path: Pa
         assert (seconds[0] == seconds[1]) == (name == "shared") and seconds[2] not in seconds[:2]
     assert results["shared"] == results["apart"]
     assert not (tmp_path / "shared" / plain.folder / "base").exists(), "a study keeps numbers, not weights"
+
+
+def test_a_study_knows_what_was_imported(
+    tmp_path: Path, log: PlantedDrift, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its runs are processes of their own, in which a strategy of the current folder answers to its name, too."""
+    (tmp_path / "own_rules.py").write_text(
+        "from recbole_cl.registry import strategies\n"
+        "from recbole_cl.strategy.base import Strategy\n\n\n"
+        "@strategies.register()\n"
+        "class OwnRule(Strategy):\n"
+        '    """One of somebody."""\n'
+    )
+    path = study(tmp_path, log, strategies=["OwnRule"], seeds=[1])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("recbole_cl.cli.IMPORTED", imported := [])
+    monkeypatch.setattr(sys.modules["recbole_cl.study.walk"], "IMPORTED", imported)
+    for name in ("_members", "_names"):
+        strategies.names()
+        monkeypatch.setattr(strategies, name, dict(getattr(strategies, name)))
+    assert cli.main(["study", str(path), "--output_dir", str(tmp_path / "out"), "--import", "own_rules"]) == 0
+    assert imported == ["own_rules"] and "| OwnRule | 1 |" in capsys.readouterr().out

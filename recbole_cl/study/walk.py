@@ -7,6 +7,7 @@ strategy refuses is an answer, not a failure: its reason stands in ``refused.jso
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import logging
 import multiprocessing
@@ -26,6 +27,7 @@ from tqdm import tqdm
 from recbole_cl.disk import clear, explained, refuse_links, refuse_links_to, write_atomically
 from recbole_cl.errors import ConfigError, RecBoleCLError
 from recbole_cl.lock import NAME, Holder, hold
+from recbole_cl.registry import IMPORTED
 from recbole_cl.report import write_report
 from recbole_cl.study.claims import TABLES, alone, claim, give_back_of_the_dead, held, in_turn
 from recbole_cl.study.found import FoundRun
@@ -253,7 +255,10 @@ def _one_walk(name: str, cells: Sequence[Cell], asked: _Asked) -> tuple[dict[str
     if not todo:
         return failures, ran
     pool = ProcessPoolExecutor(
-        max(1, min(asked.jobs, len(todo))), multiprocessing.get_context("spawn"), initializer=_end_with_parent
+        max(1, min(asked.jobs, len(todo))),
+        multiprocessing.get_context("spawn"),
+        initializer=_begin,
+        initargs=(tuple(IMPORTED),),
     )
     bar = tqdm(total=len(todo), desc=name, unit="run", dynamic_ncols=True)
     waiting: dict[Future[dict[str, Any]], Cell] = {}
@@ -292,8 +297,13 @@ def _one_walk(name: str, cells: Sequence[Cell], asked: _Asked) -> tuple[dict[str
     return failures, ran
 
 
-def _end_with_parent() -> None:
-    """Ends this process when the study's own is gone, also where that was killed and could not say so."""
+def _begin(modules: Sequence[str]) -> None:
+    """Imports what the command was asked to import, and ends this process when the study's own is gone.
+
+    That one may have been killed, and could not say so.
+    """
+    for name in modules:
+        importlib.import_module(name)
     parent = multiprocessing.parent_process()
 
     def wait() -> None:
