@@ -65,7 +65,16 @@ def read_header(file: Path, final: Mapping[str, Any]) -> list[str]:
             f"{file.name} begins with a byte order mark, as spreadsheets write it, which {encoding!r} takes for a "
             f"letter of the first column's name; set encoding: utf-8-sig"
         )
-    words: list[str] = header.split(final["field_separator"])
+    separator = final["field_separator"]
+    words: list[str] = header.split(separator)
+    if len(words) == 1 and header.count(":") > 1:
+        names = {",": "','", ";": "';'", "|": "'|'", "\t": '"\\t", a tab'}
+        found = next((other for other in names if other != separator and other in header), None)
+        if found is not None:
+            raise ConfigError(
+                f"property 'field_separator' is {separator!r}, which is nowhere in the first line of {file.name} "
+                f"({header[:60]!r}); its fields are separated by {found!r}: set field_separator: {names[found]}"
+            )
     return words
 
 

@@ -105,6 +105,13 @@ class StreamDatasetMixin(_Mixed):
                 f"to keep them"
             )
 
+    def _remove_duplication(self) -> None:
+        """As RecBole, but rows of one time stay in the order of the file: which of them is first is then no chance."""
+        keep = self.config["rm_dup_inter"]
+        if keep is not None:
+            self.inter_feat.sort_values(self.time_field, kind="stable", inplace=True)
+            self.inter_feat.drop_duplicates([self.uid_field, self.iid_field], keep=keep, inplace=True)
+
     def _reset_index(self) -> None:
         if self.inter_feat.empty:
             raise DataError(

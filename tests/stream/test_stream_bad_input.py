@@ -424,3 +424,36 @@ def test_a_pairwise_loss_needs_negatives(tmp_path: Path, model: str, given: dict
     with pytest.raises(ConfigError, match=rf"'train_neg_sample_args' is None, but model '{model}' compares.*uniform"):
         configure(tmp_path, model=model, train_neg_sample_args=None, **given)
     configure(tmp_path, model="MultiVAE", train_neg_sample_args=None)  # pairwise by type; it compares with nothing
+
+
+@pytest.mark.parametrize("keep", ["first", "last"])
+def test_repeats_of_one_time_are_dropped_in_the_order_of_the_file(tmp_path: Path, keep: str) -> None:
+    """Thousands of ties, which an unstable sort would shuffle: the first, or last, row of the file stays."""
+    rng = np.random.default_rng(0)
+    rows = [(f"u{rng.integers(40)}", f"i{rng.integers(30)}", int(rng.integers(40)), n) for n in range(3000)]
+    write(tmp_path, rows, "user_id:token\titem_id:token\ttimestamp:float\tnumber:float")
+    _, stream = stream_of(
+        tmp_path,
+        model="BPR",
+        rm_dup_inter=keep,
+        load_col=None,
+        n_stages=2,
+        normalize_all=False,
+        user_inter_num_interval=None,
+    )
+    kept: dict[tuple[str, str], int] = {}
+    for user, item, _, number in sorted(rows, key=lambda row: row[2]):
+        if keep == "last" or (user, item) not in kept:
+            kept[user, item] = number
+    assert sorted(stream.dataset.inter_feat["number"].tolist()) == sorted(kept.values())
+
+
+@pytest.mark.parametrize(("separator", "named"), [(",", "','"), (";", "';'"), ("|", r"'\|'")])
+def test_fields_with_another_separator_are_named(tmp_path: Path, separator: str, named: str) -> None:
+    write(tmp_path, ROWS)
+    file = tmp_path / "log" / "log.inter"
+    file.write_text(file.read_text().replace("\t", separator))
+    with pytest.raises(ConfigError, match=rf"'field_separator' is '\\t', .* set field_separator: {named}"):
+        stream_of(tmp_path, model="BPR")
+    _, stream = stream_of(tmp_path, model="BPR", n_stages=2, field_separator=separator)
+    assert len(stream.table) == len(ROWS)
