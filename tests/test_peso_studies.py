@@ -26,7 +26,8 @@ def test_the_rows_are_the_papers() -> None:
     ]
     figure_2 = ["L2LoRA", "OrthogonalLoRA", "OutputKL", "PerRankKL"]
     for preset in ("laptop", "full"):
-        assert labels("peso", preset) == [*table_2, *figure_2, "LSAT", "SASRec, CE"] and len(table_2) == 15
+        rows = [*table_2[:3], *figure_2, "LSAT", "SASRec, CE", *table_2[3:]]  # what a study that is cut short has first
+        assert labels("peso", preset) == rows and len(table_2) == 15
         assert {cell.seed for cell in read_plan("peso", preset).cells} == {2020, 2021, 2022}
     assert labels("peso_lambda")[1:6] == [f"PESO {v}" for v in (0.5, 1.0, 2.0, 5.0, 8.0)]
     assert {cell.labels["scheduler"] for cell in read_plan("peso_splits", "laptop").cells} == {
