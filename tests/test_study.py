@@ -189,6 +189,9 @@ def test_table_holds_the_means_of_the_results(
     files = [out / cell.folder / "result.json" for cell in read_plan(path, "laptop").cells]
     assert len(list(out.glob("plotly-*.min.js"))) == 1
     assert all(file.with_name("report.html").stat().st_size < 1_000_000 for file in files), "they share that script"
+    for file in files:
+        left = [name for name in ("checkpoints", "frozen", "store") if (file.parent / name).exists()]
+        assert not left, "a study keeps numbers, not weights"
     results = [json.loads(file.read_text(encoding="utf-8")) for file in files]
     metric = results[0]["primary_metric"]
     mean, half = mean_and_interval([r["summary"]["final_average"][metric] for r in results])

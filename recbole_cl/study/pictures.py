@@ -19,7 +19,7 @@ import pandas as pd
 
 from recbole_cl.disk import explained, write_atomically
 from recbole_cl.errors import ConfigError
-from recbole_cl.report.figures import COLOURS
+from recbole_cl.report.colours import COLOURS
 from recbole_cl.study.compare import Asked, column_is_smaller, directions
 from recbole_cl.study.plan import Plan
 from recbole_cl.study.statistics import Ranks, ranks

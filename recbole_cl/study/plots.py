@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from recbole_cl.disk import write_atomically
-from recbole_cl.report.figures import COLOURS, Figure, axis, layout, safe
+from recbole_cl.report.colours import COLOURS
+from recbole_cl.report.figures import Figure, axis, layout, safe
 from recbole_cl.report.gallery import gallery
 from recbole_cl.report.skeleton import share_script
 from recbole_cl.report.text import is_smaller_better

@@ -36,6 +36,8 @@ from recbole_cl.study.probes import run_probe
 
 LOGGER = logging.getLogger("recbole_cl")
 RESULT, REFUSED, CELL, PROBE, BASE = "result.json", "refused.json", "cell.json", "probe.json", "base"
+WEIGHTS = ("frozen", "store")
+"""What the checkpoints of a run refer to, the first stage that others take over included."""
 
 
 def state(cell: Cell, folder: Path) -> str:
@@ -165,7 +167,8 @@ def _run_held(
             traceback.print_exc()
         return {"state": "refused" if refused else "failed", "told": reason, "error": type(error).__name__}
     write_atomically(folder / CELL, json.dumps({**note, "done": True}, indent=1, default=str))
-    clear(folder / "checkpoints")  # a study keeps numbers, not weights
+    for name in ("checkpoints", *(() if base == str(folder) else WEIGHTS)):  # a study keeps numbers, not weights
+        clear(folder / name)
     return {"state": "done", "told": "", "error": ""}
 
 
@@ -206,7 +209,8 @@ def walk(
     for cell in bases:
         users = [other for other in plan.cells if other.base == cell.folder]
         if (shard is None and until is None) or all(state(other, folder) != "open" for other in users):
-            clear(folder / cell.folder / BASE)
+            for name in (BASE, *WEIGHTS):
+                clear(folder / cell.folder / name)
     return [f"{name}: {reason}" for name, reason in failures.items()]
 
 
