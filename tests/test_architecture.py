@@ -132,3 +132,15 @@ def test_the_walks_name_what_is_there() -> None:
             source = (ROOT / path).read_text(encoding="utf-8")
             for name in re.findall(r"`(\w+)`", names):
                 assert re.search(rf"(?:def|class) {name}\b", source), f"{path} has no {name}"
+
+
+def test_long_files_have_a_reason() -> None:
+    """More than 400 lines of the package in one file are explained in its docstring."""
+    long = {path: ast.get_docstring(ast.parse(text)) or "" for path, text in _texts() if len(text.splitlines()) > 400}
+    without = [path.relative_to(ROOT).as_posix() for path, said in long.items() if "why this file is long" not in said]
+    assert not without
+
+
+def _texts() -> Iterator[tuple[Path, str]]:
+    for path in modules().values():
+        yield path, path.read_text(encoding="utf-8")

@@ -30,7 +30,7 @@ from recbole_cl.config.columns import LogFiles, check_knowledge_graph, loaded_co
 from recbole_cl.config.components import Chosen, ComponentDefaults, check_parameters, chosen_components
 from recbole_cl.config.datasets import EXAMPLE, dataset_name
 from recbole_cl.config.device import choose_device
-from recbole_cl.config.files import RECBOLE, component_defaults, config_file, properties_dir, with_presets
+from recbole_cl.config.files import RECBOLE, component_defaults, config_file, properties_dir
 from recbole_cl.config.keys import check_keys, library_keys
 from recbole_cl.config.loading import check_loading
 from recbole_cl.config.metrics import check_metrics, own_metrics, told_to_recbole
@@ -239,9 +239,7 @@ class CLConfig(Config):
         own_dataset = properties_dir() / "dataset" / f"{dataset}.yaml"
         if own_dataset.is_file():
             self._add_layer(read_properties(own_dataset), schema.declared_types(own_dataset))
-        own_model = with_presets(
-            model_class, *component_defaults(model_class, model, "model"), self.external_config_dict
-        )
+        own_model = component_defaults(model_class, model, "model", self.external_config_dict)
         brought = [
             ComponentDefaults.of(name, cls, "strategy")
             for (name, _), cls in zip(self._asked_strategies, self.strategy_classes, strict=True)

@@ -48,29 +48,16 @@ def _file_beside(component: type) -> Path | None:
     return None
 
 
-def with_presets(
-    component: type, values: dict[str, Any], declared: dict[str, tuple[str, ...]], asked: Mapping[str, Any]
+def component_defaults(
+    component: type, name: str, folder: str, asked: Mapping[str, Any] | None = None
 ) -> tuple[dict[str, Any], dict[str, tuple[str, ...]]]:
-    """Returns a model's defaults with those that a preset of its ``presets`` has in their place.
-
-    Args:
-        component: The model's class.
-        values: Its defaults.
-        declared: Their types.
-        asked: Properties that were given; they win, and they choose the presets.
-    """
-    for key, layers in getattr(component, "presets", {}).items():
-        values = {**values, **layers.get(asked.get(key, values.get(key)), {})}
-    return values, declared
-
-
-def component_defaults(component: type, name: str, folder: str) -> tuple[dict[str, Any], dict[str, tuple[str, ...]]]:
     """Finds the defaults of a strategy, scheduler or model.
 
     Args:
         component: Its class.
         name: Its registered name.
         folder: Folder below ``properties`` that our own ones are in.
+        asked: Properties that were given; they choose among the class's ``presets``, whose values stand over its own.
 
     Returns:
         The defaults from ``properties/<folder>/<name>.yaml``, else from ``<ClassName>.yaml`` beside the class's module,
@@ -79,9 +66,13 @@ def component_defaults(component: type, name: str, folder: str) -> tuple[dict[st
     own = properties_dir() / folder / f"{name}.yaml"
     file = own if own.is_file() else _file_beside(component)
     if file is not None:
-        return read_properties(file), schema.declared_types(file)
-    defaults = copy.deepcopy(dict(getattr(component, "defaults", None) or {}))
-    return defaults, {key: words for key, value in defaults.items() if (words := _kind(value))}
+        defaults, declared = read_properties(file), schema.declared_types(file)
+    else:
+        defaults = copy.deepcopy(dict(getattr(component, "defaults", None) or {}))
+        declared = {key: words for key, value in defaults.items() if (words := _kind(value))}
+    for key, layers in getattr(component, "presets", {}).items():
+        defaults = {**defaults, **layers.get((asked or {}).get(key, defaults.get(key)), {})}
+    return defaults, declared
 
 
 def _kind(default: Any) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 RecBole reads its properties in its quick start, its data preparation and its trainers' ``fit``, some of which a stream
 replaces. A property that nothing here reads is either refused, where who sets it would wait for something that never
 comes, or kept with a warning, where it says how fast or how wordy RecBole is. ``docs/properties.md`` has the table.
+What becomes of one property stands here and nowhere else, which is why this file is long.
 """
 
 from __future__ import annotations

@@ -13,7 +13,8 @@ from recbole_cl import checkpoint
 from recbole_cl.importer.drift import DAY, drift, suggested_stages, worth_trying
 from recbole_cl.importer.health import health, health_lines
 from recbole_cl.importer.read import ITEM, TIME, USER
-from recbole_cl.report.figures import COLOURS, Figure, layout, lines
+from recbole_cl.report.colours import COLOURS
+from recbole_cl.report.figures import Figure, layout, lines
 from recbole_cl.report.skeleton import document
 from recbole_cl.stream.quality import date
 

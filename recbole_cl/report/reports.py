@@ -11,6 +11,7 @@ from html import escape
 from typing import Any
 
 from recbole_cl.report import figures, text
+from recbole_cl.report.colours import COLOURS, ramp
 from recbole_cl.report.skeleton import table
 
 Place = Callable[[str, figures.Figure], str]
@@ -93,7 +94,7 @@ def _lines(stages: list[tuple[str, Mapping[str, Any]]]) -> tuple[figures.Figure,
     """
     drawn = [(stage, lines) for stage, lines in stages if lines]
     several, names = len(drawn) > 1, _keys(lines for _, lines in drawn)
-    colours = figures.ramp(len(drawn)) if several else list(figures.COLOURS)
+    colours = ramp(len(drawn)) if several else list(COLOURS)
     traces: list[dict[str, Any]] = []
     for at, (stage, lines) in enumerate(drawn):
         for name, points in lines.items():
